@@ -1,0 +1,198 @@
+"""What is measured: one `Case` a line of the report, and the `Workload` (tables, ids) that belongs to it.
+
+A new operator adds its cases here. The speeds to reach are ratios against the better peer, or against the side that
+`against` names.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+BITS = {"fp32": 32, "fp16": 16, "int8": 8, "int4": 4}
+BEST = "the best peer"
+LOOP = "torch"
+ONE_THREAD = "recsys_kernels, 1 thread"
+SINGLE_TABLE_ROWS = 2_000_000
+QUICK_ROWS = 20_000
+MAX_POOL_IDS = 16_000_000  # 128 MB of int64
+
+
+@dataclass(frozen=True)
+class Case:
+    """One measured situation: `tables` tables of `rows` x `dim`, `batch` bags of `length` ids in each, sum pooling.
+
+    kind: "forward", "dense backward" (gradient of the whole table) or "sparse backward" (gradient of the rows met).
+    target: the ratio to reach against side `against`; a case also has to be no slower than every peer.
+    near_limit: also has to reach LIMIT_SHARE of the probed limit.
+    """
+
+    dtype: str
+    dim: int
+    batch: int
+    length: int
+    rows: int = SINGLE_TABLE_ROWS
+    tables: int = 1
+    ids: str = "uniform"
+    threads: int = 1
+    kind: str = "forward"
+    target: float = 1.0
+    against: str = BEST
+    near_limit: bool = False
+
+    @property
+    def name(self) -> str:
+        """Unique among CASES, with no blanks: what `--case` is matched against."""
+        parts = [] if self.kind == "forward" else [self.kind.replace(" ", "-")]
+        parts += [f"{self.tables}tables"] if self.tables > 1 else []
+        parts += [self.dtype, f"d{self.dim}", f"b{self.batch}", f"l{self.length}", self.ids]
+        return "-".join(parts) + (f"-{self.threads}threads" if self.threads > 1 else "")
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one row, without its scale and bias."""
+        return self.dim * BITS[self.dtype] // 8
+
+    @property
+    def table_bytes(self) -> int:
+        """Bytes of all rows of all tables."""
+        return self.tables * self.rows * self.row_bytes
+
+    @property
+    def ids_per_call(self) -> int:
+        """Rows that one call reads."""
+        return self.tables * self.batch * self.length
+
+    def resized(self, rows: int | None, quick: bool) -> Case:
+        """The same case with `rows` rows in its single table, and with small tables when `quick`."""
+        if rows is not None and self.rows == SINGLE_TABLE_ROWS:
+            return replace(self, rows=rows)
+        return replace(self, rows=min(self.rows, QUICK_ROWS // self.tables)) if quick else self
+
+
+LIMIT_SHARE = 0.85
+_UNIFORM = {
+    ("fp32", 64): 2.0,
+    ("fp32", 128): 2.0,
+    ("int8", 64): 2.5,
+    ("int8", 128): 3.0,
+    ("int4", 64): 2.5,
+    ("int4", 128): 2.5,
+}
+_ZIPF = {"fp32": 1.7, "int8": 2.1}
+
+
+def _cases() -> Iterator[Case]:
+    for dtype in BITS:
+        for dim in (64, 128):
+            target = _UNIFORM.get((dtype, dim), 1.0)
+            yield Case(dtype, dim, 4096, 20, target=target, near_limit=True)
+            yield Case(dtype, dim, 4096, 20, ids="zipf", target=_ZIPF.get(dtype, 1.0))
+    for dtype in ("fp32", "int8"):
+        yield Case(dtype, 64, 64, 20, target=1.7)
+        yield Case(dtype, 64, 1, 50)
+    tables = Case("fp32", 64, 512, 1, rows=300_000, tables=26, target=2.5, against=LOOP)
+    yield tables
+    yield replace(tables, length=10, target=1.7)
+    yield replace(tables, batch=1, target=10.0)
+    yield Case("fp32", 64, 2048, 20, rows=100_000, kind="dense backward", target=2.0)
+    yield Case("fp32", 64, 2048, 20, rows=1_000_000, kind="sparse backward")
+    for dtype in ("fp32", "int8"):
+        for dim in (64, 128):
+            yield Case(dtype, dim, 4096, 20, threads=2, target=1.8, against=ONE_THREAD)
+    yield replace(tables, length=10, threads=2, target=1.8, against=ONE_THREAD)
+
+
+CASES = tuple(_cases())
+
+
+class Batch(NamedTuple):
+    """One call, feature-major. indices: int64 [tables * batch * length]; offsets: int64 [tables * batch + 1]."""
+
+    indices: Tensor
+    offsets: Tensor
+
+
+@functools.cache
+def last_level_cache() -> int:
+    """Bytes of the last-level cache; 32 MiB where the system does not tell."""
+    units = {"K": 1 << 10, "M": 1 << 20}
+    folders = sorted(Path("/sys/devices/system/cpu/cpu0/cache").glob("index*"))
+    sizes = [(folder / "size").read_text().strip() for folder in folders]
+    return max((int(size[:-1]) * units[size[-1]] for size in sizes if size[-1:] in units), default=32 << 20)
+
+
+class Workload:
+    """The tables and a pool of batches of one case, both from a fixed seed.
+
+    The pool touches twice the last-level cache before it comes round again (or MAX_POOL_IDS ids), so that a batch
+    never finds its own rows in the cache.
+    """
+
+    def __init__(self, case: Case, quick: bool = False) -> None:
+        self.case = case
+        self._generator = torch.Generator().manual_seed(17)
+        count = -(-2 * last_level_cache() // (case.ids_per_call * case.row_bytes))
+        count = 4 if quick else max(16, min(count, 4096, MAX_POOL_IDS // case.ids_per_call))
+        shape = (count, case.ids_per_call)
+        if case.ids == "zipf":  # log-uniform ranks are Zipf with exponent 1; the product scatters the hot rows
+            rank = torch.rand(shape, generator=self._generator, dtype=torch.float64).mul_(math.log(case.rows)).exp_()
+            self.indices = rank.long().sub_(1).clamp_(0, case.rows - 1).mul_(2_654_435_761).remainder_(case.rows)
+        else:
+            self.indices = torch.randint(case.rows, shape, generator=self._generator)
+        self.offsets = torch.arange(0, case.ids_per_call + 1, case.length)
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def batch(self, number: int) -> Batch:
+        """Batch `number` modulo the size of the pool."""
+        return Batch(self.indices[number % len(self)], self.offsets)
+
+    @functools.cached_property
+    def table(self) -> Tensor:
+        """[tables, rows, dim], fp16 for the fp16 cases, else fp32.
+
+        Every row is a grid of 2**bits values with a power-of-two step that is used from end to end, so any row-wise
+        quantization and any order of summation is exact and the gate needs no allowance for rounding.
+        """
+        case, bits = self.case, min(8, BITS[self.case.dtype])
+        dtype = torch.float16 if case.dtype == "fp16" else torch.float32
+        table = torch.empty(case.tables, case.rows, case.dim, dtype=dtype)
+        for chunk in table.view(-1, case.dim).split(1 << 16):
+            steps = torch.randint(2**bits, chunk.shape, generator=self._generator, dtype=torch.uint8)
+            steps[:, 0], steps[:, 1] = 0, 2**bits - 1
+            exponent = torch.randint(-1 - bits, 2 - bits, (len(chunk), 1), generator=self._generator)
+            chunk.copy_(torch.ldexp(steps.float() - 2 ** (bits - 1), exponent))
+        return table
+
+    @functools.cached_property
+    def grad_output(self) -> Tensor:
+        """[batch, dim] gradient for the backward cases, on a grid as the tables are."""
+        shape = (self.case.batch, self.case.dim)
+        return torch.randint(-64, 65, shape, generator=self._generator).float() / 64
+
+    def probe_ids(self, limit: int = 2_000_000) -> Tensor:
+        """Rows of the pool (at most `limit`), numbered through all tables: [n] int64."""
+        case = self.case
+        first = (torch.arange(case.tables) * case.rows).repeat_interleave(case.batch * case.length)
+        return (self.indices[: max(1, limit // case.ids_per_call)] + first).flatten()
+
+    def expected(self, batch: Batch) -> Tensor:
+        """The right answer, in float64 and by other means than any side: [batch, tables * dim], or the gradient."""
+        case = self.case
+        bag = torch.arange(case.ids_per_call) // case.length
+        if case.kind != "forward":
+            gradient = torch.zeros(case.rows, case.dim, dtype=torch.float64)
+            return gradient.index_add_(0, batch.indices, self.grad_output.double()[bag])
+        rows = batch.indices + (bag // case.batch) * case.rows
+        pooled = torch.zeros(case.tables * case.batch, case.dim, dtype=torch.float64)
+        pooled.index_add_(0, bag, self.table.view(-1, case.dim)[rows].double())
+        return pooled.view(case.tables, case.batch, case.dim).transpose(0, 1).reshape(case.batch, -1)

@@ -1,0 +1,197 @@
+"""How it is measured. Only ratios taken in one process, alternating two sides, count on a machine that others use too.
+
+`Comparison` sets up one case: probes the limit, builds our side and gates it. `Comparison.against(name)` builds another
+side, gates it and alternates the two: a sample of one, then of the other (which comes first changes every round), each
+over fresh batches of the pool; a round gives one ratio. The median of the ratios and their 10th and 90th percentile
+are reported. One-thread cases are pinned to one CPU.
+"""
+
+from __future__ import annotations
+
+import gc
+import itertools
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from bench import peers, probe
+from bench.cases import BEST, LIMIT_SHARE, Case, Workload
+from bench.peers import AbsentError, Side
+
+SAMPLE_SECONDS = 0.002  # calls shorter than this are timed in groups
+MAX_GROUP = 512
+# fp16 outputs round to 11 bits, once or after every row; everything else is exact (see Workload.table)
+TOLERANCE = {"fp16": 4e-3}
+DEFAULT_TOLERANCE = 1e-5
+
+
+class GateError(AssertionError):
+    """A side gives wrong results, so its speed means nothing."""
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Our side against `name`: median seconds a call, and the ratio theirs / ours with its spread over the rounds."""
+
+    name: str
+    ours: float
+    theirs: float
+    ratio: float
+    low: float
+    high: float
+    rounds: int
+
+
+@dataclass(frozen=True)
+class Result:
+    """Everything measured of one case. `absent`: sides that could not run, with the reason."""
+
+    case: Case
+    pairs: list[Pair]
+    limit: probe.Limit | None
+    absent: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def seconds(self) -> float:
+        """Median time of a call of ours, over all pairs."""
+        return float(np.median([pair.ours for pair in self.pairs]))
+
+    @property
+    def best(self) -> Pair:
+        """The pair with the fastest peer."""
+        return min((pair for pair in self.pairs if pair.name not in peers.OWN), key=lambda pair: pair.ratio)
+
+    @property
+    def aim(self) -> Pair | None:
+        """The pair that the case's target is about; None when that side is absent."""
+        if self.case.against == BEST:
+            return self.best
+        return next((pair for pair in self.pairs if pair.name == self.case.against), None)
+
+    def rate(self, pair: Pair | None = None) -> float:
+        """Bytes of rows a second: ours, or those of the other side of `pair`."""
+        return self.case.ids_per_call * self.case.row_bytes / (pair.theirs if pair else self.seconds)
+
+    @property
+    def share(self) -> float | None:
+        """Our rate as a share of the probed limit."""
+        return self.rate() / self.limit.gather if self.limit else None
+
+    @property
+    def reached(self) -> bool:
+        """The target, no slower than any peer, and LIMIT_SHARE where the case asks for it and a probe ran."""
+        near = not self.case.near_limit or self.share is None or self.share >= LIMIT_SHARE
+        return near and self.best.ratio >= 1.0 and self.aim is not None and self.aim.ratio >= self.case.target
+
+
+def gate(side: Side, work: Workload) -> None:
+    """Raises GateError unless `side` gives the right results for the first two batches."""
+    tolerance = TOLERANCE.get(work.case.dtype, DEFAULT_TOLERANCE)
+    for batch in (work.batch(0), work.batch(1)):
+        with side.context():
+            output = side.run(side.prepare(batch))
+            output = output.to_dense() if output.is_sparse else output
+            try:
+                torch.testing.assert_close(output.double(), work.expected(batch), rtol=tolerance, atol=tolerance)
+            except AssertionError as error:
+                raise GateError(f"{side.name} is wrong on {work.case.name}: {error}") from error
+
+
+@contextmanager
+def quiet(threads: int) -> Iterator[None]:
+    """No garbage collection, and this thread on `threads` CPUs (torch's own threads inherit them)."""
+    allowed, before = os.sched_getaffinity(0), torch.get_num_threads()
+    if len(allowed) < threads:
+        raise AbsentError(f"{threads} threads need as many CPUs, this process may use {len(allowed)}")
+    os.sched_setaffinity(0, sorted(allowed)[:threads])
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+        torch.set_num_threads(before)
+        os.sched_setaffinity(0, allowed)
+
+
+def sample(side: Side, work: Workload, first: int, calls: int) -> float:
+    """Seconds a call of `side`, over batches `first` to `first + calls`."""
+    run = side.run
+    with side.context():
+        torch.set_num_threads(side.threads)
+        inputs = [side.prepare(work.batch(number)) for number in range(first, first + calls)]
+        begin = time.perf_counter()
+        for each in inputs:
+            run(each)
+        return (time.perf_counter() - begin) / calls
+
+
+def group_size(side: Side, work: Workload) -> int:
+    """Calls of `side` that take SAMPLE_SECONDS together."""
+    return int(min(MAX_GROUP, max(1.0, SAMPLE_SECONDS / min(sample(side, work, n, 1) for n in range(5)))))
+
+
+def alternate(own: Side, other: Side, work: Workload, seconds: float, min_rounds: int) -> Pair:
+    """Alternates the two sides for about `seconds`, at least `min_rounds` rounds."""
+    times: dict[str, list[float]] = {own.name: [], other.name: []}
+    with quiet(work.case.threads):
+        calls = max(group_size(side, work) for side in (own, other))
+        batches = itertools.count(0, calls)
+        until = time.perf_counter() + seconds
+        while len(times[own.name]) < min_rounds or time.perf_counter() < until:
+            flip = len(times[own.name]) % 2
+            for side in (other, own) if flip else (own, other):
+                times[side.name].append(sample(side, work, next(batches), calls))
+    ours, theirs = np.array(times[own.name]), np.array(times[other.name])
+    low, ratio, high = np.percentile(theirs / ours, [10, 50, 90])
+    middle = float(np.median(ours)), float(np.median(theirs))
+    return Pair(other.name, *middle, float(ratio), float(low), float(high), len(ours))
+
+
+class Comparison:
+    """One case, ready to be compared: `.own` is our side (gated), `.limit` the probe's result, `.work` the data."""
+
+    def __init__(self, case: Case, quick: bool = False) -> None:
+        self.quick, self.work = quick, Workload(case, quick)
+        self.seconds, self.min_rounds = (0.05, 5) if quick else (2.0, 11)
+        self.limit: probe.Limit | None = None
+        self.no_limit = ""
+        if case.kind == "forward":
+            self._probe()  # before the tables are there: it needs as much memory
+        self.own = peers.ours(self.work)
+        gate(self.own, self.work)
+
+    def _probe(self) -> None:
+        case = self.work.case
+        ids = self.work.probe_ids().numpy()
+        try:
+            with quiet(case.threads):
+                self.limit = probe.probe(ids, case.tables * case.rows, case.row_bytes, case.threads)
+        except probe.ProbeUnavailableError as error:
+            self.no_limit = str(error)
+
+    def against(self, name: str) -> tuple[Side, Pair]:
+        """Builds, gates and measures side `name`. Raises AbsentError if it cannot run, GateError if it is wrong."""
+        gc.collect()  # the side before this one may hang in a cycle, with its tables
+        other = peers.build(name, self.work, self.own)
+        gate(other, self.work)
+        return other, alternate(self.own, other, self.work, self.seconds, self.min_rounds)
+
+
+def measure(case: Case, quick: bool = False) -> Result:
+    """Compares our side of `case` with every side that can run here."""
+    comparison = Comparison(case, quick)
+    pairs, absent = [], {}
+    for name in peers.sides_of(case):
+        try:
+            pairs.append(comparison.against(name)[1])
+        except AbsentError as error:
+            absent[name] = str(error)
+    if comparison.no_limit:
+        absent["gather probe"] = comparison.no_limit
+    return Result(case, pairs, comparison.limit, absent)

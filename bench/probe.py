@@ -1,0 +1,126 @@
+"""The limit of this machine for random rows, probed in the run that reports it.
+
+`probe()` reads the very rows a case will read (same ids, same row size, own memory on 2 MiB pages) with nothing but
+prefetches and loads whose result is used. A lookup cannot do better; how close it comes is the figure to report.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import mmap
+import shutil
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+SOURCE = Path(__file__).with_name("gather_probe.c")
+# T0 is probed as well because which of the two is the limit depends on the CPU (on Zen 4 it is T1, by 2x).
+LEVELS = {"T1": 1, "T0": 0}
+DISTANCES = (32, 64)
+PASSES = 3
+WORD = 0x0101010101010101  # the probed memory is filled with ones, so every checksum is known
+
+
+class ProbeUnavailableError(RuntimeError):
+    """The probe cannot run here; the message says why."""
+
+
+@dataclass(frozen=True)
+class Limit:
+    """Probed limits, in bytes/s. `huge_pages`: share of the probed memory that really was on 2 MiB pages."""
+
+    gather: float
+    sequential: float
+    prefetch: str
+    huge_pages: float
+
+
+@functools.cache
+def _library() -> ctypes.CDLL:
+    compiler = next(filter(None, map(shutil.which, ("cc", "gcc", "clang"))), None)
+    if compiler is None:
+        raise ProbeUnavailableError("no C compiler (cc, gcc or clang) on PATH")
+    with tempfile.TemporaryDirectory() as folder:
+        target = Path(folder) / "gather_probe.so"
+        command = [compiler, "-O3", "-march=native", "-shared", "-fPIC", str(SOURCE), "-o", str(target)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise ProbeUnavailableError(f"{' '.join(command)} failed: {done.stderr.strip()[-500:]}")
+        library = ctypes.CDLL(str(target))  # stays mapped when the file goes
+    library.gather_rows.restype = library.read_sequentially.restype = ctypes.c_uint64
+    size, pointer = ctypes.c_size_t, ctypes.c_void_p
+    library.gather_rows.argtypes = [pointer, pointer, size, size, ctypes.c_int, size]
+    library.read_sequentially.argtypes = [pointer, size]
+    return library
+
+
+def _on_huge_pages() -> int:
+    """Bytes of this process on transparent huge pages (0 where the system does not tell)."""
+    try:
+        lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
+    except OSError:
+        return 0
+    return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("AnonHugePages:"))
+
+
+def _seconds(work: Callable[[int], int], parts: int, expected: int) -> float:
+    """Best wall time of `work(part)` over all parts, one thread each; the sum of the results is checked."""
+    best = float("inf")
+    with ThreadPoolExecutor(parts) as pool:
+        for _ in range(PASSES):
+            begin = time.perf_counter()
+            total = sum(pool.map(work, range(parts)) if parts > 1 else map(work, range(parts)))
+            best = min(best, time.perf_counter() - begin)
+            if total % 2**64 != expected % 2**64:
+                raise AssertionError("the probe read something else than the rows it was given")
+    return best
+
+
+def probe(ids: npt.NDArray[np.int64], rows: int, row_bytes: int, threads: int = 1) -> Limit:
+    """Reads rows `ids` (1-D, each in [0, rows)) of a table of `rows` x `row_bytes` bytes.
+
+    Raises ProbeUnavailableError where there is no compiler, ValueError where `row_bytes` is no multiple of 32.
+    """
+    if row_bytes % 32:
+        raise ValueError(f"row_bytes must be a multiple of 32, got {row_bytes}")
+    library = _library()
+    ids = np.ascontiguousarray(ids)
+    parts = np.array_split(ids, threads)
+    size = -(-rows * row_bytes // (128 * threads)) * 128 * threads
+    before = _on_huge_pages()
+    with mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as memory:
+        if hasattr(mmap, "MADV_HUGEPAGE"):
+            memory.madvise(mmap.MADV_HUGEPAGE)
+        table = np.frombuffer(memory, dtype=np.uint8)
+        table.fill(1)
+        base = table.ctypes.data
+        huge = min(1.0, max(0, _on_huge_pages() - before) / size)
+
+        def gather(part: int, level: int, ahead: int) -> int:
+            mine = parts[part]
+            return int(library.gather_rows(base, mine.ctypes.data, mine.size, row_bytes, level, ahead))
+
+        def sequential(part: int) -> int:
+            return int(library.read_sequentially(base + part * (size // threads), size // threads))
+
+        seconds, name = min(
+            (
+                _seconds(
+                    functools.partial(gather, level=level, ahead=ahead), threads, WORD * ids.size * row_bytes // 8
+                ),
+                f"{hint} {ahead} rows ahead",
+            )
+            for hint, level in LEVELS.items()
+            for ahead in DISTANCES
+        )
+        straight = _seconds(sequential, threads, WORD * size // 8)
+        del table  # the mapping cannot be closed while an array looks at it
+    return Limit(ids.size * row_bytes / seconds, size / straight, name, huge)
