@@ -1,0 +1,65 @@
+// What the operators need to know of a tensor, checked once, with messages that name the argument.
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <optional>
+
+#include "check.h"
+
+namespace rk {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+inline const char* type_name(ScalarType t) {
+  switch (t) {
+    case ScalarType::Double: return "float64";
+    case ScalarType::Float: return "float32";
+    case ScalarType::Half: return "float16";
+    case ScalarType::BFloat16: return "bfloat16";
+    case ScalarType::Byte: return "uint8";
+    case ScalarType::Char: return "int8";
+    case ScalarType::Short: return "int16";
+    case ScalarType::Int: return "int32";
+    case ScalarType::Long: return "int64";
+    case ScalarType::Bool: return "bool";
+    default: return "another type";
+  }
+}
+
+inline void check_dim(const Tensor& t, int64_t dim, const char* name) {
+  check(t.dim() == dim, name, " must have ", dim, " dimension(s), but has ", t.dim());
+}
+
+inline void check_cpu(const Tensor& t, const char* name) {
+  check(t.is_cpu(), name, " must be on the CPU like the other arguments");
+}
+
+// A 1-D or 2-D tensor of int32 or int64, contiguous.
+struct Integers {
+  Tensor tensor;  // keeps a contiguous copy alive
+  const void* data;
+  int64_t count;
+  bool is_64;
+
+  Integers(const Tensor& t, const char* name) : tensor(t.is_contiguous() ? t : torch::stable::contiguous(t)) {
+    check_cpu(t, name);
+    const ScalarType type = t.scalar_type();
+    check(type == ScalarType::Long || type == ScalarType::Int, name, " must be int32 or int64, but is ",
+          type_name(type));
+    data = tensor.data_ptr();
+    count = tensor.numel();
+    is_64 = type == ScalarType::Long;
+  }
+};
+
+// A matrix whose rows are contiguous; a copy where the columns are strided.
+inline Tensor with_contiguous_rows(const Tensor& t, const char* name) {
+  check_cpu(t, name);
+  check_dim(t, 2, name);
+  return t.stride(1) == 1 || t.size(1) <= 1 || t.numel() == 0 ? t : torch::stable::contiguous(t);
+}
+
+}  // namespace rk

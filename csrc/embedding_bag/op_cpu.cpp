@@ -1,0 +1,471 @@
+// Checks, threads and registration of the embedding-bag operators for CPU tensors. The schemas are in
+// recsys_kernels/ops/embedding_bag/op.py.
+
+#include <torch/csrc/stable/library.h>
+
+#include <algorithm>
+#include <cmath>
+#include <memory>
+#include <vector>
+
+#include "common/isa.h"
+#include "common/tensor_view.h"
+#include "kernel.h"
+
+namespace {
+
+using rk::Bags;
+using rk::check;
+using rk::Contribution;
+using rk::EmbeddingBagKernels;
+using rk::Fault;
+using rk::FaultKind;
+using rk::Integers;
+using rk::Matrix;
+using rk::Pooling;
+using rk::raise;
+using rk::RowType;
+using rk::ScalarType;
+using rk::Table;
+using rk::Tensor;
+
+const EmbeddingBagKernels& kernels() {
+  switch (rk::isa()) {
+#if RK_HIGHEST_ISA > 0
+    case rk::Isa::avx512_vnni: return rk_embedding_bag_avx512_vnni;
+    case rk::Isa::avx512: return rk_embedding_bag_avx512;
+    case rk::Isa::avx2: return rk_embedding_bag_avx2;
+#endif
+    default: return rk_embedding_bag_generic;
+  }
+}
+
+// ---- arguments -------------------------------------------------------------------------------------------------
+
+RowType float_type(ScalarType t, const char* name) {
+  switch (t) {
+    case ScalarType::Double: return RowType::f64;
+    case ScalarType::Float: return RowType::f32;
+    case ScalarType::Half: return RowType::f16;
+    case ScalarType::BFloat16: return RowType::bf16;
+    default: raise<std::runtime_error>(name, " must be a floating point tensor, but is ", rk::type_name(t));
+  }
+}
+
+// Where in the bags' values and for how long: everything that the single-table operators share.
+struct BagArguments {
+  Integers indices;
+  std::optional<Integers> offsets;
+  std::optional<Tensor> weights;
+  Bags bags;
+
+  BagArguments(const Tensor& indices_arg, const std::optional<Tensor>& offsets_arg,
+               const std::optional<Tensor>& weights_arg, int64_t mode, int64_t padding_idx,
+               bool include_last_offset)
+      : indices(indices_arg, "indices"), bags{} {
+    check(mode >= 0 && mode <= 2, "mode must be 0 (sum), 1 (mean) or 2 (max), but is ", mode);
+    bags.indices = indices.data;
+    bags.indices_64 = indices.is_64;
+    bags.num_indices = indices.count;
+    bags.padding_idx = padding_idx;
+    bags.pooling = static_cast<Pooling>(mode);
+    if (offsets_arg.has_value()) {
+      rk::check_dim(indices_arg, 1, "indices (with offsets)");
+      rk::check_dim(*offsets_arg, 1, "offsets");
+      offsets.emplace(*offsets_arg, "offsets");
+      bags.offsets = offsets->data;
+      bags.offsets_64 = offsets->is_64;
+      bags.has_last_offset = include_last_offset;
+      bags.num_bags = offsets->count - (include_last_offset ? 1 : 0);
+      check(bags.num_bags >= 0, "include_last_offset needs at least one offset, but offsets is empty");
+      // With no offsets a null pointer would read as "every bag has the same length".
+      if (bags.num_bags == 0) bags.offsets = &bags;
+    } else {
+      rk::check_dim(indices_arg, 2, "indices (without offsets)");
+      bags.num_bags = indices_arg.size(0);
+      bags.bag_length = indices_arg.size(1);
+    }
+    if (weights_arg.has_value()) {
+      rk::check_cpu(*weights_arg, "per_sample_weights");
+      check(weights_arg->numel() == indices.count, "per_sample_weights must have one value for each of the ",
+            indices.count, " indices, but has ", weights_arg->numel());
+      weights = weights_arg->is_contiguous() ? *weights_arg : torch::stable::contiguous(*weights_arg);
+      bags.weights = weights->data_ptr();
+      bags.weights_type = float_type(weights->scalar_type(), "per_sample_weights");
+    }
+  }
+};
+
+Table float_table(const Tensor& weight, const char* name) {
+  const RowType type = float_type(weight.scalar_type(), name);
+  const int64_t size = weight.element_size();
+  return {weight.data_ptr(), nullptr, weight.size(0), weight.stride(0) * size, weight.size(1), type, 1.0f};
+}
+
+Table quantized_table(const Tensor& weight, const Tensor& scale_bias, int64_t exponent, int64_t dim, int64_t bits) {
+  check(bits == 8 || bits == 4, "bits must be 8 or 4, but is ", bits);
+  check(weight.scalar_type() == ScalarType::Byte, "a quantized weight must be uint8, but is ",
+        rk::type_name(weight.scalar_type()));
+  const int64_t bytes = bits == 8 ? dim : (dim + 1) / 2;
+  check(dim > 0 && weight.size(1) == bytes, "a quantized weight of ", dim, " elements and ", bits,
+        " bits must have ", bytes, " columns, but has ", weight.size(1));
+  rk::check_cpu(scale_bias, "scale_bias");
+  rk::check_dim(scale_bias, 2, "scale_bias");
+  check(scale_bias.scalar_type() == ScalarType::Half && scale_bias.is_contiguous() &&
+            scale_bias.size(0) == weight.size(0) && scale_bias.size(1) == 2,
+        "scale_bias must be a contiguous float16 tensor of shape [", weight.size(0), ", 2]");
+  check(exponent >= -126 && exponent <= 126, "exponent must be between -126 and 126, but is ", exponent);
+  const RowType type = bits == 8 ? RowType::u8 : RowType::u4;
+  return {weight.data_ptr(), static_cast<const uint16_t*>(scale_bias.data_ptr()), weight.size(0), weight.stride(0),
+          dim, type, std::ldexp(1.0f, static_cast<int>(exponent))};
+}
+
+[[noreturn]] void raise_fault(const Fault& fault, const Bags& bags, int64_t num_rows, const std::string& table) {
+  if (fault.kind == FaultKind::index) {
+    raise<std::out_of_range>("index ", fault.value, " at position ", fault.position, " of indices is out of range for ",
+                             table, " with ", num_rows, " rows");
+  }
+  raise<std::runtime_error>("offsets must start at 0, never decrease and not exceed the number of indices (",
+                            bags.num_indices, "), but offsets[", fault.position, "] is ", fault.value);
+}
+
+// The smallest piece of work worth a second thread: 1024 cache lines take about 10 us.
+constexpr int64_t min_lines_per_thread = 1024;
+
+int64_t threads_for(int64_t lines) {
+  const int64_t most = torch::stable::get_num_threads();
+  return std::max<int64_t>(1, std::min(most, lines / min_lines_per_thread));
+}
+
+// ---- pooling ---------------------------------------------------------------------------------------------------
+
+struct Job {
+  Table table;
+  Bags bags;
+  Matrix out;
+  int64_t* argmax;
+  int64_t offset_base;  // where this job's offsets stand in the whole offsets argument, for messages
+};
+
+int64_t offset_of(const Bags& b, int64_t bag) {
+  if (b.offsets == nullptr) return bag * b.bag_length;
+  if (bag == b.num_bags && !b.has_last_offset) return b.num_indices;
+  return b.offsets_64 ? static_cast<const int64_t*>(b.offsets)[bag] : static_cast<const int32_t*>(b.offsets)[bag];
+}
+
+int64_t lines_of(const Table& t) { return std::max<int64_t>(1, (t.row_stride + 63) / 64); }
+
+// Cache lines touched by the bags before `bag`; one line a bag for its output. Offsets are not checked yet, so the
+// result can be nonsense, which only makes the split uneven.
+int64_t lines_before(const Job& job, int64_t bag) {
+  const uint64_t rows = static_cast<uint64_t>(offset_of(job.bags, bag)) - static_cast<uint64_t>(offset_of(job.bags, 0));
+  const uint64_t bounded = std::min(rows, static_cast<uint64_t>(job.bags.num_indices));
+  return static_cast<int64_t>(bounded) * lines_of(job.table) + bag;
+}
+
+void pool_range(const Job& job, int64_t first, int64_t last, float* scratch, Fault* fault) {
+  const EmbeddingBagKernels& k = kernels();
+  if (job.bags.pooling == Pooling::max) {
+    k.pool_max(job.table, job.bags, job.out, job.argmax, first, last, scratch, fault);
+  } else {
+    k.pool(job.table, job.bags, job.out, first, last, scratch, fault);
+  }
+}
+
+// Runs every job, split over threads by the lines they touch; raises the first fault in the order of the bags.
+void run(const std::vector<Job>& jobs, bool named_by_feature) {
+  std::vector<int64_t> start(jobs.size() + 1, 0);  // lines before each job
+  int64_t max_dim = 0;
+  for (size_t j = 0; j < jobs.size(); ++j) {
+    start[j + 1] = start[j] + lines_before(jobs[j], jobs[j].bags.num_bags);
+    max_dim = std::max(max_dim, jobs[j].table.dim);
+  }
+  const int64_t pieces = threads_for(start.back());
+  struct Place {
+    size_t job;
+    int64_t bag;
+  };
+  const auto place_at = [&](int64_t piece) -> Place {
+    if (piece == 0) return {0, 0};
+    if (piece == pieces) return {jobs.size(), 0};
+    const int64_t target = static_cast<int64_t>(static_cast<double>(start.back()) * piece / pieces);
+    const size_t j = std::upper_bound(start.begin(), start.end(), target) - start.begin() - 1;
+    int64_t low = 0, high = jobs[j].bags.num_bags;
+    while (low < high) {
+      const int64_t middle = low + (high - low) / 2;
+      if (start[j] + lines_before(jobs[j], middle) < target) low = middle + 1;
+      else high = middle;
+    }
+    return {j, low};
+  };
+  struct Outcome {
+    size_t job = 0;
+    Fault fault{FaultKind::none, 0, 0};
+  };
+  std::vector<Outcome> outcomes(static_cast<size_t>(pieces));
+  const auto work = [&](int64_t piece) {
+    std::unique_ptr<float[]> scratch(new float[static_cast<size_t>(2 * max_dim + 1)]);
+    Outcome& outcome = outcomes[static_cast<size_t>(piece)];
+    const Place from = place_at(piece), to = place_at(piece + 1);
+    for (size_t j = from.job; j < jobs.size() && (j < to.job || (j == to.job && to.bag > 0)); ++j) {
+      const int64_t first = j == from.job ? from.bag : 0;
+      const int64_t last = j == to.job ? to.bag : jobs[j].bags.num_bags;
+      if (first >= last) continue;
+      if (j + 1 < jobs.size()) kernels().warm(jobs[j + 1].table, jobs[j + 1].bags);
+      pool_range(jobs[j], first, last, scratch.get(), &outcome.fault);
+      outcome.job = j;
+      if (outcome.fault.kind != FaultKind::none) return;
+    }
+  };
+  if (pieces == 1) {
+    work(0);
+  } else {
+    torch::stable::parallel_for(0, pieces, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t piece = begin; piece < end; ++piece) work(piece);
+    });
+  }
+  for (const Outcome& outcome : outcomes) {
+    if (outcome.fault.kind == FaultKind::none) continue;
+    const Job& job = jobs[outcome.job];
+    Fault fault = outcome.fault;
+    if (fault.kind == FaultKind::offset) fault.position += job.offset_base;
+    const std::string table = named_by_feature ? "the table of feature #" + std::to_string(outcome.job) : "a table";
+    raise_fault(fault, job.bags, job.table.num_rows, table);
+  }
+}
+
+Job single_job(const Table& table, const Bags& bags, const Tensor& out, RowType out_type, int64_t* argmax,
+               bool zero_start = true) {
+  if (zero_start && bags.offsets != nullptr && bags.num_bags > 0 && offset_of(bags, 0) != 0) {
+    raise_fault({FaultKind::offset, 0, offset_of(bags, 0)}, bags, table.num_rows, "");
+  }
+  return {table, bags, {out.data_ptr(), table.dim, out_type}, argmax, 0};
+}
+
+Tensor embedding_bag(const Tensor& weight_arg, const Tensor& indices, const std::optional<Tensor>& offsets,
+                     const std::optional<Tensor>& per_sample_weights, int64_t mode, int64_t padding_idx,
+                     bool include_last_offset) {
+  const BagArguments args(indices, offsets, per_sample_weights, mode, padding_idx, include_last_offset);
+  const Tensor weight = rk::with_contiguous_rows(weight_arg, "weight");
+  const Table table = float_table(weight, "weight");
+  Tensor out = torch::stable::empty({args.bags.num_bags, table.dim}, weight.scalar_type());
+  run({single_job(table, args.bags, out, table.type, nullptr)}, false);
+  return out;
+}
+
+std::tuple<Tensor, Tensor> embedding_bag_max(const Tensor& weight_arg, const Tensor& indices,
+                                             const std::optional<Tensor>& offsets, int64_t padding_idx,
+                                             bool include_last_offset, bool zero_start) {
+  const BagArguments args(indices, offsets, std::nullopt, 2, padding_idx, include_last_offset);
+  const Tensor weight = rk::with_contiguous_rows(weight_arg, "weight");
+  const Table table = float_table(weight, "weight");
+  Tensor out = torch::stable::empty({args.bags.num_bags, table.dim}, weight.scalar_type());
+  Tensor argmax = torch::stable::empty({args.bags.num_bags, table.dim}, ScalarType::Long);
+  int64_t* rows = static_cast<int64_t*>(argmax.data_ptr());
+  run({single_job(table, args.bags, out, table.type, rows, zero_start)}, false);
+  return {out, argmax};
+}
+
+Tensor quantized_embedding_bag(const Tensor& weight_arg, const Tensor& scale_bias, int64_t exponent,
+                               int64_t embedding_dim, int64_t bits, const Tensor& indices,
+                               const std::optional<Tensor>& offsets,
+                               const std::optional<Tensor>& per_sample_weights, int64_t mode, int64_t padding_idx,
+                               bool include_last_offset, ScalarType dtype) {
+  const BagArguments args(indices, offsets, per_sample_weights, mode, padding_idx, include_last_offset);
+  const Tensor weight = rk::with_contiguous_rows(weight_arg, "weight");
+  const Table table = quantized_table(weight, scale_bias, exponent, embedding_dim, bits);
+  Tensor out = torch::stable::empty({args.bags.num_bags, embedding_dim}, dtype);
+  run({single_job(table, args.bags, out, float_type(dtype, "dtype"), nullptr)}, false);
+  return out;
+}
+
+// ---- many tables -----------------------------------------------------------------------------------------------
+
+// The columns of `plan`, one row a feature.
+enum PlanColumn : int64_t { plan_table, plan_dim, plan_column, plan_pooling, plan_bits, plan_exponent, plan_columns };
+
+Tensor embedding_bag_collection(const std::vector<Tensor>& weights, const std::vector<Tensor>& scale_bias,
+                                const Tensor& plan_arg, const Tensor& indices_arg, const Tensor& offsets_arg,
+                                const std::optional<Tensor>& per_sample_weights, int64_t total_dim,
+                                ScalarType dtype) {
+  const Integers plan(plan_arg, "plan");
+  check(plan_arg.dim() == 2 && plan_arg.size(1) == plan_columns && plan.is_64, "plan must be int64 of shape [F, ",
+        static_cast<int64_t>(plan_columns), "]");
+  check(weights.size() == scale_bias.size(), "weights and scale_bias must have one entry for each table");
+  const int64_t features = plan_arg.size(0);
+  BagArguments args(indices_arg, offsets_arg, per_sample_weights, 0, -1, true);
+  const int64_t all_bags = args.bags.num_bags;
+  check(features > 0 && all_bags % features == 0, "offsets must have F*B+1 entries for F = ", features,
+        " features, but has ", all_bags + 1);
+  const int64_t batch = all_bags / features;
+  const RowType out_type = float_type(dtype, "dtype");
+  Tensor out = torch::stable::empty({batch, total_dim}, dtype);
+  if (batch == 0) return out;
+  char* data = static_cast<char*>(out.data_ptr());
+  std::vector<Tensor> rows;  // keeps contiguous copies alive
+  rows.reserve(weights.size());
+  for (const Tensor& w : weights) rows.push_back(rk::with_contiguous_rows(w, "weights"));
+  std::vector<Job> jobs(static_cast<size_t>(features));
+  for (int64_t f = 0; f < features; ++f) {
+    const int64_t* p = static_cast<const int64_t*>(plan.data) + f * plan_columns;
+    check(p[plan_table] >= 0 && p[plan_table] < static_cast<int64_t>(rows.size()) && p[plan_dim] >= 0 &&
+              p[plan_column] >= 0 && p[plan_column] + p[plan_dim] <= total_dim && p[plan_pooling] >= 0 &&
+              p[plan_pooling] <= 2,
+          "plan row ", f, " does not fit the tables or total_dim");
+    const Tensor& weight = rows[static_cast<size_t>(p[plan_table])];
+    Job& job = jobs[static_cast<size_t>(f)];
+    job.table = p[plan_bits] == 0 ? float_table(weight, "weights")
+                                  : quantized_table(weight, scale_bias[static_cast<size_t>(p[plan_table])],
+                                                    p[plan_exponent], p[plan_dim], p[plan_bits]);
+    check(job.table.dim == p[plan_dim], "plan row ", f, " says ", p[plan_dim], " columns, but the table has ",
+          job.table.dim);
+    check((job.table.type == RowType::f64) == (out_type == RowType::f64),
+          "float64 tables need a float64 output and can't be mixed with others");
+    job.bags = args.bags;
+    job.bags.num_bags = batch;
+    job.bags.pooling = static_cast<Pooling>(p[plan_pooling]);
+    job.bags.offsets = static_cast<const char*>(args.bags.offsets) + f * batch * (args.bags.offsets_64 ? 8 : 4);
+    job.out = {data + p[plan_column] * out.element_size(), total_dim, out_type};
+    job.argmax = nullptr;
+    job.offset_base = f * batch;
+  }
+  if (offset_of(jobs[0].bags, 0) != 0) {
+    raise_fault({FaultKind::offset, 0, offset_of(jobs[0].bags, 0)}, args.bags, 0, "");
+  }
+  run(jobs, true);
+  return out;
+}
+
+// ---- backward --------------------------------------------------------------------------------------------------
+
+// Boundaries of row ranges with about equal work (rows written and contributions added), from a coarse histogram.
+std::vector<int64_t> split_rows(const Bags& bags, int64_t num_rows, int64_t pieces) {
+  constexpr int64_t buckets = 1024;
+  int shift = 0;
+  while ((num_rows - 1) >> shift >= buckets) ++shift;
+  const int64_t width = int64_t{1} << shift;
+  const int64_t used = ((num_rows - 1) >> shift) + 1;
+  std::vector<int64_t> cost(static_cast<size_t>(used), width);
+  for (int64_t i = 0; i < bags.num_indices; ++i) {
+    const int64_t index = bags.indices_64 ? static_cast<const int64_t*>(bags.indices)[i]
+                                          : static_cast<const int32_t*>(bags.indices)[i];
+    if (index >= 0 && index < num_rows) cost[static_cast<size_t>(index >> shift)] += 4;
+  }
+  int64_t total = 0, sum = 0;
+  for (int64_t c : cost) total += c;
+  std::vector<int64_t> bounds{0};
+  for (int64_t b = 0; b < used && static_cast<int64_t>(bounds.size()) < pieces; ++b) {
+    sum += cost[static_cast<size_t>(b)];
+    if (sum * pieces >= total * static_cast<int64_t>(bounds.size())) bounds.push_back(std::min(num_rows, (b + 1) * width));
+  }
+  bounds.push_back(num_rows);
+  return bounds;
+}
+
+Tensor embedding_bag_backward(const Tensor& grad_arg, const Tensor& indices, const std::optional<Tensor>& offsets,
+                              const std::optional<Tensor>& per_sample_weights, int64_t mode, int64_t padding_idx,
+                              bool include_last_offset, int64_t num_embeddings) {
+  const BagArguments args(indices, offsets, per_sample_weights, mode, padding_idx, include_last_offset);
+  check(mode != 2, "the gradient of max pooling is not a weighted sum: use argmax");
+  const Tensor grad = rk::with_contiguous_rows(grad_arg, "grad");
+  check(grad.size(0) == args.bags.num_bags, "grad must have one row for each of the ", args.bags.num_bags,
+        " bags, but has ", grad.size(0));
+  check(num_embeddings >= 0 && num_embeddings <= UINT32_MAX, "num_embeddings must be below 2^32");
+  const RowType type = float_type(grad.scalar_type(), "grad");
+  const int64_t dim = grad.size(1);
+  Tensor out = torch::stable::empty({num_embeddings, dim}, grad.scalar_type());
+  const Matrix source{grad.data_ptr(), grad.stride(0), type}, target{out.data_ptr(), dim, type};
+  const int64_t row_lines = (dim * grad.element_size() + 63) / 64;
+  const int64_t pieces = threads_for((num_embeddings + args.bags.num_indices) * row_lines);
+  const std::vector<int64_t> bounds =
+      pieces > 1 ? split_rows(args.bags, num_embeddings, pieces) : std::vector<int64_t>{0, num_embeddings};
+  std::vector<Fault> faults(bounds.size() - 1, Fault{FaultKind::none, 0, 0});
+  const auto work = [&](int64_t piece) {
+    const size_t entries = static_cast<size_t>(args.bags.num_indices);
+    std::unique_ptr<Contribution[]> list(new Contribution[2 * entries]);
+    std::unique_ptr<float[]> scratch(new float[static_cast<size_t>(dim)]);
+    const int64_t first = bounds[static_cast<size_t>(piece)], last = bounds[static_cast<size_t>(piece) + 1];
+    Fault* fault = &faults[static_cast<size_t>(piece)];
+    const int64_t count =
+        kernels().collect(args.bags, num_embeddings, first, last, list.get(), list.get() + entries, fault);
+    if (fault->kind != FaultKind::none) return;
+    kernels().reduce(source, list.get(), count, target, dim, first, last, scratch.get());
+  };
+  torch::stable::parallel_for(0, static_cast<int64_t>(faults.size()), 1, [&](int64_t begin, int64_t end) {
+    for (int64_t piece = begin; piece < end; ++piece) work(piece);
+  });
+  // Every piece checks every index, so all of them found the same fault.
+  if (faults[0].kind != FaultKind::none) raise_fault(faults[0], args.bags, num_embeddings, "a table");
+  return out;
+}
+
+Tensor embedding_bag_weights_backward(const Tensor& grad_arg, const Tensor& weight_arg, const Tensor& indices,
+                                      const std::optional<Tensor>& offsets, int64_t mode, int64_t padding_idx,
+                                      bool include_last_offset) {
+  const BagArguments args(indices, offsets, std::nullopt, mode, padding_idx, include_last_offset);
+  const Tensor weight = rk::with_contiguous_rows(weight_arg, "weight");
+  const Tensor grad = rk::with_contiguous_rows(grad_arg, "grad");
+  const Table table = float_table(weight, "weight");
+  const RowType type = float_type(grad.scalar_type(), "grad");
+  check(type == table.type, "grad must have the type of weight");
+  check(grad.size(0) == args.bags.num_bags && grad.size(1) == table.dim, "grad must have shape [",
+        args.bags.num_bags, ", ", table.dim, "]");
+  Tensor out = torch::stable::new_zeros(grad, indices.sizes());
+  const Matrix source{grad.data_ptr(), grad.stride(0), type}, target{out.data_ptr(), 1, type};
+  const Job job{table, args.bags, target, nullptr, 0};
+  const int64_t pieces = threads_for(lines_before(job, args.bags.num_bags));
+  std::vector<Fault> faults(static_cast<size_t>(pieces), Fault{FaultKind::none, 0, 0});
+  torch::stable::parallel_for(0, pieces, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t piece = begin; piece < end; ++piece) {
+      const int64_t first = args.bags.num_bags * piece / pieces, last = args.bags.num_bags * (piece + 1) / pieces;
+      kernels().weights_gradient(table, args.bags, source, target, first, last, &faults[static_cast<size_t>(piece)]);
+    }
+  });
+  for (const Fault& fault : faults) {
+    if (fault.kind != FaultKind::none) raise_fault(fault, args.bags, table.num_rows, "a table");
+  }
+  return out;
+}
+
+// ---- quantization ----------------------------------------------------------------------------------------------
+
+// Writes into tensors of the caller, who decides where the table lives (huge pages, aligned rows).
+void quantize_rowwise(const Tensor& weight_arg, int64_t bits, int64_t exponent, const Tensor& rows,
+                      const Tensor& scale_bias) {
+  const Tensor weight = rk::with_contiguous_rows(weight_arg, "weight");
+  const Table source = float_table(weight, "weight");
+  if (source.dim == 0 || source.num_rows == 0) return;
+  rk::check_dim(rows, 2, "rows");
+  const Table target = quantized_table(rows, scale_bias, exponent, source.dim, bits);
+  check(target.num_rows == source.num_rows && rows.stride(1) == 1, "rows must have ", source.num_rows,
+        " contiguous rows");
+  const float inverse = std::ldexp(1.0f, static_cast<int>(-exponent));
+  const int64_t pieces = threads_for(source.num_rows * lines_of(source));
+  std::vector<Fault> faults(static_cast<size_t>(pieces), Fault{FaultKind::none, 0, 0});
+  torch::stable::parallel_for(0, pieces, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t piece = begin; piece < end; ++piece) {
+      std::unique_ptr<float[]> scratch(new float[static_cast<size_t>(source.dim)]);
+      kernels().quantize(source, static_cast<int>(bits), inverse, static_cast<uint8_t*>(rows.data_ptr()),
+                         target.row_stride, static_cast<uint16_t*>(scale_bias.data_ptr()),
+                         source.num_rows * piece / pieces, source.num_rows * (piece + 1) / pieces, scratch.get(),
+                         &faults[static_cast<size_t>(piece)]);
+    }
+  });
+  for (const Fault& fault : faults) {
+    if (fault.kind != FaultKind::none) {
+      raise<std::invalid_argument>("row ", fault.position, " of weight holds NaN or infinity and can't be quantized");
+    }
+  }
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(recsys_kernels, CPU, m) {
+  m.impl("embedding_bag", TORCH_BOX(&embedding_bag));
+  m.impl("embedding_bag_max", TORCH_BOX(&embedding_bag_max));
+  m.impl("embedding_bag_backward", TORCH_BOX(&embedding_bag_backward));
+  m.impl("embedding_bag_weights_backward", TORCH_BOX(&embedding_bag_weights_backward));
+  m.impl("quantized_embedding_bag", TORCH_BOX(&quantized_embedding_bag));
+  m.impl("embedding_bag_collection", TORCH_BOX(&embedding_bag_collection));
+  m.impl("quantize_rowwise", TORCH_BOX(&quantize_rowwise));
+}

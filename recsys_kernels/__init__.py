@@ -1,0 +1,56 @@
+"""Fused recommender kernels for PyTorch."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from . import _backends, functional
+from ._backends import backend
+from ._native import native as _native_library
+from .memory import use_huge_pages
+from .ops.embedding_bag import (
+    EmbeddingBag,
+    EmbeddingBagCollection,
+    EmbeddingBagConfig,
+    QuantizedEmbedding,
+    QuantizedEmbeddingBag,
+)
+
+if TYPE_CHECKING:
+    from .compress.optimize import optimize
+    from .doctor import doctor
+    from .models import load_model
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "EmbeddingBag",
+    "EmbeddingBagCollection",
+    "EmbeddingBagConfig",
+    "QuantizedEmbedding",
+    "QuantizedEmbeddingBag",
+    "backend",
+    "doctor",
+    "functional",
+    "load_model",
+    "optimize",
+    "use_huge_pages",
+]
+
+# The operators are defined by now, so the library finds their schemas when its kernels register.
+_native_library.load()
+_backends.configure_from_environment()
+
+# Imported at first use: a program that only looks rows up pays nothing for them.
+_LATER = {"optimize": ".compress.optimize", "load_model": ".models", "doctor": ".doctor"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LATER:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(_LATER[name], __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,224 @@
+"""The command line: `recsys-kernels compress` and `recsys-kernels doctor`."""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .compress.job import JobResult, JobSettings
+
+BAD_INPUT, INTERRUPTED, TERMINATED = 2, 130, 143
+# What the extra `demo` brings; anything else that cannot be imported is a fault of this package.
+DEMO_MODULES = ("jinja2", "matplotlib", "pandas", "platformdirs", "pyarrow", "rich", "safetensors", "sklearn")
+
+_COMPRESS_HELP = """\
+Trains a ranking model (a DLRM), compresses its embedding tables to 8 and 4 bits, and reports for each
+form: AUC, log loss, bytes, and the time of a call beside the same model on plain torch modules.
+
+Without --data it uses MovieLens 100k: the files of an installed recbole, else the cache, else one
+download of the recbole wheel by pip, checked against its SHA-256.
+"""
+_COMPRESS_EXAMPLES = """\
+examples:
+  recsys-kernels compress                              the whole job on MovieLens 100k, under a minute
+  recsys-kernels compress --out report                 also write report/report.html and the model
+  recsys-kernels compress --rows 1000000               also time tables of production size
+  recsys-kernels compress --data ml-20m --epochs 1     your own data
+
+then, in Python:
+  import recsys_kernels as rk
+  model = rk.load_model("report")
+  model.predict([{"user": "196", "item": "242", "liked_items": ["302", "377"]}])
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command line; returns the exit code: 0, 2 for bad input, 130 or 143 when stopped.
+
+    Args:
+        arguments: without the program's name; `sys.argv[1:]` by default.
+    """
+    options = _parser().parse_args(arguments)
+    if options.command == "doctor":
+        return _doctor()
+    with _stop_on_sigterm():
+        try:
+            return _compress(options)
+        except KeyboardInterrupt:
+            return _fail("interrupted; nothing was written", INTERRUPTED)
+        except _TerminatedError:
+            return _fail("terminated; nothing was written", TERMINATED)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="recsys-kernels", description="Fused kernels that make recommender models cheap to run."
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    commands.add_parser("doctor", help="what this machine has, and what each operator will run on")
+    compress = commands.add_parser(
+        "compress",
+        help="train, compress and measure a recommender model on real data",
+        description=_COMPRESS_HELP,
+        epilog=_COMPRESS_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    data = compress.add_argument_group("data")
+    data.add_argument(
+        "--data",
+        type=Path,
+        metavar="PATH",
+        help="a MovieLens folder (100k, RecBole files, 1M, 20M or latest) or a Criteo TSV file, plain or .gz",
+    )
+    data.add_argument("--limit", type=_positive, metavar="N", help="use the latest N ratings, or the first N Criteo lines")
+    data.add_argument("--cache", type=Path, metavar="DIR", help="where fetched data is kept (default: your cache folder)")
+    model = compress.add_argument_group("model and training")
+    model.add_argument("--epochs", type=_positive, default=5, metavar="N", help="passes over the data (default: 5)")
+    model.add_argument("--batch-size", type=_positive, default=512, metavar="N", help="rows a step (default: 512)")
+    model.add_argument("--dim", type=_positive, default=32, metavar="N", help="width of the rows (default: 32)")
+    model.add_argument("--seed", type=int, default=0, metavar="N", help="the same seed gives the same model (default: 0)")
+    cost = compress.add_argument_group("cost")
+    cost.add_argument(
+        "--rows",
+        type=_positive,
+        metavar="N",
+        help="also time the model with every table grown to N rows of random weights (cost only, no quality)",
+    )
+    cost.add_argument("--threads", type=_positive, default=1, metavar="N", help="torch threads (default: 1)")
+    out = compress.add_argument_group("output")
+    out.add_argument(
+        "--out", type=Path, metavar="DIR", help="write report.html, report.json, overview.png and the model here"
+    )
+    out.add_argument(
+        "--save",
+        metavar="FORM",
+        help="form of the model to save: fp32, int8, int4 (default: the smallest that keeps the AUC within 0.001)",
+    )
+    return parser
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is not a positive number")
+    return value
+
+
+_positive.__name__ = "number"  # argparse's own message: invalid number value: 'x'
+
+
+def _doctor() -> int:
+    from .doctor import doctor
+
+    doctor()
+    return 0
+
+
+def _compress(options: argparse.Namespace) -> int:
+    try:
+        from . import data, models
+        from .compress import job, report, table, variants
+    except ImportError as error:
+        module = (error.name or "").split(".")[0]
+        if module not in DEMO_MODULES:
+            raise
+        return _fail(f'the command compress needs {module}: pip install "recsys_kernels[demo]"')
+    names = [variant.name for variant in variants.VARIANTS]
+    if options.save is not None and options.save not in names:
+        return _fail(f"--save {options.save}: no such form; there are {', '.join(names)}")
+    if options.save is not None and options.out is None:
+        return _fail("--save: needs --out DIR")
+    try:
+        if options.out is not None:
+            models.files.check_out(options.out, report.FILES)
+        result = _run_with_progress(_settings(options))
+        _print_table(table.summary(result))
+        if options.out is not None:
+            report.write_report(result, options.out, options.save or result.chosen)
+            print(f"report: {options.out / report.PAGE}")
+    except data.DataError as error:
+        return _fail(str(error))
+    except MemoryError:
+        return _fail("not enough memory; try --limit N or a smaller --rows")
+    except OSError as error:
+        place = f"{error.filename}: " if error.filename else ""
+        return _fail(f"{place}{error.strerror or error}")
+    return 0
+
+
+def _settings(options: argparse.Namespace) -> JobSettings:
+    from .compress.job import JobSettings
+    from .models.train import TrainSettings
+
+    training = TrainSettings(epochs=options.epochs, batch_size=options.batch_size, seed=options.seed)
+    return JobSettings(
+        data=options.data,
+        cache=options.cache,
+        limit=options.limit,
+        rows=options.rows,
+        dim=options.dim,
+        threads=options.threads,
+        training=training,
+    )
+
+
+def _run_with_progress(settings: JobSettings) -> JobResult:
+    """Runs the job with a progress bar on standard error, if that is a terminal."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from .compress.job import run
+
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f} %"), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task("starting", total=None)
+
+        def on_stage(stage: str) -> None:
+            progress.update(task, description=stage, total=None, completed=0)
+
+        def on_step(done: int, steps: int) -> None:
+            progress.update(task, total=steps, completed=done)
+
+        return run(settings, on_stage, on_step)
+
+
+def _print_table(summary: Any) -> None:
+    from rich.console import Console
+
+    console = Console()
+    if not console.is_terminal:
+        console.width = 120  # a pipe has no width; 80 columns would break the lines
+    console.print(summary)
+
+
+def _fail(message: str, code: int = BAD_INPUT) -> int:
+    print("recsys-kernels: " + " ".join(message.split()), file=sys.stderr)
+    return code
+
+
+class _TerminatedError(BaseException):
+    """SIGTERM, raised where the program stands so that scratch folders are removed on the way out."""
+
+
+@contextmanager
+def _stop_on_sigterm() -> Iterator[None]:
+    def stop(signum: int, frame: FrameType | None) -> None:
+        raise _TerminatedError
+
+    try:
+        before = signal.signal(signal.SIGTERM, stop)
+    except ValueError:  # not the main thread: whoever runs us keeps its own handlers
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -1,0 +1,281 @@
+"""Many embedding tables in one call."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from . import op
+from .bag import EmbeddingBag
+from .quantized import QuantizedEmbeddingBag
+from .reference import MODES
+
+FeatureInput = Mapping[str, tuple[torch.Tensor, torch.Tensor | None]]
+
+
+def _refresh_after_load(module: EmbeddingBagCollection, _: Any) -> None:
+    module._refresh_plan()
+
+
+@dataclass(frozen=True)
+class EmbeddingBagConfig:
+    """One table of an :class:`EmbeddingBagCollection`; the names are TorchRec's.
+
+    Attributes:
+        name: name of the table, unique in the collection; no dots.
+        num_embeddings: rows.
+        embedding_dim: columns.
+        feature_names: the features looked up in this table, each with its own columns in the output. Default: one
+            feature with the name of the table.
+        pooling: ``"sum"``, ``"mean"`` or ``"max"``.
+        weight_dtype: type of the rows; None takes the collection's.
+    """
+
+    name: str
+    num_embeddings: int
+    embedding_dim: int
+    feature_names: Sequence[str] | None = None
+    pooling: str = "sum"
+    weight_dtype: torch.dtype | None = None
+
+    def __post_init__(self) -> None:
+        if self.pooling not in MODES:
+            raise ValueError(
+                f"pooling of table {self.name!r} must be 'sum', 'mean' or 'max', but is {self.pooling!r}"
+            )
+        if self.num_embeddings < 1 or self.embedding_dim < 1:
+            raise ValueError(
+                f"table {self.name!r} must have rows and columns, but is {self.num_embeddings} x {self.embedding_dim}"
+            )
+        if not self.name or "." in self.name:
+            raise ValueError(f"a table's name must not be empty or hold a dot, but is {self.name!r}")
+        if self.feature_names is not None and not self.feature_names:
+            raise ValueError(f"feature_names of table {self.name!r} must not be empty")
+
+    @property
+    def features(self) -> tuple[str, ...]:
+        """The names of the features looked up in this table."""
+        return (self.name,) if self.feature_names is None else tuple(self.feature_names)
+
+
+class EmbeddingBagCollection(torch.nn.Module):
+    """Any number of embedding tables, looked up and pooled in one call.
+
+    Tables may differ in rows, columns, type and pooling, and several features may share one. Parameters are named as
+    in TorchRec: ``embedding_bags.<table>.weight``.
+
+    Args:
+        tables: their configs, in the order of the output's columns.
+        weight_dtype: type of tables whose config names none: float64, float32, float16 or bfloat16.
+        device: where the tables live.
+
+    Attributes:
+        embedding_bags: ``nn.ModuleDict`` of one (possibly quantized) bag a table.
+        feature_names: the F features in the order of the input and of the output's columns.
+        output_dim: sum over features of their embedding_dim.
+    """
+
+    def __init__(
+        self,
+        tables: Sequence[EmbeddingBagConfig],
+        weight_dtype: torch.dtype = torch.float32,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        bags = {
+            t.name: EmbeddingBag(
+                t.num_embeddings, t.embedding_dim, mode=t.pooling, device=device, dtype=t.weight_dtype or weight_dtype
+            )
+            for t in tables
+        }
+        self._build(tables, bags)
+
+    def _build(self, tables: Sequence[EmbeddingBagConfig], bags: Mapping[str, torch.nn.Module]) -> None:
+        self.tables = tuple(tables)
+        if not self.tables:
+            raise ValueError("a collection needs at least one table")
+        names = [t.name for t in self.tables]
+        self.feature_names = tuple(name for t in self.tables for name in t.features)
+        for what, values in (("table", names), ("feature", self.feature_names)):
+            twice = sorted({v for v in values if list(values).count(v) > 1})
+            if twice:
+                raise ValueError(f"{what} names must be unique, but {twice[0]!r} occurs more than once")
+        self.embedding_bags = torch.nn.ModuleDict(dict(bags))
+        self._table_of_feature = tuple(t.name for t in self.tables for _ in t.features)
+        self.output_dim = sum(t.embedding_dim * len(t.features) for t in self.tables)
+        self.register_buffer("_plan", torch.empty(0), persistent=False)
+        self._refresh_plan()
+        self.register_load_state_dict_post_hook(_refresh_after_load)
+
+    def _refresh_plan(self) -> None:
+        """Writes down what each feature reads and where its columns go; again whenever exponents may have changed."""
+        features, column = [], 0
+        for number, config in enumerate(self.tables):
+            bag = self.embedding_bags[config.name]
+            bits, exponent = (bag.bits, bag._exponent) if isinstance(bag, QuantizedEmbeddingBag) else (0, 0)
+            for _ in config.features:
+                dim = config.embedding_dim
+                features.append(op.FeaturePlan(number, dim, column, MODES[config.pooling], bits, exponent))
+                column += dim
+        self._features = tuple(features)
+        device = next(iter(self.embedding_bags.values())).weight.device
+        self._plan = torch.tensor([list(f) for f in features], dtype=torch.int64, device=device)
+        self._empty = torch.empty(0, dtype=torch.float16, device=device)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that all tables hold."""
+        return sum(
+            bag.nbytes if isinstance(bag, QuantizedEmbeddingBag) else bag.weight.nbytes
+            for bag in self.embedding_bags.values()
+        )
+
+    def table(self, name: str) -> torch.Tensor:
+        """The rows of a table: its parameter, or the uint8 rows of a quantized one (a view, not a copy).
+
+        Raises:
+            KeyError: no such table.
+        """
+        if name not in self.embedding_bags:
+            raise KeyError(f"no table {name!r}; the tables are {', '.join(self.embedding_bags)}")
+        return self.embedding_bags[name].weight
+
+    def quantize(self, bits: int | Mapping[str, int] = 8) -> EmbeddingBagCollection:
+        """A new collection with int8 or int4 rows (for inference); this one is not changed.
+
+        Args:
+            bits: 8 or 4, or a mapping from table names to 8 or 4; tables that it does not name are shared as they
+                are. Quantized tables stay as they are.
+        """
+        chosen = dict(bits) if isinstance(bits, Mapping) else dict.fromkeys(self.embedding_bags, bits)
+        unknown = sorted(set(chosen) - set(self.embedding_bags))
+        if unknown:
+            raise KeyError(f"no table {unknown[0]!r}; the tables are {', '.join(self.embedding_bags)}")
+        bags = {
+            name: QuantizedEmbeddingBag.from_float(bag, chosen[name])
+            if name in chosen and isinstance(bag, torch.nn.EmbeddingBag)
+            else bag
+            for name, bag in self.embedding_bags.items()
+        }
+        new = EmbeddingBagCollection.__new__(EmbeddingBagCollection)
+        torch.nn.Module.__init__(new)
+        new._build(self.tables, bags)
+        return new.train(self.training)
+
+    def forward(
+        self,
+        indices: torch.Tensor | FeatureInput,
+        offsets: torch.Tensor | None = None,
+        per_sample_weights: torch.Tensor | None = None,
+        include_last_offset: bool = False,
+    ) -> torch.Tensor:
+        """Looks up and pools every feature.
+
+        Args:
+            indices: int32 or int64 [N], feature-major: all bags of the first feature, then of the second, as in
+                FBGEMM and TorchRec. Or a mapping from every feature's name to its ``(indices [N], offsets [B])`` as
+                for ``torch.nn.EmbeddingBag``, or to ``(indices [B, L], None)``.
+            offsets: int32 or int64 [F * B + 1]; None with a mapping.
+            per_sample_weights: one factor an index, [N]; of no effect on max pooled features.
+            include_last_offset: the offsets in a mapping have B + 1 entries.
+
+        Returns:
+            [B, output_dim]; features side by side in the order of ``feature_names``. The type is the tables' common
+            type (quantized tables count with their output type), float32 when they differ.
+
+        Raises:
+            ValueError: missing or unknown features, batch sizes that differ.
+            IndexError: an index out of range; names table, feature, position, value and range.
+            RuntimeError: wrong types or offsets.
+        """
+        if not isinstance(indices, torch.Tensor):
+            if offsets is not None or per_sample_weights is not None:
+                raise ValueError("offsets and per_sample_weights don't go with a mapping of features")
+            indices, offsets = self._join(indices, include_last_offset)
+        elif offsets is None:
+            raise ValueError(f"offsets must be a tensor of F*B+1 entries (F = {len(self.feature_names)})")
+        weights, scales, dtype = self._operands()
+        if torch.compiler.is_compiling():
+            return self._lookup(weights, scales, indices, offsets, per_sample_weights, dtype)
+        try:
+            return self._lookup(weights, scales, indices, offsets, per_sample_weights, dtype)
+        except IndexError as error:
+            raise IndexError(self._with_names(str(error))) from None
+
+    def _lookup(
+        self,
+        weights: list[torch.Tensor],
+        scales: list[torch.Tensor],
+        indices: torch.Tensor,
+        offsets: torch.Tensor,
+        per_sample_weights: torch.Tensor | None,
+        dtype: torch.dtype,
+    ) -> torch.Tensor:
+        return op.embedding_bag_collection(
+            weights, scales, self._plan, self._features, indices, offsets, per_sample_weights, self.output_dim, dtype
+        )
+
+    def _operands(self) -> tuple[list[torch.Tensor], list[torch.Tensor], torch.dtype]:
+        weights, scales = [], []
+        dtype: torch.dtype | None = None
+        same = True
+        for bag in self.embedding_bags.values():
+            weights.append(bag.weight)
+            if isinstance(bag, QuantizedEmbeddingBag):
+                scales.append(bag.scale_bias)
+                one = bag.dtype
+            else:
+                scales.append(self._empty)
+                one = bag.weight.dtype
+            same = same and (dtype is None or one == dtype)
+            dtype = one
+        return weights, scales, dtype if same and dtype is not None else torch.float32
+
+    def _with_names(self, message: str) -> str:
+        def name(match: re.Match[str]) -> str:
+            feature = int(match[1])
+            return f"table {self._table_of_feature[feature]!r} (feature {self.feature_names[feature]!r})"
+
+        return re.sub(r"the table of feature #(\d+)", name, message)
+
+    def _join(self, features: FeatureInput, include_last_offset: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        """The features of a mapping in feature-major order."""
+        missing = [name for name in self.feature_names if name not in features]
+        if missing:
+            raise ValueError(f"missing features: {', '.join(missing)}")
+        unknown = [name for name in features if name not in self.feature_names]
+        if unknown:
+            raise ValueError(f"unknown features: {', '.join(unknown)}")
+        ids, starts, before = [], [], 0
+        for name in self.feature_names:
+            own, offsets = features[name]
+            if offsets is None:
+                if own.dim() != 2:
+                    raise ValueError(f"feature {name!r} has no offsets, so its indices must be 2-D, each row a bag")
+                offsets = torch.arange(own.shape[0], device=own.device) * own.shape[1]
+            elif own.dim() != 1 or offsets.dim() != 1:
+                raise ValueError(f"indices and offsets of feature {name!r} must be 1-D")
+            elif include_last_offset:
+                offsets = offsets[:-1]
+            if starts and offsets.shape[0] != starts[0].shape[0]:
+                raise ValueError(
+                    f"feature {name!r} has {offsets.shape[0]} bags, but feature {self.feature_names[0]!r} has "
+                    f"{starts[0].shape[0]}"
+                )
+            ids.append(own.reshape(-1))
+            starts.append(offsets + before)
+            before += own.numel()
+        starts.append(starts[0].new_full((1,), before))
+        return torch.cat(ids), torch.cat(starts)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> EmbeddingBagCollection:
+        super()._apply(fn, recurse)
+        self._refresh_plan()
+        return self
+
+    def extra_repr(self) -> str:
+        return f"features={len(self.feature_names)}, output_dim={self.output_dim}, nbytes={self.nbytes:,}"

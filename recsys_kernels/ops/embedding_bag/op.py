@@ -1,0 +1,389 @@
+"""The contract of the embedding-bag operators: schemas, shapes, gradients.
+
+Offsets may be None in every single-table operator: ``indices`` is then a matrix and each of its rows is a bag.
+``mode`` is 0 (sum), 1 (mean) or 2 (max); ``padding_idx`` is -1 for none. The backward operators (and embedding_bag_max
+without ``zero_start``) take offsets that start anywhere: a collection hands them one feature's part of its offsets.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from ... import _backends
+from . import reference
+from .reference import MAX, MEAN
+
+_BAGS = "Tensor indices, Tensor? offsets, Tensor? per_sample_weights, int mode, int padding_idx, bool include_last_offset"
+
+
+def _num_bags(indices: torch.Tensor, offsets: torch.Tensor | None, include_last_offset: bool) -> int:
+    if offsets is None:
+        return indices.shape[0]
+    return offsets.shape[0] - 1 if include_last_offset else offsets.shape[0]
+
+
+def _fake_embedding_bag(weight, indices, offsets, per_sample_weights, mode, padding_idx, include_last_offset):  # type: ignore[no-untyped-def]
+    return weight.new_empty(_num_bags(indices, offsets, include_last_offset), weight.shape[1])
+
+
+def _fake_embedding_bag_max(weight, indices, offsets, padding_idx, include_last_offset, zero_start):  # type: ignore[no-untyped-def]
+    shape = (_num_bags(indices, offsets, include_last_offset), weight.shape[1])
+    return weight.new_empty(shape), weight.new_empty(shape, dtype=torch.int64)
+
+
+def _fake_embedding_bag_backward(
+    grad, indices, offsets, per_sample_weights, mode, padding_idx, include_last_offset, num_embeddings
+):  # type: ignore[no-untyped-def]
+    return grad.new_empty(num_embeddings, grad.shape[1])
+
+
+def _fake_weights_backward(grad, weight, indices, offsets, mode, padding_idx, include_last_offset):  # type: ignore[no-untyped-def]
+    return grad.new_empty(indices.shape)
+
+
+def _fake_quantized_embedding_bag(
+    weight, scale_bias, exponent, embedding_dim, bits, indices, offsets, psw, mode, padding_idx, last, dtype
+):  # type: ignore[no-untyped-def]
+    return weight.new_empty(_num_bags(indices, offsets, last), embedding_dim, dtype=dtype)
+
+
+def _fake_collection(weights, scale_bias, plan, indices, offsets, per_sample_weights, total_dim, dtype):  # type: ignore[no-untyped-def]
+    return indices.new_empty((offsets.shape[0] - 1) // plan.shape[0], total_dim, dtype=dtype)
+
+
+def _fake_quantize_rowwise(weight, bits, exponent, rows, scale_bias):  # type: ignore[no-untyped-def]
+    return None
+
+
+_backends.define(
+    f"embedding_bag(Tensor weight, {_BAGS}) -> Tensor", reference.embedding_bag, _fake_embedding_bag
+)
+_backends.define(
+    "embedding_bag_max(Tensor weight, Tensor indices, Tensor? offsets, int padding_idx, bool include_last_offset,"
+    " bool zero_start) -> (Tensor, Tensor)",
+    reference.embedding_bag_max,
+    _fake_embedding_bag_max,
+)
+_backends.define(
+    f"embedding_bag_backward(Tensor grad, {_BAGS}, SymInt num_embeddings) -> Tensor",
+    reference.embedding_bag_backward,
+    _fake_embedding_bag_backward,
+)
+_backends.define(
+    "embedding_bag_weights_backward(Tensor grad, Tensor weight, Tensor indices, Tensor? offsets, int mode,"
+    " int padding_idx, bool include_last_offset) -> Tensor",
+    reference.embedding_bag_weights_backward,
+    _fake_weights_backward,
+)
+_backends.define(
+    f"quantized_embedding_bag(Tensor weight, Tensor scale_bias, int exponent, int embedding_dim, int bits, {_BAGS},"
+    " ScalarType dtype) -> Tensor",
+    reference.quantized_embedding_bag,
+    _fake_quantized_embedding_bag,
+)
+_backends.define(
+    "embedding_bag_collection(Tensor[] weights, Tensor[] scale_bias, Tensor plan, Tensor indices, Tensor offsets,"
+    " Tensor? per_sample_weights, int total_dim, ScalarType dtype) -> Tensor",
+    reference.embedding_bag_collection,
+    _fake_collection,
+)
+_backends.define(
+    "quantize_rowwise(Tensor weight, int bits, int exponent, Tensor(a!) rows, Tensor(b!) scale_bias) -> ()",
+    reference.quantize_rowwise,
+    _fake_quantize_rowwise,
+)
+_backends.register_triton(
+    f"{__package__}.triton",
+    (
+        "embedding_bag",
+        "embedding_bag_max",
+        "embedding_bag_backward",
+        "embedding_bag_weights_backward",
+        "quantized_embedding_bag",
+        "embedding_bag_collection",
+    ),
+)
+
+
+class BagSpec(NamedTuple):
+    """The parts of a call that are not tensors."""
+
+    mode: int
+    padding_idx: int
+    include_last_offset: bool
+
+
+def _needs_grad(*tensors: torch.Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+# ---- one table ---------------------------------------------------------------------------------------------------
+
+
+class _EmbeddingBag(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        weight: torch.Tensor,
+        indices: torch.Tensor,
+        offsets: torch.Tensor | None,
+        per_sample_weights: torch.Tensor | None,
+        spec: BagSpec,
+        sparse: bool,
+    ) -> torch.Tensor:
+        ctx.spec, ctx.sparse, ctx.num_embeddings = spec, sparse, weight.shape[0]
+        argmax = None
+        if spec.mode == MAX:
+            run = _backends.implementation("embedding_bag_max", weight.device)
+            out, argmax = run(weight, indices, offsets, *spec[1:], True)
+        else:
+            run = _backends.implementation("embedding_bag", weight.device)
+            out = run(weight, indices, offsets, per_sample_weights, *spec)
+        keep_weight = per_sample_weights is not None and per_sample_weights.requires_grad
+        ctx.save_for_backward(weight if keep_weight else None, indices, offsets, per_sample_weights, argmax)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        weight, indices, offsets, per_sample_weights, argmax = ctx.saved_tensors
+        grad_weight = grad_samples = None
+        if ctx.needs_input_grad[0]:
+            if argmax is not None:
+                grad_weight = _max_backward(grad, argmax, ctx.num_embeddings)
+            elif ctx.sparse:
+                grad_weight = _sparse_backward(
+                    grad, indices, offsets, per_sample_weights, ctx.spec, ctx.num_embeddings
+                )
+            else:
+                run = _backends.implementation("embedding_bag_backward", grad.device)
+                grad_weight = run(grad, indices, offsets, per_sample_weights, *ctx.spec, ctx.num_embeddings)
+        if per_sample_weights is not None and ctx.needs_input_grad[3]:
+            run = _backends.implementation("embedding_bag_weights_backward", grad.device)
+            grad_samples = run(grad, weight, indices, offsets, *ctx.spec).reshape(per_sample_weights.shape)
+        return grad_weight, None, None, grad_samples, None, None
+
+
+def _max_backward(grad: torch.Tensor, argmax: torch.Tensor, num_embeddings: int) -> torch.Tensor:
+    """Each column's gradient goes to the row its value came from; sums in float32 for 16-bit types."""
+    dtype = grad.dtype if grad.dtype == torch.float64 else torch.float32
+    values = torch.where(argmax >= 0, grad.to(dtype), 0.0)
+    out = torch.zeros(num_embeddings, grad.shape[1], dtype=dtype, device=grad.device)
+    if num_embeddings:
+        out.scatter_add_(0, argmax.clamp(min=0), values)
+    return out.to(grad.dtype)
+
+
+def _sparse_backward(
+    grad: torch.Tensor,
+    indices: torch.Tensor,
+    offsets: torch.Tensor | None,
+    per_sample_weights: torch.Tensor | None,
+    spec: BagSpec,
+    num_embeddings: int,
+) -> torch.Tensor:
+    """The gradient as a sparse tensor with one (not coalesced) row for each index, as torch gives it."""
+    bags = reference.split_bags(indices, offsets, spec.padding_idx, spec.include_last_offset, num_embeddings)
+    rows, values = reference.row_gradients(grad, bags, per_sample_weights, spec.mode)
+    shape = (num_embeddings, grad.shape[1])
+    return torch.sparse_coo_tensor(rows.unsqueeze(0), values.to(grad.dtype), shape, check_invariants=False)
+
+
+def embedding_bag(
+    weight: torch.Tensor,
+    indices: torch.Tensor,
+    offsets: torch.Tensor | None,
+    per_sample_weights: torch.Tensor | None,
+    spec: BagSpec,
+    sparse: bool = False,
+) -> torch.Tensor:
+    """Differentiable lookup over one float table; arguments are checked by the caller."""
+    if _needs_grad(weight, per_sample_weights):
+        return _EmbeddingBag.apply(weight, indices, offsets, per_sample_weights, spec, sparse)
+    run = _backends.implementation("embedding_bag", weight.device)
+    return run(weight, indices, offsets, per_sample_weights, *spec)
+
+
+# ---- one quantized table ------------------------------------------------------------------------------------------
+
+
+class QuantizedTable(NamedTuple):
+    """A quantized table as the operators take it: rows, fp16 (scale, bias) a row, and the table's exponent."""
+
+    weight: torch.Tensor
+    scale_bias: torch.Tensor
+    exponent: int
+    embedding_dim: int
+    bits: int
+
+
+class _QuantizedEmbeddingBag(torch.autograd.Function):
+    """Only per_sample_weights have a gradient: the rows are constants."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        table: QuantizedTable,
+        indices: torch.Tensor,
+        offsets: torch.Tensor | None,
+        per_sample_weights: torch.Tensor,
+        spec: BagSpec,
+        dtype: torch.dtype,
+    ) -> torch.Tensor:
+        ctx.table, ctx.spec = table, spec
+        ctx.save_for_backward(indices, offsets)
+        run = _backends.implementation("quantized_embedding_bag", indices.device)
+        return run(*table, indices, offsets, per_sample_weights, *spec, dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        indices, offsets = ctx.saved_tensors
+        grad_samples = _quantized_weights_backward(grad, ctx.table, indices, offsets, ctx.spec)
+        return None, None, None, grad_samples, None, None
+
+
+def _quantized_weights_backward(
+    grad: torch.Tensor, table: QuantizedTable, indices: torch.Tensor, offsets: torch.Tensor | None, spec: BagSpec
+) -> torch.Tensor:
+    """Gradient of per_sample_weights over quantized rows: the rows in use become a small float table of their own."""
+    run = _backends.implementation("quantized_embedding_bag", indices.device)
+    rows = run(*table, indices.reshape(-1, 1), None, None, 0, -1, False, grad.dtype)
+    position = torch.arange(indices.numel(), device=indices.device).reshape(indices.shape)
+    run = _backends.implementation("embedding_bag_weights_backward", indices.device)
+    out = run(grad, rows, position, offsets, 0, -1, spec.include_last_offset)
+    bags = reference.split_bags(
+        indices, offsets, spec.padding_idx, spec.include_last_offset, table.weight.shape[0]
+    )
+    factor = torch.zeros(indices.numel(), dtype=grad.dtype, device=grad.device)
+    one = (1.0 / bags.counts.clamp(min=1)).to(grad.dtype)[bags.bag] if spec.mode == MEAN else 1.0
+    factor[bags.position] = one
+    return out * factor.reshape(indices.shape)
+
+
+def quantized_embedding_bag(
+    table: QuantizedTable,
+    indices: torch.Tensor,
+    offsets: torch.Tensor | None,
+    per_sample_weights: torch.Tensor | None,
+    spec: BagSpec,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """Lookup over one quantized table, differentiable in per_sample_weights."""
+    if per_sample_weights is not None and _needs_grad(per_sample_weights):
+        return _QuantizedEmbeddingBag.apply(table, indices, offsets, per_sample_weights, spec, dtype)
+    run = _backends.implementation("quantized_embedding_bag", indices.device)
+    return run(*table, indices, offsets, per_sample_weights, *spec, dtype)
+
+
+# ---- many tables --------------------------------------------------------------------------------------------------
+
+
+class FeaturePlan(NamedTuple):
+    """One row of a collection's plan: which table a feature reads, and where its columns go."""
+
+    table: int
+    dim: int
+    column: int
+    mode: int
+    bits: int
+    exponent: int
+
+
+class _Collection(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        plan: torch.Tensor,
+        features: Sequence[FeaturePlan],
+        total_dim: int,
+        dtype: torch.dtype,
+        scale_bias: list[torch.Tensor],
+        indices: torch.Tensor,
+        offsets: torch.Tensor,
+        per_sample_weights: torch.Tensor | None,
+        *weights: torch.Tensor,
+    ) -> torch.Tensor:
+        ctx.features, ctx.scale_bias = features, scale_bias
+        ctx.save_for_backward(indices, offsets, per_sample_weights, *weights)
+        run = _backends.implementation("embedding_bag_collection", indices.device)
+        return run(list(weights), scale_bias, plan, indices, offsets, per_sample_weights, total_dim, dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        indices, offsets, per_sample_weights, *weights = ctx.saved_tensors
+        batch = grad.shape[0]
+        grads: list[torch.Tensor | None] = [None] * len(weights)
+        for f, (table, dim, column, mode, *_) in enumerate(ctx.features):
+            if not ctx.needs_input_grad[8 + table]:
+                continue
+            weight = weights[table]
+            part = grad[:, column : column + dim].to(weight.dtype)
+            bounds = offsets[f * batch : (f + 1) * batch + 1]
+            if mode == MAX:
+                run = _backends.implementation("embedding_bag_max", grad.device)
+                _, argmax = run(weight, indices, bounds, -1, True, False)
+                one = _max_backward(part, argmax, weight.shape[0])
+            else:
+                run = _backends.implementation("embedding_bag_backward", grad.device)
+                one = run(part, indices, bounds, per_sample_weights, mode, -1, True, weight.shape[0])
+            so_far = grads[table]
+            grads[table] = one if so_far is None else so_far.add_(one)
+        grad_samples = None
+        if per_sample_weights is not None and ctx.needs_input_grad[7]:
+            grad_samples = _collection_weights_backward(
+                grad, ctx.features, ctx.scale_bias, indices, offsets, per_sample_weights, weights
+            )
+        return None, None, None, None, None, None, None, grad_samples, *grads
+
+
+def _collection_weights_backward(
+    grad: torch.Tensor,
+    features: Sequence[FeaturePlan],
+    scale_bias: list[torch.Tensor],
+    indices: torch.Tensor,
+    offsets: torch.Tensor,
+    per_sample_weights: torch.Tensor,
+    weights: Sequence[torch.Tensor],
+) -> torch.Tensor:
+    out = torch.zeros_like(per_sample_weights)
+    batch = grad.shape[0]
+    starts = offsets[::batch].tolist() if batch else [0] * (len(features) + 1)
+    for f, (table, dim, column, mode, bits, exponent) in enumerate(features):
+        part = grad[:, column : column + dim]
+        bounds = offsets[f * batch : (f + 1) * batch + 1] - starts[f]
+        own = indices[starts[f] : starts[f + 1]]
+        spec = BagSpec(mode, -1, True)
+        if bits:
+            quantized = QuantizedTable(weights[table], scale_bias[table], exponent, dim, bits)
+            one = _quantized_weights_backward(part, quantized, own, bounds, spec)
+        else:
+            run = _backends.implementation("embedding_bag_weights_backward", grad.device)
+            one = run(part.to(weights[table].dtype), weights[table], own, bounds, *spec)
+        out[starts[f] : starts[f + 1]] = one.to(out.dtype)
+    return out
+
+
+def embedding_bag_collection(
+    weights: list[torch.Tensor],
+    scale_bias: list[torch.Tensor],
+    plan: torch.Tensor,
+    features: Sequence[FeaturePlan],
+    indices: torch.Tensor,
+    offsets: torch.Tensor,
+    per_sample_weights: torch.Tensor | None,
+    total_dim: int,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """Differentiable lookup over many tables. ``plan`` is ``features`` as an int64 tensor on the tables' device."""
+    if _needs_grad(per_sample_weights, *weights):
+        return _Collection.apply(
+            plan, features, total_dim, dtype, scale_bias, indices, offsets, per_sample_weights, *weights
+        )
+    run = _backends.implementation("embedding_bag_collection", indices.device)
+    return run(weights, scale_bias, plan, indices, offsets, per_sample_weights, total_dim, dtype)

@@ -1,0 +1,261 @@
+"""Embedding tables with int8 or int4 rows."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+
+from ... import _backends, functional, memory
+from .bag import EmbeddingBag
+from .op import BagSpec, QuantizedTable, quantized_embedding_bag
+
+_BITS = (8, 4)
+# Rows dequantized at a time by to_float.
+_BLOCK_ROWS = 1 << 18
+
+
+def _quantized_columns(embedding_dim: int, bits: int) -> int:
+    return embedding_dim if bits == 8 else (embedding_dim + 1) // 2
+
+
+def _table_exponent(weight: torch.Tensor) -> int:
+    """The power of two that brings the table's largest magnitude to [2^13, 2^14).
+
+    Scale and bias are kept as float16: relative to the table, so that neither tables of 1e-6 (many recommenders
+    initialise with a deviation of 1e-4) nor of 1e6 lose precision.
+    """
+    if weight.numel() == 0:
+        return 0
+    low, high = weight.aminmax()
+    largest = max(abs(low.item()), abs(high.item()))
+    if largest == 0.0 or not math.isfinite(largest):
+        return 0
+    return min(126, max(-126, math.frexp(largest)[1] - 14))
+
+
+class _Quantized(torch.nn.Module):
+    """What the quantized modules share: the table, its state and its conversion."""
+
+    weight: torch.Tensor
+    scale_bias: torch.Tensor
+    exponent: torch.Tensor
+
+    def __init__(
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        bits: int,
+        padding_idx: int | None,
+        dtype: torch.dtype,
+        device: torch.device | str | None,
+    ) -> None:
+        super().__init__()
+        if bits not in _BITS:
+            raise ValueError(f"bits must be 8 or 4, but is {bits!r}")
+        if num_embeddings < 0 or embedding_dim < 1:
+            raise ValueError(f"a table of {num_embeddings} x {embedding_dim} cannot be quantized")
+        self.num_embeddings, self.embedding_dim, self.bits = num_embeddings, embedding_dim, bits
+        self.padding_idx, self.dtype = padding_idx, dtype
+        rows = memory.empty_rows(num_embeddings, _quantized_columns(embedding_dim, bits), device=device)
+        self.register_buffer("weight", rows)
+        self.register_buffer("scale_bias", memory.empty(num_embeddings, 2, dtype=torch.float16, device=device))
+        self.register_buffer("exponent", torch.zeros((), dtype=torch.int64, device="cpu"))
+        self._exponent = 0
+
+    def _quantize(self, weight: torch.Tensor) -> None:
+        weight = weight.detach()
+        self._exponent = _table_exponent(weight)
+        self.exponent.fill_(self._exponent)
+        run = _backends.implementation("quantize_rowwise", weight.device)
+        run(weight, self.bits, self._exponent, self.weight, self.scale_bias)
+
+    @property
+    def table(self) -> QuantizedTable:
+        """The table as the operators take it."""
+        return QuantizedTable(self.weight, self.scale_bias, self._exponent, self.embedding_dim, self.bits)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that rows, scales and biases hold."""
+        return sum(b.untyped_storage().nbytes() for b in (self.weight, self.scale_bias))
+
+    def dequantize(self) -> torch.Tensor:
+        """The whole table as floats, [num_embeddings, embedding_dim] of type ``self.dtype``."""
+        out = memory.empty(self.num_embeddings, self.embedding_dim, dtype=self.dtype, device=self.weight.device)
+        spec = BagSpec(0, -1, False)
+        for start in range(0, self.num_embeddings, _BLOCK_ROWS):
+            end = min(start + _BLOCK_ROWS, self.num_embeddings)
+            ids = torch.arange(start, end, device=self.weight.device).unsqueeze(1)
+            out[start:end] = quantized_embedding_bag(self.table, ids, None, None, spec, self.dtype)
+        return out
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        # Padding between rows is of this machine, not of the format.
+        destination[prefix + "weight"] = destination[prefix + "weight"].contiguous()
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        self._exponent = int(self.exponent)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> _Quantized:
+        # .half() and .to(dtype) choose the type of the output; the stored table has its own types. Moving to another
+        # device moves it, and the exponent, which the host reads, stays where it is.
+        before, exponent = self.weight.data_ptr(), self.exponent
+        scale_bias = self.scale_bias
+        super()._apply(fn, recurse)
+        probe = fn(torch.empty(0, dtype=self.dtype))
+        self.dtype = probe.dtype
+        if self.scale_bias.dtype != torch.float16:
+            self.scale_bias = scale_bias.to(self.scale_bias.device)
+        self.exponent = exponent
+        if self.weight.data_ptr() != before:
+            memory.use_huge_pages(self.weight)
+        return self
+
+    def extra_repr(self) -> str:
+        parts = [f"{self.num_embeddings}, {self.embedding_dim}, bits={self.bits}"]
+        if self.padding_idx is not None:
+            parts.append(f"padding_idx={self.padding_idx}")
+        return ", ".join(parts)
+
+
+class QuantizedEmbeddingBag(_Quantized):
+    """``torch.nn.EmbeddingBag`` over int8 or int4 rows: a quarter or an eighth of the bytes. For inference.
+
+    Each row has a scale and a bias of its own (row-wise asymmetric quantization, as in FBGEMM and in Guan et al.,
+    "Post-Training 4-bit Quantization on Embedding Tables", 2019), kept as float16 relative to a power of two for the
+    whole table. The error of an element is at most half a step of its row: range / 510 (int8) or / 30 (int4).
+
+    Buffers (``state_dict``): ``weight`` uint8 [num_embeddings, embedding_dim] (int4: [..., ceil(embedding_dim / 2)],
+    the even element in the low half of a byte), ``scale_bias`` float16 [num_embeddings, 2], ``exponent`` int64
+    scalar. An element is ``(q * scale + bias) * 2**exponent``.
+
+    Args:
+        num_embeddings, embedding_dim, mode, padding_idx, include_last_offset: as in ``torch.nn.EmbeddingBag``.
+        bits: 8 or 4.
+        dtype: type of the output. Sums are taken in float32.
+        device: where the table lives.
+    """
+
+    def __init__(
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        bits: int = 8,
+        mode: str = "mean",
+        include_last_offset: bool = False,
+        padding_idx: int | None = None,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str | None = None,
+    ) -> None:
+        spec = functional.bag_spec(mode, padding_idx, include_last_offset, num_embeddings)
+        padding_idx = None if padding_idx is None else spec.padding_idx
+        super().__init__(num_embeddings, embedding_dim, bits, padding_idx, dtype, device)
+        self._spec = spec
+        self.mode, self.include_last_offset = mode, include_last_offset
+
+    @classmethod
+    def from_float(cls, bag: torch.nn.EmbeddingBag, bits: int = 8) -> QuantizedEmbeddingBag:
+        """Quantizes a float bag, without a second float copy of its table. The bag itself is not changed.
+
+        Raises:
+            ValueError: ``bits`` is not 8 or 4, or a row holds NaN or infinity (named).
+            NotImplementedError: the bag has ``max_norm``, which would change rows at every lookup.
+        """
+        if bag.max_norm is not None:
+            raise NotImplementedError("a bag with max_norm changes its rows at every lookup and can't be quantized")
+        weight = bag.weight
+        new = cls(
+            bag.num_embeddings,
+            bag.embedding_dim,
+            bits,
+            bag.mode,
+            bag.include_last_offset,
+            bag.padding_idx,
+            weight.dtype,
+            weight.device,
+        )
+        new._quantize(weight)
+        return new.train(bag.training)
+
+    def to_float(self) -> EmbeddingBag:
+        """A float bag with the dequantized rows."""
+        return EmbeddingBag(
+            self.num_embeddings,
+            self.embedding_dim,
+            mode=self.mode,
+            _weight=self.dequantize(),
+            include_last_offset=self.include_last_offset,
+            padding_idx=self.padding_idx,
+        ).train(self.training)
+
+    def forward(
+        self,
+        input: torch.Tensor,
+        offsets: torch.Tensor | None = None,
+        per_sample_weights: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Looks up and pools bags: ``input`` [B, L], or [N] with ``offsets`` [B]; returns [B, embedding_dim].
+
+        Errors are those of :func:`recsys_kernels.functional.embedding_bag`.
+        """
+        functional._check_bags(input, offsets, per_sample_weights)
+        if per_sample_weights is not None and self.mode == "max":
+            raise NotImplementedError("embedding_bag: per_sample_weights need mode 'sum' or 'mean', not 'max'")
+        return quantized_embedding_bag(self.table, input, offsets, per_sample_weights, self._spec, self.dtype)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, mode={self.mode!r}"
+
+
+class QuantizedEmbedding(_Quantized):
+    """``torch.nn.Embedding`` over int8 or int4 rows: no pooling, indices of any shape. For inference.
+
+    Format and error: see :class:`QuantizedEmbeddingBag`.
+    """
+
+    def __init__(
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        bits: int = 8,
+        padding_idx: int | None = None,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__(num_embeddings, embedding_dim, bits, padding_idx, dtype, device)
+
+    @classmethod
+    def from_float(cls, embedding: torch.nn.Embedding, bits: int = 8) -> QuantizedEmbedding:
+        """Quantizes a float embedding, without a second float copy of its table.
+
+        Raises:
+            ValueError: ``bits`` is not 8 or 4, or a row holds NaN or infinity (named).
+            NotImplementedError: the embedding has ``max_norm``.
+        """
+        if embedding.max_norm is not None:
+            raise NotImplementedError("an embedding with max_norm changes its rows at every lookup")
+        weight = embedding.weight
+        new = cls(
+            embedding.num_embeddings, embedding.embedding_dim, bits, embedding.padding_idx, weight.dtype, weight.device
+        )
+        new._quantize(weight)
+        return new.train(embedding.training)
+
+    def to_float(self) -> torch.nn.Embedding:
+        """A float embedding with the dequantized rows."""
+        return torch.nn.Embedding(
+            self.num_embeddings, self.embedding_dim, padding_idx=self.padding_idx, _weight=self.dequantize()
+        ).train(self.training)
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """Looks up int32 or int64 indices of any shape; returns [*input.shape, embedding_dim].
+
+        Raises:
+            IndexError: an index that is not a row of the table; names its position in the flat input and its value.
+        """
+        rows = quantized_embedding_bag(self.table, input.reshape(-1, 1), None, None, BagSpec(0, -1, False), self.dtype)
+        return rows.reshape(*input.shape, self.embedding_dim)

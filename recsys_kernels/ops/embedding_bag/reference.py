@@ -1,0 +1,325 @@
+"""What the embedding-bag operators compute, in plain PyTorch: the fallback anywhere and what kernels are tested with.
+
+Each function has the signature of the operator of the same name (see ``op.py`` for the schemas).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+SUM, MEAN, MAX = 0, 1, 2
+MODES = {"sum": SUM, "mean": MEAN, "max": MAX}
+
+# Rows quantized at a time: enough to keep torch busy, far less than a second copy of the table.
+_QUANTIZE_ROWS = 1 << 16
+
+
+@dataclass(frozen=True)
+class Bags:
+    """Checked indices and, for each of them, the bag it belongs to.
+
+    Attributes:
+        rows: int64 [N'], the indices that belong to a bag and are not padding.
+        bag: int64 [N'], the bag of each of them.
+        position: int64 [N'], where each stands in the flat ``indices``.
+        num_bags: number of bags.
+    """
+
+    rows: torch.Tensor
+    bag: torch.Tensor
+    position: torch.Tensor
+    num_bags: int
+
+    @property
+    def counts(self) -> torch.Tensor:
+        """int64 [num_bags], indices in each bag."""
+        return torch.zeros(self.num_bags, dtype=torch.int64, device=self.bag.device).index_add_(
+            0, self.bag, torch.ones_like(self.bag)
+        )
+
+
+def _check_offsets(offsets: torch.Tensor, num_indices: int, zero_start: bool) -> None:
+    previous = torch.cat([offsets.new_zeros(1), offsets[:-1]])
+    bad = (offsets < previous) | (offsets > num_indices)
+    if zero_start:
+        bad[:1] |= offsets[:1] != 0
+    if bad.any():
+        at = int(bad.nonzero()[0])
+        raise RuntimeError(
+            "offsets must start at 0, never decrease and not exceed the number of indices "
+            f"({num_indices}), but offsets[{at}] is {int(offsets[at])}"
+        )
+
+
+def split_bags(
+    indices: torch.Tensor,
+    offsets: torch.Tensor | None,
+    padding_idx: int,
+    include_last_offset: bool,
+    num_rows: int,
+    table: str = "a table",
+    zero_start: bool = False,
+) -> Bags:
+    """Checks indices and offsets and says which index belongs to which bag.
+
+    Raises:
+        IndexError: an index is not in [0, num_rows).
+        RuntimeError: a wrong type or number of dimensions, or offsets that decrease or point past the indices.
+    """
+    for name, tensor in (("indices", indices), ("offsets", offsets)):
+        if tensor is not None and tensor.dtype not in (torch.int32, torch.int64):
+            raise RuntimeError(f"{name} must be int32 or int64, but is {tensor.dtype}")
+    expected = 2 if offsets is None else 1
+    if indices.dim() != expected:
+        raise RuntimeError(f"indices must have {expected} dimension(s), but has {indices.dim()}")
+    flat = indices.reshape(-1).long()
+    if offsets is None:
+        num_bags, length = indices.shape
+        bounds = torch.arange(num_bags + 1, device=indices.device) * length
+    else:
+        if offsets.dim() != 1:
+            raise RuntimeError(f"offsets must have 1 dimension(s), but has {offsets.dim()}")
+        if include_last_offset and offsets.numel() == 0:
+            raise RuntimeError("include_last_offset needs at least one offset, but offsets is empty")
+        bounds = offsets.long()
+        if not include_last_offset:
+            bounds = torch.cat([bounds, bounds.new_full((1,), flat.numel())])
+        _check_offsets(bounds if bounds.numel() > 1 else bounds[:0], flat.numel(), zero_start)
+    num_bags = bounds.numel() - 1
+    bag = torch.repeat_interleave(torch.arange(num_bags, device=flat.device), bounds[1:] - bounds[:-1])
+    start = bounds[0] if num_bags else 0
+    position = torch.arange(bag.numel(), device=flat.device) + start
+    rows = flat[position]
+    bad = (rows < 0) | (rows >= num_rows)
+    if bad.any():
+        at = int(bad.nonzero()[0])
+        raise IndexError(
+            f"index {int(rows[at])} at position {int(position[at])} of indices is out of range for {table} "
+            f"with {num_rows} rows"
+        )
+    if padding_idx >= 0:
+        keep = rows != padding_idx
+        rows, bag, position = rows[keep], bag[keep], position[keep]
+    return Bags(rows, bag, position, num_bags)
+
+
+def _accumulator(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _pool(values: torch.Tensor, bags: Bags, weights: torch.Tensor | None, mode: int) -> torch.Tensor:
+    """Pools the looked-up rows, [N', D] of the accumulator type, to [num_bags, D]."""
+    if weights is not None:
+        values = values * weights.reshape(-1)[bags.position].to(values.dtype).unsqueeze(1)
+    out = values.new_zeros(bags.num_bags, values.shape[1])
+    if mode == MAX:
+        index = bags.bag.unsqueeze(1).expand_as(values)
+        return out.scatter_reduce_(0, index, values, "amax", include_self=False)
+    out.index_add_(0, bags.bag, values)
+    if mode == MEAN:
+        out /= bags.counts.clamp(min=1).unsqueeze(1)
+    return out
+
+
+def _check_weights(indices: torch.Tensor, weights: torch.Tensor | None) -> None:
+    if weights is not None and weights.numel() != indices.numel():
+        raise RuntimeError(
+            f"per_sample_weights must have one value for each of the {indices.numel()} indices, "
+            f"but has {weights.numel()}"
+        )
+
+
+def embedding_bag(
+    weight: torch.Tensor,
+    indices: torch.Tensor,
+    offsets: torch.Tensor | None,
+    per_sample_weights: torch.Tensor | None,
+    mode: int,
+    padding_idx: int,
+    include_last_offset: bool,
+) -> torch.Tensor:
+    """Lookup and pooling over one float table; sums in float32 (float64 tables: float64)."""
+    _check_weights(indices, per_sample_weights)
+    bags = split_bags(indices, offsets, padding_idx, include_last_offset, weight.shape[0], zero_start=True)
+    values = weight[bags.rows].to(_accumulator(weight.dtype))
+    return _pool(values, bags, per_sample_weights, mode).to(weight.dtype)
+
+
+def embedding_bag_max(
+    weight: torch.Tensor,
+    indices: torch.Tensor,
+    offsets: torch.Tensor | None,
+    padding_idx: int,
+    include_last_offset: bool,
+    zero_start: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Max pooling and the row that each column came from (the first of equals; -1 for an empty bag)."""
+    bags = split_bags(indices, offsets, padding_idx, include_last_offset, weight.shape[0], zero_start=zero_start)
+    values = weight[bags.rows]
+    out = _pool(values.to(_accumulator(weight.dtype)), bags, None, MAX).to(weight.dtype)
+    last = bags.rows.numel()
+    order = torch.arange(last, device=weight.device).unsqueeze(1).expand_as(values)
+    order = torch.where(values == out[bags.bag], order, last)
+    first = torch.full(out.shape, last, device=weight.device)
+    first.scatter_reduce_(0, bags.bag.unsqueeze(1).expand_as(values), order, "amin")
+    rows = torch.cat([bags.rows, bags.rows.new_full((1,), -1)])
+    return out, rows[first]
+
+
+def embedding_bag_backward(
+    grad: torch.Tensor,
+    indices: torch.Tensor,
+    offsets: torch.Tensor | None,
+    per_sample_weights: torch.Tensor | None,
+    mode: int,
+    padding_idx: int,
+    include_last_offset: bool,
+    num_embeddings: int,
+) -> torch.Tensor:
+    """Dense gradient of the table, [num_embeddings, D], for sum and mean."""
+    if mode == MAX:
+        raise RuntimeError("the gradient of max pooling is not a weighted sum: use argmax")
+    _check_weights(indices, per_sample_weights)
+    bags = split_bags(indices, offsets, padding_idx, include_last_offset, num_embeddings)
+    rows, values = row_gradients(grad, bags, per_sample_weights, mode)
+    out = values.new_zeros(num_embeddings, grad.shape[1])
+    return out.index_add_(0, rows, values).to(grad.dtype)
+
+
+def row_gradients(
+    grad: torch.Tensor, bags: Bags, per_sample_weights: torch.Tensor | None, mode: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """For each index its row and what it adds to that row's gradient, [N', D] of the accumulator type."""
+    factor = torch.ones_like(bags.bag, dtype=_accumulator(grad.dtype))
+    if mode == MEAN:
+        factor = factor / bags.counts.clamp(min=1)[bags.bag]
+    if per_sample_weights is not None:
+        factor = factor * per_sample_weights.reshape(-1)[bags.position]
+    return bags.rows, grad[bags.bag].to(factor.dtype) * factor.unsqueeze(1)
+
+
+def embedding_bag_weights_backward(
+    grad: torch.Tensor,
+    weight: torch.Tensor,
+    indices: torch.Tensor,
+    offsets: torch.Tensor | None,
+    mode: int,
+    padding_idx: int,
+    include_last_offset: bool,
+) -> torch.Tensor:
+    """Gradient of per_sample_weights, of the shape of ``indices``; zero for padding."""
+    bags = split_bags(indices, offsets, padding_idx, include_last_offset, weight.shape[0])
+    dtype = _accumulator(weight.dtype)
+    values = (weight[bags.rows].to(dtype) * grad[bags.bag].to(dtype)).sum(1)
+    if mode == MEAN:
+        values = values / bags.counts.clamp(min=1)[bags.bag]
+    out = grad.new_zeros(indices.numel(), dtype=dtype)
+    out[bags.position] = values
+    return out.to(grad.dtype).reshape(indices.shape)
+
+
+def dequantize_rows(
+    weight: torch.Tensor, scale_bias: torch.Tensor, exponent: int, embedding_dim: int, bits: int
+) -> torch.Tensor:
+    """Quantized rows [N, bytes] with their scale and bias [N, 2] as float32 [N, embedding_dim]."""
+    if bits == 4:
+        weight = torch.stack([weight & 15, weight >> 4], dim=-1).flatten(1)[:, :embedding_dim]
+    scale, bias = scale_bias.float().unbind(1)
+    return torch.ldexp(
+        weight.float() * scale.unsqueeze(1) + bias.unsqueeze(1), torch.tensor(exponent, device=weight.device)
+    )
+
+
+def quantized_embedding_bag(
+    weight: torch.Tensor,
+    scale_bias: torch.Tensor,
+    exponent: int,
+    embedding_dim: int,
+    bits: int,
+    indices: torch.Tensor,
+    offsets: torch.Tensor | None,
+    per_sample_weights: torch.Tensor | None,
+    mode: int,
+    padding_idx: int,
+    include_last_offset: bool,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """Lookup and pooling over one table of int8 or int4 rows."""
+    _check_weights(indices, per_sample_weights)
+    bags = split_bags(indices, offsets, padding_idx, include_last_offset, weight.shape[0], zero_start=True)
+    values = dequantize_rows(weight[bags.rows], scale_bias[bags.rows], exponent, embedding_dim, bits)
+    return _pool(values, bags, per_sample_weights, mode).to(dtype)
+
+
+def embedding_bag_collection(
+    weights: list[torch.Tensor],
+    scale_bias: list[torch.Tensor],
+    plan: torch.Tensor,
+    indices: torch.Tensor,
+    offsets: torch.Tensor,
+    per_sample_weights: torch.Tensor | None,
+    total_dim: int,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """Many tables in one call; ``plan`` has a row (table, dim, column, pooling, bits, exponent) for each feature."""
+    _check_weights(indices, per_sample_weights)
+    num_features = plan.shape[0]
+    if (offsets.numel() - 1) % num_features:
+        raise RuntimeError(
+            f"offsets must have F*B+1 entries for F = {num_features} features, but has {offsets.numel()}"
+        )
+    batch = (offsets.numel() - 1) // num_features
+    _check_offsets(offsets.long(), indices.numel(), zero_start=True)
+    out = torch.empty(batch, total_dim, dtype=dtype, device=indices.device)
+    for f, (table, dim, column, mode, bits, exponent) in enumerate(plan.tolist()):
+        bounds = offsets[f * batch : (f + 1) * batch + 1]
+        weight = weights[table]
+        bags = split_bags(indices, bounds, -1, True, weight.shape[0], f"the table of feature #{f}")
+        if bits:
+            values = dequantize_rows(weight[bags.rows], scale_bias[table][bags.rows], exponent, dim, bits)
+        else:
+            values = weight[bags.rows].to(_accumulator(weight.dtype))
+        out[:, column : column + dim] = _pool(values, bags, per_sample_weights, mode).to(dtype)
+    return out
+
+
+def _round_half(x: torch.Tensor, up: bool) -> torch.Tensor:
+    """float32 to the nearest float16 that is not below (``up``) or not above x."""
+    half = x.half()
+    wrong = (half.float() < x) if up else (half.float() > x)
+    bits = half.view(torch.int16)
+    zero = torch.tensor(0x0001 if up else -0x7FFF, dtype=torch.int16, device=x.device)
+    away = (bits >= 0) == up
+    moved = torch.where(bits & 0x7FFF == 0, zero, bits + torch.where(away, 1, -1).to(torch.int16))
+    return torch.where(wrong, moved, bits).view(torch.float16)
+
+
+def quantize_rowwise(
+    weight: torch.Tensor, bits: int, exponent: int, rows: torch.Tensor, scale_bias: torch.Tensor
+) -> None:
+    """Writes the quantized rows and their scale and bias into ``rows`` and ``scale_bias``.
+
+    Row-wise asymmetric quantization: bias = minimum, scale = range / (2^bits - 1), both as float16 in units of
+    2^exponent and rounded outwards, so that no element is clipped and the error is at most half a step.
+    """
+    levels = 255.0 if bits == 8 else 15.0
+    for start in range(0, weight.shape[0], _QUANTIZE_ROWS):
+        block = slice(start, start + _QUANTIZE_ROWS)
+        x = weight[block].float()
+        bad = ~torch.isfinite(x).all(1)
+        if bad.any():
+            row = start + int(bad.nonzero()[0])
+            raise ValueError(f"row {row} of weight holds NaN or infinity and can't be quantized")
+        x = torch.ldexp(x, torch.tensor(-exponent, device=x.device))
+        low, high = x.aminmax(dim=1)
+        bias = _round_half(low, up=False)
+        scale = _round_half((high - bias.float()) / levels, up=True)
+        inverse = torch.where(scale > 0, 1.0 / scale.float(), 0.0)
+        q = ((x - bias.float().unsqueeze(1)) * inverse.unsqueeze(1)).clamp(max=levels).round().to(torch.uint8)
+        if bits == 4:
+            q = torch.nn.functional.pad(q, (0, q.shape[1] % 2))
+            q = q[:, 0::2] | q[:, 1::2] << 4
+        rows[block] = q
+        scale_bias[block] = torch.stack([scale, bias], dim=1)
