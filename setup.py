@@ -13,6 +13,7 @@ import subprocess
 import sys
 import sysconfig
 from pathlib import Path
+from typing import ClassVar
 
 from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
@@ -103,8 +104,8 @@ def ninja_file(cxx: str, torch_dir: Path, target: Path, extra: list[str]) -> str
 class BuildNative(build_ext):
     """build_ext through ninja. Without a compiler the package is built without the library and says so."""
 
-    user_options = [*build_ext.user_options, ("sanitize", None, "build with AddressSanitizer and UBSan")]
-    boolean_options = [*build_ext.boolean_options, "sanitize"]
+    user_options: ClassVar = [*build_ext.user_options, ("sanitize", None, "build with AddressSanitizer and UBSan")]
+    boolean_options: ClassVar = [*build_ext.boolean_options, "sanitize"]
 
     def initialize_options(self) -> None:
         super().initialize_options()

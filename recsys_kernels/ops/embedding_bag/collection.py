@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -44,9 +44,7 @@ class EmbeddingBagConfig:
 
     def __post_init__(self) -> None:
         if self.pooling not in MODES:
-            raise ValueError(
-                f"pooling of table {self.name!r} must be 'sum', 'mean' or 'max', but is {self.pooling!r}"
-            )
+            raise ValueError(f"pooling of table {self.name!r} must be 'sum', 'mean' or 'max', but is {self.pooling!r}")
         if self.num_embeddings < 1 or self.embedding_dim < 1:
             raise ValueError(
                 f"table {self.name!r} must have rows and columns, but is {self.num_embeddings} x {self.embedding_dim}"
@@ -114,25 +112,24 @@ class EmbeddingBagCollection(torch.nn.Module):
     def _refresh_plan(self) -> None:
         """Writes down what each feature reads and where its columns go; again whenever exponents may have changed."""
         features, column = [], 0
-        for number, config in enumerate(self.tables):
-            bag = self.embedding_bags[config.name]
+        for number, (config, bag) in enumerate(zip(self.tables, self._bags(), strict=True)):
             bits, exponent = (bag.bits, bag._exponent) if isinstance(bag, QuantizedEmbeddingBag) else (0, 0)
             for _ in config.features:
                 dim = config.embedding_dim
                 features.append(op.FeaturePlan(number, dim, column, MODES[config.pooling], bits, exponent))
                 column += dim
         self._features = tuple(features)
-        device = next(iter(self.embedding_bags.values())).weight.device
+        device = self._bags()[0].weight.device
         self._plan = torch.tensor([list(f) for f in features], dtype=torch.int64, device=device)
         self._empty = torch.empty(0, dtype=torch.float16, device=device)
+
+    def _bags(self) -> list[EmbeddingBag | QuantizedEmbeddingBag]:
+        return cast("list[EmbeddingBag | QuantizedEmbeddingBag]", list(self.embedding_bags.values()))
 
     @property
     def nbytes(self) -> int:
         """Bytes that all tables hold."""
-        return sum(
-            bag.nbytes if isinstance(bag, QuantizedEmbeddingBag) else bag.weight.nbytes
-            for bag in self.embedding_bags.values()
-        )
+        return sum(bag.nbytes if isinstance(bag, QuantizedEmbeddingBag) else bag.weight.nbytes for bag in self._bags())
 
     def table(self, name: str) -> torch.Tensor:
         """The rows of a table: its parameter, or the uint8 rows of a quantized one (a view, not a copy).
@@ -142,7 +139,7 @@ class EmbeddingBagCollection(torch.nn.Module):
         """
         if name not in self.embedding_bags:
             raise KeyError(f"no table {name!r}; the tables are {', '.join(self.embedding_bags)}")
-        return self.embedding_bags[name].weight
+        return cast(torch.Tensor, self.embedding_bags[name].weight)
 
     def quantize(self, bits: int | Mapping[str, int] = 8) -> EmbeddingBagCollection:
         """A new collection with int8 or int4 rows (for inference); this one is not changed.
@@ -223,7 +220,7 @@ class EmbeddingBagCollection(torch.nn.Module):
         weights, scales = [], []
         dtype: torch.dtype | None = None
         same = True
-        for bag in self.embedding_bags.values():
+        for bag in self._bags():
             weights.append(bag.weight)
             if isinstance(bag, QuantizedEmbeddingBag):
                 scales.append(bag.scale_bias)
@@ -250,7 +247,9 @@ class EmbeddingBagCollection(torch.nn.Module):
         unknown = [name for name in features if name not in self.feature_names]
         if unknown:
             raise ValueError(f"unknown features: {', '.join(unknown)}")
-        ids, starts, before = [], [], 0
+        ids: list[torch.Tensor] = []
+        starts: list[torch.Tensor] = []
+        before = 0
         for name in self.feature_names:
             own, offsets = features[name]
             if offsets is None:

@@ -17,7 +17,9 @@ from ... import _backends
 from . import reference
 from .reference import MAX, MEAN
 
-_BAGS = "Tensor indices, Tensor? offsets, Tensor? per_sample_weights, int mode, int padding_idx, bool include_last_offset"
+_BAGS = (
+    "Tensor indices, Tensor? offsets, Tensor? per_sample_weights, int mode, int padding_idx, bool include_last_offset"
+)
 
 
 def _num_bags(indices: torch.Tensor, offsets: torch.Tensor | None, include_last_offset: bool) -> int:
@@ -26,42 +28,72 @@ def _num_bags(indices: torch.Tensor, offsets: torch.Tensor | None, include_last_
     return offsets.shape[0] - 1 if include_last_offset else offsets.shape[0]
 
 
-def _fake_embedding_bag(weight, indices, offsets, per_sample_weights, mode, padding_idx, include_last_offset):  # type: ignore[no-untyped-def]
+def _fake_embedding_bag(
+    weight: torch.Tensor,
+    indices: torch.Tensor,
+    offsets: torch.Tensor | None,
+    per_sample_weights: torch.Tensor | None,
+    mode: int,
+    padding_idx: int,
+    include_last_offset: bool,
+) -> torch.Tensor:
     return weight.new_empty(_num_bags(indices, offsets, include_last_offset), weight.shape[1])
 
 
-def _fake_embedding_bag_max(weight, indices, offsets, padding_idx, include_last_offset, zero_start):  # type: ignore[no-untyped-def]
+def _fake_embedding_bag_max(
+    weight: torch.Tensor,
+    indices: torch.Tensor,
+    offsets: torch.Tensor | None,
+    padding_idx: int,
+    include_last_offset: bool,
+    zero_start: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
     shape = (_num_bags(indices, offsets, include_last_offset), weight.shape[1])
     return weight.new_empty(shape), weight.new_empty(shape, dtype=torch.int64)
 
 
-def _fake_embedding_bag_backward(
-    grad, indices, offsets, per_sample_weights, mode, padding_idx, include_last_offset, num_embeddings
-):  # type: ignore[no-untyped-def]
-    return grad.new_empty(num_embeddings, grad.shape[1])
+def _fake_embedding_bag_backward(grad: torch.Tensor, *bags_and_rows: Any) -> torch.Tensor:
+    return grad.new_empty(bags_and_rows[-1], grad.shape[1])
 
 
-def _fake_weights_backward(grad, weight, indices, offsets, mode, padding_idx, include_last_offset):  # type: ignore[no-untyped-def]
+def _fake_weights_backward(grad: torch.Tensor, weight: torch.Tensor, indices: torch.Tensor, *rest: Any) -> torch.Tensor:
     return grad.new_empty(indices.shape)
 
 
 def _fake_quantized_embedding_bag(
-    weight, scale_bias, exponent, embedding_dim, bits, indices, offsets, psw, mode, padding_idx, last, dtype
-):  # type: ignore[no-untyped-def]
-    return weight.new_empty(_num_bags(indices, offsets, last), embedding_dim, dtype=dtype)
+    weight: torch.Tensor,
+    scale_bias: torch.Tensor,
+    exponent: int,
+    embedding_dim: int,
+    bits: int,
+    indices: torch.Tensor,
+    offsets: torch.Tensor | None,
+    per_sample_weights: torch.Tensor | None,
+    mode: int,
+    padding_idx: int,
+    include_last_offset: bool,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    return weight.new_empty(_num_bags(indices, offsets, include_last_offset), embedding_dim, dtype=dtype)
 
 
-def _fake_collection(weights, scale_bias, plan, indices, offsets, per_sample_weights, total_dim, dtype):  # type: ignore[no-untyped-def]
+def _fake_collection(
+    weights: list[torch.Tensor],
+    scale_bias: list[torch.Tensor],
+    plan: torch.Tensor,
+    indices: torch.Tensor,
+    offsets: torch.Tensor,
+    per_sample_weights: torch.Tensor | None,
+    total_dim: int,
+    dtype: torch.dtype,
+) -> torch.Tensor:
     return indices.new_empty((offsets.shape[0] - 1) // plan.shape[0], total_dim, dtype=dtype)
 
 
-def _fake_quantize_rowwise(weight, bits, exponent, rows, scale_bias):  # type: ignore[no-untyped-def]
+def _fake_quantize_rowwise(*args: Any) -> None:
     return None
 
 
-_backends.define(
-    f"embedding_bag(Tensor weight, {_BAGS}) -> Tensor", reference.embedding_bag, _fake_embedding_bag
-)
 _backends.define(
     "embedding_bag_max(Tensor weight, Tensor indices, Tensor? offsets, int padding_idx, bool include_last_offset,"
     " bool zero_start) -> (Tensor, Tensor)",
@@ -156,9 +188,7 @@ class _EmbeddingBag(torch.autograd.Function):
             if argmax is not None:
                 grad_weight = _max_backward(grad, argmax, ctx.num_embeddings)
             elif ctx.sparse:
-                grad_weight = _sparse_backward(
-                    grad, indices, offsets, per_sample_weights, ctx.spec, ctx.num_embeddings
-                )
+                grad_weight = _sparse_backward(grad, indices, offsets, per_sample_weights, ctx.spec, ctx.num_embeddings)
             else:
                 run = _backends.implementation("embedding_bag_backward", grad.device)
                 grad_weight = run(grad, indices, offsets, per_sample_weights, *ctx.spec, ctx.num_embeddings)
@@ -256,9 +286,7 @@ def _quantized_weights_backward(
     position = torch.arange(indices.numel(), device=indices.device).reshape(indices.shape)
     run = _backends.implementation("embedding_bag_weights_backward", indices.device)
     out = run(grad, rows, position, offsets, 0, -1, spec.include_last_offset)
-    bags = reference.split_bags(
-        indices, offsets, spec.padding_idx, spec.include_last_offset, table.weight.shape[0]
-    )
+    bags = reference.split_bags(indices, offsets, spec.padding_idx, spec.include_last_offset, table.weight.shape[0])
     factor = torch.zeros(indices.numel(), dtype=grad.dtype, device=grad.device)
     one = (1.0 / bags.counts.clamp(min=1)).to(grad.dtype)[bags.bag] if spec.mode == MEAN else 1.0
     factor[bags.position] = one

@@ -111,7 +111,7 @@ def _accumulator(dtype: torch.dtype) -> torch.dtype:
 
 def _pool(values: torch.Tensor, bags: Bags, weights: torch.Tensor | None, mode: int) -> torch.Tensor:
     """Pools the looked-up rows, [N', D] of the accumulator type, to [num_bags, D]."""
-    if weights is not None:
+    if weights is not None and mode != MAX:
         values = values * weights.reshape(-1)[bags.position].to(values.dtype).unsqueeze(1)
     out = values.new_zeros(bags.num_bags, values.shape[1])
     if mode == MAX:
