@@ -94,6 +94,7 @@ def _fake_quantize_rowwise(*args: Any) -> None:
     return None
 
 
+_backends.define(f"embedding_bag(Tensor weight, {_BAGS}) -> Tensor", reference.embedding_bag, _fake_embedding_bag)
 _backends.define(
     "embedding_bag_max(Tensor weight, Tensor indices, Tensor? offsets, int padding_idx, bool include_last_offset,"
     " bool zero_start) -> (Tensor, Tensor)",
