@@ -77,13 +77,21 @@ def _parser() -> argparse.ArgumentParser:
         metavar="PATH",
         help="a MovieLens folder (100k, RecBole files, 1M, 20M or latest) or a Criteo TSV file, plain or .gz",
     )
-    data.add_argument("--limit", type=_positive, metavar="N", help="use the latest N ratings, or the first N Criteo lines")
-    data.add_argument("--cache", type=Path, metavar="DIR", help="where fetched data is kept (default: your cache folder)")
+    data.add_argument(
+        "--limit", type=_positive, metavar="N", help="use the latest N ratings, or the first N Criteo lines"
+    )
+    data.add_argument(
+        "--cache", type=Path, metavar="DIR", help="where fetched data is kept (default: your cache folder)"
+    )
     model = compress.add_argument_group("model and training")
     model.add_argument("--epochs", type=_positive, default=5, metavar="N", help="passes over the data (default: 5)")
-    model.add_argument("--batch-size", type=_positive, default=512, metavar="N", help="rows a step (default: 512)")
-    model.add_argument("--dim", type=_positive, default=32, metavar="N", help="width of the rows (default: 32)")
-    model.add_argument("--seed", type=int, default=0, metavar="N", help="the same seed gives the same model (default: 0)")
+    model.add_argument(
+        "--batch-size", type=_positive, metavar="N", help="rows a step (default: by the size of the data)"
+    )
+    model.add_argument("--dim", type=_positive, default=64, metavar="N", help="width of the rows (default: 64)")
+    model.add_argument(
+        "--seed", type=_natural, default=0, metavar="N", help="the same seed gives the same model (default: 0)"
+    )
     cost = compress.add_argument_group("cost")
     cost.add_argument(
         "--rows",
@@ -111,7 +119,14 @@ def _positive(text: str) -> int:
     return value
 
 
-_positive.__name__ = "number"  # argparse's own message: invalid number value: 'x'
+def _natural(text: str) -> int:
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{value} is negative")
+    return value
+
+
+_positive.__name__ = _natural.__name__ = "number"  # argparse then says: invalid number value: 'x'
 
 
 def _doctor() -> int:
@@ -124,7 +139,7 @@ def _doctor() -> int:
 def _compress(options: argparse.Namespace) -> int:
     try:
         from . import data, models
-        from .compress import job, report, table, variants
+        from .compress import report, table, variants
     except ImportError as error:
         module = (error.name or "").split(".")[0]
         if module not in DEMO_MODULES:
@@ -177,7 +192,12 @@ def _run_with_progress(settings: JobSettings) -> JobResult:
     from .compress.job import run
 
     console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f} %"), TimeRemainingColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.percentage:>3.0f} %"),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("starting", total=None)
 

@@ -1,0 +1,1 @@
+"""Compression of trained models, and the job that measures it."""

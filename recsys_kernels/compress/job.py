@@ -1,0 +1,221 @@
+"""The main job: train a ranking model, compress it every way, measure quality and cost of each."""
+
+from __future__ import annotations
+
+import platform
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from recsys_kernels.data.examples import Dataset
+from recsys_kernels.data.load import load_dataset
+from recsys_kernels.models.dlrm import DLRM, DLRMConfig
+from recsys_kernels.models.train import Epoch, Quality, TrainSettings, evaluate, train
+
+from .cost import Cost, all_sides, grown_batches, grown_models, measure, real_batches
+from .variants import BASELINE, BASELINE_TITLE, VARIANTS
+
+TOLERANCE = 0.001  # AUC that a compressed model may lose
+
+
+@dataclass(frozen=True)
+class JobSettings:
+    """What to run.
+
+    Attributes:
+        data: data set, see `load_dataset`; MovieLens 100k by default.
+        cache: folder for fetched files.
+        limit: rows to use at most.
+        rows: rows of every table in the second cost measurement; None leaves it out.
+        dim: width of the embedding rows.
+        threads: torch threads, for training and timing; the same number gives the same model.
+        training: see `TrainSettings`.
+    """
+
+    data: Path | None = None
+    cache: Path | None = None
+    limit: int | None = None
+    rows: int | None = None
+    dim: int = 64
+    threads: int = 1
+    training: TrainSettings = field(default_factory=TrainSettings)
+
+
+@dataclass
+class JobResult:
+    """What a run gave.
+
+    Attributes:
+        data: the examples.
+        models: name -> model; `BASELINE` and every variant.
+        epochs: the training's progress.
+        quality: test quality by model name.
+        validation: validation AUC by model name, which `chosen` goes by.
+        cost: cost of the trained models by name.
+        grown: cost with tables of `settings.rows` rows, random weights; empty if not asked for.
+        chosen: the smallest variant that keeps the AUC.
+        seconds: wall time of each stage.
+    """
+
+    settings: JobSettings
+    data: Dataset
+    models: dict[str, Any]
+    epochs: list[Epoch]
+    quality: dict[str, Quality]
+    validation: dict[str, float]
+    cost: dict[str, Cost]
+    grown: dict[str, Cost]
+    chosen: str
+    seconds: dict[str, float]
+
+    def title(self, name: str) -> str:
+        """What a reader sees for a model name."""
+        return {BASELINE: BASELINE_TITLE, **{variant.name: variant.title for variant in VARIANTS}}[name]
+
+    def auc_change(self, name: str) -> float:
+        """Test AUC minus that of the uncompressed model."""
+        return self.quality[name].auc - self.quality[BASELINE].auc
+
+
+def run(
+    settings: JobSettings,
+    on_stage: Callable[[str], None] = lambda stage: None,
+    on_step: Callable[[int, int], None] | None = None,
+) -> JobResult:
+    """Runs the job.
+
+    Args:
+        settings: what to run.
+        on_stage: called with a few words when a stage begins.
+        on_step: called with (steps done, steps in all) in training.
+
+    Raises:
+        DataError: the data cannot be used, or the grown tables do not fit into memory.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(settings.threads)
+    try:
+        return _run(settings, _Clock(on_stage), on_step)
+    finally:
+        torch.set_num_threads(before)
+
+
+def _run(settings: JobSettings, clock: _Clock, on_step: Callable[[int, int], None] | None) -> JobResult:
+    clock.stage("reading the data")
+    data = load_dataset(settings.data, cache=settings.cache, limit=settings.limit)
+    torch.manual_seed(settings.training.seed)
+    config = DLRMConfig.for_schema(data.schema, settings.dim)
+    # Built before the training: tables that do not fit are told at once, not minutes later.
+    grown = _grown_cost(config, data, settings, clock) if settings.rows else {}
+    clock.stage("training")
+    torch.manual_seed(settings.training.seed)
+    model = DLRM(config)
+    epochs = train(model, data, settings.training, on_step)
+    clock.stage("compressing and scoring")
+    models = all_sides(model)
+    quality = {name: evaluate(side, data, "test") for name, side in models.items()}
+    validation = {name: evaluate(side, data, "validation").auc for name, side in models.items()}
+    clock.stage("timing")
+    cost = measure(models, real_batches(data, settings.training.seed))
+    return JobResult(
+        settings=settings,
+        data=data,
+        models=models,
+        epochs=epochs,
+        quality=quality,
+        validation=validation,
+        cost=cost,
+        grown=grown,
+        chosen=_choose(validation, cost),
+        seconds=clock.finish(),
+    )
+
+
+def to_json(result: JobResult) -> dict[str, Any]:
+    """The whole result as plain JSON values (times in microseconds, sizes in bytes)."""
+    data, settings = result.data, result.settings
+    parts = {}
+    for part in ("train", "validation", "test"):
+        labels = data.labels[data.rows(part)]
+        parts[part] = {"rows": len(labels), "positive_share": float(labels.mean())}
+    config = result.models[VARIANTS[0].name].config
+    variants = [
+        {
+            "name": name,
+            "title": result.title(name),
+            **asdict(result.quality[name]),
+            "auc_change": result.auc_change(name),
+            "validation_auc": result.validation[name],
+            **asdict(result.cost[name]),
+            "grown": asdict(result.grown[name]) if result.grown else None,
+        }
+        for name in result.models
+    ]
+    return {
+        "format": 1,
+        "data": {"name": data.name, "parts": parts, "dense": [f.name for f in data.schema.dense]},
+        "model": config.to_json(),
+        "training": {**asdict(settings.training), "history": [asdict(epoch) for epoch in result.epochs]},
+        "threads": settings.threads,
+        "grown_rows": settings.rows,
+        "auc_tolerance": TOLERANCE,
+        "chosen": result.chosen,
+        "variants": variants,
+        "seconds": result.seconds,
+        "machine": machine(),
+    }
+
+
+def machine() -> dict[str, str]:
+    """What the numbers were taken on."""
+    name = platform.processor() or platform.machine()
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), name)
+    except OSError:
+        pass
+    return {"cpu": name, "system": platform.system(), "python": platform.python_version(), "torch": torch.__version__}
+
+
+def _grown_cost(config: DLRMConfig, data: Dataset, settings: JobSettings, clock: _Clock) -> dict[str, Cost]:
+    assert settings.rows is not None
+    clock.stage(f"timing tables of {settings.rows:,} rows")
+    sides = grown_models(config, settings.rows)
+    seed = settings.training.seed
+    return measure(sides, grown_batches(real_batches(data, seed), settings.rows, seed))
+
+
+def _choose(validation: dict[str, float], cost: dict[str, Cost]) -> str:
+    """The smallest variant within `TOLERANCE`, by validation AUC: the test must not choose what it judges."""
+    names = [variant.name for variant in VARIANTS]
+    kept = [name for name in names if validation[name] >= validation[names[0]] - TOLERANCE]
+    return min(kept, key=lambda name: cost[name].total_bytes)
+
+
+class _Clock:
+    """Seconds of each stage."""
+
+    def __init__(self, on_stage: Callable[[str], None]) -> None:
+        self._on_stage = on_stage
+        self._seconds: dict[str, float] = {}
+        self._stage = ""
+        self._start = self._begin = time.perf_counter()
+
+    def stage(self, name: str) -> None:
+        self._close()
+        self._stage = name
+        self._on_stage(name)
+
+    def finish(self) -> dict[str, float]:
+        self._close()
+        return {**self._seconds, "total": time.perf_counter() - self._begin}
+
+    def _close(self) -> None:
+        now = time.perf_counter()
+        if self._stage:
+            self._seconds[self._stage] = round(now - self._start, 3)
+        self._start = now

@@ -1,0 +1,180 @@
+"""Plots of a report, from its JSON: figures that stay readable 360 pixels wide."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from typing import Any
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from .variants import BASELINE
+
+_WIDTH = 5.0  # inches; with 10-point text a phone shows about 9 pixels
+_STYLE: Any = {
+    "font.size": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.titlesize": 10,
+    "axes.titlelocation": "left",
+    "axes.titleweight": "bold",
+    "svg.hashsalt": "recsys_kernels",
+}
+_GREY, _BLUE, _RED = "#9aa0a6", "#1f6feb", "#c0392b"
+
+Report = dict[str, Any]
+
+
+def latency(report: Report, key: str | None = None) -> Figure:
+    """Median and 99th percentile of a forward call by batch size.
+
+    Args:
+        report: see `compress.job.to_json`.
+        key: "grown" for the cost with grown tables, None for the trained model.
+    """
+    variants = [variant if key is None else variant[key] for variant in report["variants"]]
+    titles = [variant["title"] for variant in report["variants"]]
+    sizes = list(variants[0]["latency"])
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(_WIDTH, 1.55 * len(sizes)), layout="constrained")
+        for axes, size in zip(figure.subplots(len(sizes), squeeze=False)[:, 0], sizes, strict=True):
+            median = [variant["latency"][size]["p50_us"] for variant in variants]
+            tail = [variant["latency"][size]["p99_us"] for variant in variants]
+            _bars(axes, titles, median, _colors(report), [_micros(value) for value in median], max(tail))
+            for row, value in enumerate(tail):
+                axes.plot([value, value], [row - 0.32, row + 0.32], color=_RED, linewidth=2)
+            axes.set_title(f"{int(size)} example{'s' if int(size) > 1 else ''} a call")
+        axes.set_xlabel("time of one call, µs")
+    return figure
+
+
+def table_size(report: Report) -> Figure:
+    """Bytes of the embedding tables, and of the other weights."""
+    variants = report["variants"]
+    unit, scale = ("MB", 1e6) if variants[0]["total_bytes"] >= 2e6 else ("kB", 1e3)
+    tables = [variant["table_bytes"] / scale for variant in variants]
+    others = [(variant["total_bytes"] - variant["table_bytes"]) / scale for variant in variants]
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(_WIDTH, 2.3), layout="constrained")
+        axes = figure.subplots()
+        totals = [a + b for a, b in zip(tables, others, strict=True)]
+        _bars(axes, [v["title"] for v in variants], tables, _colors(report), [""] * len(tables), max(totals))
+        rows = list(range(len(variants)))
+        axes.barh(rows, others, left=tables, color="#d9dee3", height=0.6)
+        for row, total in enumerate(totals):
+            axes.text(total, row, f" {total:,.0f}", va="center")
+        axes.set_xlabel(f"size, {unit}")
+    return figure
+
+
+def auc_change(report: Report) -> Figure:
+    """Change of the test AUC against the uncompressed model, with the tolerance."""
+    variants = [variant for variant in report["variants"] if variant["name"] != BASELINE]
+    changes = [variant["auc_change"] for variant in variants]
+    tolerance = report["auc_tolerance"]
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(_WIDTH, 2.0), layout="constrained")
+        axes = figure.subplots()
+        rows = list(range(len(variants)))
+        axes.axvspan(-tolerance, tolerance, color="#e6f0e6")
+        axes.axvline(0, color="#444", linewidth=1)
+        axes.scatter(changes, rows, color=_BLUE, s=45, zorder=3)
+        for row, value in enumerate(changes):
+            axes.annotate(change(value), (value, row), (9, 0), textcoords="offset points", va="center")
+        reach = 1.4 * max(tolerance, *(abs(value) for value in changes))
+        axes.set_xlim(-reach, reach)
+        axes.set_ylim(len(variants) - 0.5, -0.5)
+        axes.set_yticks(rows, [variant["title"] for variant in variants])
+        axes.set_xticks([-tolerance, 0, tolerance])
+        axes.set_xlabel(f"change of AUC (no unit); green = at most {tolerance:g}")
+    return figure
+
+
+def training(report: Report) -> Figure:
+    """Validation AUC and the two log losses by epoch."""
+    history = report["training"]["history"]
+    epochs = list(range(1, len(history) + 1))
+    best = max(range(len(history)), key=lambda number: history[number]["auc"])
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(_WIDTH, 3.6), layout="constrained")
+        upper, lower = figure.subplots(2, sharex=True)
+        upper.plot(epochs, [epoch["auc"] for epoch in history], "o-", color=_BLUE)
+        upper.plot(epochs[best], history[best]["auc"], "o", color=_BLUE, markersize=13, fillstyle="none")
+        upper.set_ylabel("AUC")
+        upper.set_title("validation AUC (circle: the epoch that was kept)")
+        lower.plot(epochs, [epoch["loss"] for epoch in history], "s--", color=_GREY, label="training")
+        lower.plot(epochs, [epoch["log_loss"] for epoch in history], "o-", color=_BLUE, label="validation")
+        lower.set_ylabel("log loss, nats")
+        lower.set_xlabel("epoch (one pass over the training rows)")
+        lower.set_xticks(epochs if len(epochs) <= 12 else epochs[:: len(epochs) // 8])
+        lower.legend(frameon=False)
+    return figure
+
+
+def overview(report: Report) -> Figure:
+    """One picture of the result: size, latency and AUC of every variant."""
+    variants = report["variants"]
+    cost = [variant["grown"] or variant for variant in variants]
+    titles = [variant["title"] for variant in variants]
+    size = list(cost[0]["latency"])[len(cost[0]["latency"]) // 2]
+    sizes = [one["total_bytes"] / 1e6 for one in cost]
+    median = [one["latency"][size]["p50_us"] for one in cost]
+    digits = 0 if max(sizes) >= 100 else 2
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(9.5, 2.5), layout="constrained")
+        first, second, third = figure.subplots(1, 3, sharey=True)
+        _bars(first, titles, sizes, _colors(report), [f"{value:,.{digits}f}" for value in sizes], max(sizes))
+        first.set_xlabel("model size, MB")
+        _bars(second, titles, median, _colors(report), [_micros(value) for value in median], max(median))
+        second.set_xlabel(f"time for {int(size)} examples, µs")
+        changes = [variant["auc_change"] for variant in variants]
+        third.axvspan(-report["auc_tolerance"], report["auc_tolerance"], color="#e6f0e6")
+        third.axvline(0, color="#444", linewidth=1)
+        third.scatter(changes, range(len(changes)), color=_colors(report), s=45, zorder=3)
+        reach = 1.4 * max(report["auc_tolerance"], *(abs(value) for value in changes))
+        third.set_xlim(-reach, reach)
+        third.set_xticks([-report["auc_tolerance"], 0, report["auc_tolerance"]])
+        third.set_xlabel("change of test AUC")
+        grown = report["grown_rows"]
+        where = f"tables of {grown:,} rows" if grown else report["data"]["name"]
+        figure.suptitle(f"One ranking model, {where}; AUC on {report['data']['name']}", fontsize=11)
+    return figure
+
+
+def change(value: float) -> str:
+    """A difference of AUCs with its sign; never "-0.00000"."""
+    return f"{round(value, 5) + 0.0:+.5f}"
+
+
+def svg(figure: Figure, label: str) -> str:
+    """The figure as an SVG element for an HTML page, with a text for screen readers."""
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None}, transparent=True)
+    body = buffer.getvalue()
+    return body[body.index("<svg") :].replace("<svg ", f'<svg role="img" aria-label="{label}" ', 1)
+
+
+def _bars(
+    axes: Axes, titles: Sequence[str], values: Sequence[float], colors: Sequence[str], texts: Sequence[str], most: float
+) -> None:
+    rows = list(range(len(titles)))
+    axes.barh(rows, values, color=colors, height=0.6)
+    for row, (value, text) in enumerate(zip(values, texts, strict=True)):
+        # Inside the bar where it is long enough, so that the percentile mark does not cross the number.
+        inside = value > 0.3 * most
+        axes.text(
+            value, row, f" {text} ", va="center", ha="right" if inside else "left", color="white" if inside else "k"
+        )
+    axes.set_yticks(rows, titles)
+    axes.set_ylim(len(titles) - 0.5, -0.5)
+    axes.set_xlim(0, most * 1.12)
+
+
+def _colors(report: Report) -> list[str]:
+    return [_GREY if variant["name"] == BASELINE else _BLUE for variant in report["variants"]]
+
+
+def _micros(value: float) -> str:
+    return f"{value:,.0f}" if value >= 10 else f"{value:.1f}"

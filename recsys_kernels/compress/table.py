@@ -1,0 +1,54 @@
+"""The result of the main job as tables on a terminal."""
+
+from __future__ import annotations
+
+from rich.console import Group
+from rich.table import Table
+
+from .cost import Cost
+from .job import JobResult
+from .plots import change
+
+
+def summary(result: JobResult) -> Group:
+    """Quality, size and latency of every variant, and the same cost for grown tables if measured."""
+    rows = result.data.rows("test")
+    quality = Table(
+        title=f"{result.data.name}: quality on {len(rows):,} later examples, and size",
+        caption="AUC: higher is better; log loss: lower is better",
+    )
+    for name in ("form of the model", "AUC", "change", "log loss", "tables, kB", "all, kB"):
+        quality.add_column(name, justify="left" if name == "form of the model" else "right")
+    for name, measured in result.quality.items():
+        cost = result.cost[name]
+        quality.add_row(
+            result.title(name),
+            f"{measured.auc:.4f}",
+            change(result.auc_change(name)),
+            f"{measured.log_loss:.4f}",
+            f"{cost.table_bytes / 1e3:,.1f}",
+            f"{cost.total_bytes / 1e3:,.1f}",
+            style="bold" if name == result.chosen else None,
+        )
+    parts = [quality, _latency(result, result.cost, "time of one call, µs: median / 99th percentile, speed")]
+    if result.grown:
+        size = next(iter(result.grown.values())).table_bytes / 1e9
+        title = (
+            f"cost only: every table grown to {result.settings.rows:,} rows of random weights ({size:.2f} GB in 32-bit)"
+        )
+        parts.append(_latency(result, result.grown, title, sizes=True))
+    return Group(*parts)
+
+
+def _latency(result: JobResult, costs: dict[str, Cost], title: str, sizes: bool = False) -> Table:
+    table = Table(title=title, caption="speed: how many times plain torch's, median over alternating calls")
+    table.add_column("form of the model")
+    if sizes:
+        table.add_column("tables, MB", justify="right")
+    for size in next(iter(costs.values())).latency:
+        table.add_column(f"{size} example{'s' if size > 1 else ''} a call", justify="right")
+    for name, cost in costs.items():
+        cells = [f"{one.p50_us:,.0f} / {one.p99_us:,.0f}  {one.speedup:.2f}x" for one in cost.latency.values()]
+        held = [f"{cost.table_bytes / 1e6:,.1f}"] if sizes else []
+        table.add_row(result.title(name), *held, *cells, style="bold" if name == result.chosen else None)
+    return table

@@ -1,0 +1,117 @@
+"""Delimited text read in chunks, with every failure turned into one clear line."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import pandas as pd
+
+from .errors import DataError
+
+# 500,000 rows of four columns are 16 MB: small beside the result, large enough to amortize a chunk.
+CHUNK_ROWS = 500_000
+
+
+def open_text(path: Path, encoding: str = "utf-8") -> IO[str]:
+    """Opens a plain or gzip text file for reading."""
+    if path.suffix == ".gz":
+        return gzip.open(path, "rt", encoding=encoding)
+    return open(path, encoding=encoding)
+
+
+def first_line(path: Path, encoding: str = "utf-8") -> str:
+    """Returns the first line without its line break.
+
+    Raises:
+        DataError: the file is missing, unreadable, empty or not text.
+    """
+    try:
+        with open_text(path, encoding) as file:
+            line = file.readline(1 << 20)
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such file") from None
+    except (OSError, EOFError) as error:
+        raise DataError(f"{path}: cannot be read ({error})") from None
+    except UnicodeDecodeError:
+        raise DataError(f"{path}: is not a text file") from None
+    if not line.strip():
+        raise DataError(f"{path}: is empty")
+    return line.rstrip("\r\n")
+
+
+def stream_table(
+    path: Path,
+    columns: Sequence[str],
+    types: dict[str, Any],
+    *,
+    separator: str,
+    header: bool = False,
+    encoding: str = "utf-8",
+) -> Iterator[pd.DataFrame]:
+    """Yields the columns named in `types` in frames of at most `CHUNK_ROWS` rows.
+
+    Args:
+        path: the file; `.gz` is decompressed on the way.
+        columns: all columns of the file, in order.
+        types: data type of each column to keep (`str` or "category" for text).
+        separator: the delimiter, one character, or "::" for MovieLens 1M.
+        header: whether the first line names the columns.
+        encoding: text encoding.
+
+    Raises:
+        DataError: missing, empty, of another shape, or a value that is not of its type.
+    """
+    found = len(first_line(path, encoding).split(separator))
+    if found != len(columns):
+        raise DataError(f"{path}: wrong columns: {found} of them, expected {len(columns)} ({', '.join(columns)})")
+    numbers = [name for name, kind in types.items() if kind not in (str, "category")]
+    empty = True
+    try:
+        with pd.read_csv(
+            path,
+            sep=separator,
+            names=list(columns),
+            header=0 if header else None,
+            usecols=list(types),
+            dtype=types,
+            encoding=encoding,
+            engine="c" if len(separator) == 1 else "python",
+            chunksize=CHUNK_ROWS,
+            keep_default_na=False,
+            na_values={name: [""] for name in numbers},
+            quoting=csv.QUOTE_MINIMAL if separator == "," else csv.QUOTE_NONE,
+        ) as reader:
+            for frame in reader:
+                empty = empty and frame.empty
+                yield frame
+    except (ValueError, OverflowError, EOFError, OSError) as error:
+        reason = " ".join(str(error).split())
+        raise DataError(f"{path}: wrong content ({reason})") from None
+    if empty:
+        raise DataError(f"{path}: has a header but no rows")
+
+
+def read_table(path: Path, columns: Sequence[str], types: dict[str, Any], **options: Any) -> pd.DataFrame:
+    """All frames of `stream_table` in one."""
+    return pd.concat(list(stream_table(path, columns, types, **options)), ignore_index=True)
+
+
+def check_range(path: Path, name: str, values: np.ndarray, low: float, high: float, first_row: int = 1) -> None:
+    """Raises DataError naming the first value outside [low, high] (or not a number) and its line.
+
+    Args:
+        path: file that the values came from.
+        name: column name.
+        values: float array [N].
+        low, high: allowed range, inclusive.
+        first_row: line number of `values[0]` in the file.
+    """
+    wrong = ~((values >= low) & (values <= high))
+    if wrong.any():
+        row = int(np.flatnonzero(wrong)[0])
+        raise DataError(f"{path}: line {row + first_row}: {name} {values[row]:g} is outside {low:g} to {high:g}")

@@ -1,0 +1,169 @@
+"""DLRM: a ranking model of dense features, embedding bags and their pairwise dot products.
+
+Naumov et al., "Deep Learning Recommendation Model for Personalization and Recommendation Systems",
+arXiv:1906.00091.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from recsys_kernels.data.examples import Schema
+from recsys_kernels.ops.embedding_bag import EmbeddingBagCollection, EmbeddingBagConfig, QuantizedEmbeddingBag
+
+
+@dataclass(frozen=True)
+class Table:
+    """One embedding table: its rows, the features that read it, how a bag is pooled."""
+
+    name: str
+    rows: int
+    features: tuple[str, ...]
+    pooling: str = "mean"
+
+
+@dataclass(frozen=True)
+class DLRMConfig:
+    """Shape of a DLRM.
+
+    Attributes:
+        num_dense: number of dense features.
+        tables: the embedding tables; the batch's features follow their order.
+        dim: width of every embedding row and of the bottom MLP's output.
+        bottom, top: hidden widths of the two MLPs.
+        dropout: share of the top MLP's hidden units dropped in training.
+        embedding: data type of the rows: "float32", "int8" or "int4".
+    """
+
+    num_dense: int
+    tables: tuple[Table, ...]
+    dim: int = 64
+    bottom: tuple[int, ...] = (64,)
+    top: tuple[int, ...] = (128, 64)
+    dropout: float = 0.4
+    embedding: str = "float32"
+
+    @classmethod
+    def for_schema(cls, schema: Schema, dim: int = 64) -> DLRMConfig:
+        """The shape that fits a data set."""
+        features: dict[str, list[str]] = {}
+        for feature, table in schema.features:
+            features.setdefault(table, []).append(feature)
+        tables = (Table(name, len(schema.vocabularies[name]), tuple(names)) for name, names in features.items())
+        return cls(len(schema.dense), tuple(tables), dim)
+
+    @property
+    def feature_names(self) -> list[str]:
+        """Features in the order in which a batch holds them."""
+        return [feature for table in self.tables for feature in table.features]
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, state: dict[str, Any]) -> DLRMConfig:
+        """Inverse of `to_json`."""
+        tables = tuple(Table(t["name"], t["rows"], tuple(t["features"]), t["pooling"]) for t in state["tables"])
+        widths = {"bottom": tuple(state["bottom"]), "top": tuple(state["top"])}
+        return cls(**{**state, **widths, "tables": tables})
+
+
+class DLRM(nn.Module):
+    """Ranking model whose tables are looked up by one `EmbeddingBagCollection` call.
+
+    Args:
+        config: the shape.
+        embeddings: the tables, if they exist already; float32 ones with small random rows by default.
+
+    Raises:
+        ValueError: `config.embedding` is an integer type and there are no tables (see `quantize`, `load_model`).
+
+    `forward(dense [B, num_dense] float32, indices [N] int64, offsets [F * B + 1] int64)` returns
+    logits [B] float32; indices and offsets are feature-major, in the order of `config.feature_names`.
+    """
+
+    def __init__(self, config: DLRMConfig, embeddings: EmbeddingBagCollection | None = None) -> None:
+        super().__init__()
+        self.config = config
+        self.embeddings = _new_tables(config) if embeddings is None else embeddings
+        self.head = Head(config)
+
+    def forward(self, dense: torch.Tensor, indices: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+        return self.head(dense, self.embeddings(indices, offsets))
+
+    def quantize(self, bits: int) -> DLRM:
+        """A copy in eval mode whose tables have int8 or int4 rows (`bits` 8 or 4), scale and bias a row."""
+        config = replace(self.config, embedding=f"int{bits}")
+        other = DLRM(config, self.embeddings.quantize(bits))
+        other.head.load_state_dict(self.head.state_dict())
+        return other.eval()
+
+
+def empty_tables(config: DLRMConfig) -> EmbeddingBagCollection:
+    """Tables of the right shapes and types with rows still to be loaded; no float32 copy of integer rows."""
+    tables = EmbeddingBagCollection(_table_configs(config), device="meta")
+    if config.embedding == "float32":
+        return tables.to_empty(device="cpu")
+    bits = int(config.embedding.removeprefix("int"))
+    for table in config.tables:
+        tables.embedding_bags[table.name] = QuantizedEmbeddingBag(table.rows, config.dim, mode=table.pooling, bits=bits)
+    return tables
+
+
+def _new_tables(config: DLRMConfig) -> EmbeddingBagCollection:
+    """Small random rows, so that an unseen id starts near the unknown row and adds little."""
+    if config.embedding != "float32":
+        raise ValueError(f"a new model has float32 tables, not {config.embedding}; quantize it after training")
+    tables = EmbeddingBagCollection(_table_configs(config))
+    with torch.no_grad():
+        for table in config.tables:
+            tables.table(table.name).normal_(std=0.01)
+    return tables
+
+
+def _table_configs(config: DLRMConfig) -> list[EmbeddingBagConfig]:
+    return [EmbeddingBagConfig(t.name, t.rows, config.dim, t.features, t.pooling) for t in config.tables]
+
+
+class Head(nn.Module):
+    """What follows the lookup: bottom MLP, pairwise dot products, top MLP.
+
+    `forward(dense [B, num_dense], pooled [B, F * dim])` returns logits [B].
+    """
+
+    pairs: torch.Tensor
+
+    def __init__(self, config: DLRMConfig) -> None:
+        super().__init__()
+        self.dim = config.dim
+        self.bottom = mlp(config.num_dense, (*config.bottom, config.dim))
+        vectors = len(config.feature_names) + 1
+        count = vectors * (vectors - 1) // 2
+        self.top = mlp(config.dim + count, (*config.top, 1), dropout=config.dropout, last_relu=False)
+        rows, columns = torch.tril_indices(vectors, vectors, offset=-1)
+        self.register_buffer("pairs", rows * vectors + columns, persistent=False)
+
+    def forward(self, dense: torch.Tensor, pooled: torch.Tensor) -> torch.Tensor:
+        bottom = self.bottom(dense)
+        vectors = torch.cat((bottom, pooled), dim=1).view(len(dense), -1, self.dim)
+        products = torch.bmm(vectors, vectors.transpose(1, 2)).flatten(1)
+        return self.top(torch.cat((bottom, products.index_select(1, self.pairs)), dim=1)).squeeze(1)
+
+
+def mlp(width: int, widths: Sequence[int], *, dropout: float = 0.0, last_relu: bool = True) -> nn.Sequential:
+    """Linear layers with ReLU (and dropout) between them."""
+    layers: list[nn.Module] = []
+    for position, out in enumerate(widths):
+        layers.append(nn.Linear(width, out))
+        if last_relu or position + 1 < len(widths):
+            layers.append(nn.ReLU())
+            if dropout:
+                layers.append(nn.Dropout(dropout))
+        width = out
+    return nn.Sequential(*layers)

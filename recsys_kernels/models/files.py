@@ -1,0 +1,199 @@
+"""Model folders: `model.safetensors`, `model.json` with its SHA-256, and `vocabularies.json`.
+
+A folder appears whole or not at all (written beside its place, then renamed), and is refused when a
+file of it was cut short or altered.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+from torch import nn
+
+from recsys_kernels.data.checksum import sha256
+from recsys_kernels.data.examples import Schema
+
+from .dlrm import DLRM, DLRMConfig, empty_tables
+
+FORMAT = 1
+WEIGHTS, CONFIG, VOCABULARIES = "model.safetensors", "model.json", "vocabularies.json"
+
+
+class ModelFileError(ValueError):
+    """A model folder that cannot be served; the message is one line naming the file and the reason."""
+
+
+class RankingModel(nn.Module):
+    """A trained ranking model together with the encoding of its fields.
+
+    Attributes:
+        model: the `DLRM`, in eval mode.
+        schema: dense features, categorical features and vocabularies.
+    """
+
+    def __init__(self, model: DLRM, schema: Schema) -> None:
+        super().__init__()
+        self.model = model
+        self.schema = schema
+        self.eval()
+
+    def forward(self, dense: torch.Tensor, indices: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+        """Logits [B] float32 of an encoded batch (see `DLRM.forward`)."""
+        return self.model(dense, indices, offsets)
+
+    def predict(self, examples: Sequence[Mapping[str, Any]]) -> torch.Tensor:
+        """Probabilities [B] float32 of raw examples (see `Schema.encode`).
+
+        Raises:
+            KeyError: an example has a field that the model does not read.
+        """
+        batch = self.schema.encode(examples)
+        with torch.inference_mode():
+            return self(batch.dense, batch.indices, batch.offsets).sigmoid()
+
+
+def save_model(model: DLRM, schema: Schema, folder: Path) -> None:
+    """Writes the three files of a model into an existing folder (see `new_folder`).
+
+    Raises:
+        OSError: the disk is full, or the folder cannot be written.
+    """
+    state = {name: tensor.detach().contiguous() for name, tensor in model.state_dict().items()}
+    try:
+        safetensors.torch.save_file(state, folder / WEIGHTS)
+    except SafetensorError as error:  # an I/O error of its Rust writer, which carries no errno of its own
+        code = errno.ENOSPC if "os error 28" in str(error) else errno.EIO
+        raise OSError(code, " ".join(str(error).split()), str(folder / WEIGHTS)) from error
+    (folder / WEIGHTS).chmod(0o666 & ~_umask())  # safetensors writes for the owner alone
+    tokens = {table: schema.vocabularies[table].tokens for table in dict(schema.features).values()}
+    (folder / VOCABULARIES).write_text(json.dumps(tokens, ensure_ascii=False), encoding="utf-8")
+    body = {
+        "format": FORMAT,
+        "kind": "dlrm",
+        "config": model.config.to_json(),
+        "schema": schema.to_json(),
+        "sha256": {name: sha256(folder / name) for name in (WEIGHTS, VOCABULARIES)},
+    }
+    body["self_sha256"] = _digest(body)
+    (folder / CONFIG).write_text(json.dumps(body, indent=1), encoding="utf-8")
+
+
+def load_model(folder: str | os.PathLike[str]) -> RankingModel:
+    """Loads a model written by `recsys-kernels compress --out DIR`, ready to serve.
+
+    Args:
+        folder: the DIR.
+
+    Returns:
+        A `RankingModel` in eval mode.
+
+    Raises:
+        FileNotFoundError: there is no model in the folder.
+        ModelFileError: a file was cut short, altered, or written by a newer version.
+
+    Example:
+        >>> model = rk.load_model("out")                                           # doctest: +SKIP
+        >>> model.predict([                                                        # doctest: +SKIP
+        ...     {"user": "196", "item": "242", "gender": "M", "genres": ["Comedy"],
+        ...      "liked_items": ["302", "377"], "user_mean": 3.6, "item_mean": 4.0, "item_count": 117}
+        ... ])
+        tensor([0.71])
+    """
+    place = Path(folder)
+    for name in (CONFIG, WEIGHTS, VOCABULARIES):
+        if not (place / name).is_file():
+            raise FileNotFoundError(errno.ENOENT, "no such model file", str(place / name))
+    body = _read_json(place / CONFIG)
+    if not isinstance(body, dict) or body.get("format") != FORMAT or body.get("kind") != "dlrm":
+        raise ModelFileError(f"{place / CONFIG}: is not a model of format {FORMAT}")
+    if body.pop("self_sha256", None) != _digest(body):
+        raise ModelFileError(f"{place / CONFIG}: was altered (SHA-256 differs)")
+    for name, expected in body["sha256"].items():
+        if sha256(place / name) != expected:
+            raise ModelFileError(f"{place / name}: was cut short or altered (SHA-256 differs from {CONFIG})")
+    schema = Schema.from_json(body["schema"], _read_json(place / VOCABULARIES))
+    config = DLRMConfig.from_json(body["config"])
+    model = DLRM(config, empty_tables(config))
+    model.load_state_dict(safetensors.torch.load_file(place / WEIGHTS))
+    return RankingModel(model, schema)
+
+
+def check_out(folder: Path, ours: frozenset[str]) -> None:
+    """Raises OSError if `new_folder` could not put a folder there without losing somebody's files."""
+    if folder.exists():
+        if not folder.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, "is not a folder", str(folder))
+        foreign = sorted(entry.name for entry in folder.iterdir() if entry.name not in ours)
+        if foreign:
+            raise FileExistsError(errno.EEXIST, f"holds other files ({foreign[0]}); name a new folder", str(folder))
+    folder.absolute().parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.absolute().parent, prefix=f".{folder.name}-"):
+        pass
+
+
+@contextmanager
+def new_folder(folder: Path, ours: frozenset[str]) -> Iterator[Path]:
+    """Yields a scratch folder that takes the place of `folder` when the block ends without an exception.
+
+    Args:
+        folder: what to create, or to replace if it holds nothing but files named in `ours`.
+        ours: names that may be replaced.
+
+    Raises:
+        OSError: see `check_out`; and whatever the block raises, after which `folder` is as it was.
+    """
+    check_out(folder, ours)
+    parent = folder.absolute().parent
+    scratch = Path(tempfile.mkdtemp(dir=parent, prefix=f".{folder.name}-"))
+    try:
+        made = scratch / "new"
+        made.mkdir()
+        yield made
+        for path in made.iterdir():
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
+        _replace(made, folder, scratch / "old")
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _replace(made: Path, folder: Path, aside: Path) -> None:
+    """Renames `made` to `folder`; what was there is put back if that fails."""
+    existed = folder.exists()
+    if existed:
+        os.rename(folder, aside)
+    try:
+        os.rename(made, folder)
+    except BaseException:
+        if existed and not folder.exists():
+            os.rename(aside, folder)
+        raise
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, UnicodeDecodeError):
+        raise ModelFileError(f"{path}: was cut short or altered (is not JSON)") from None
+
+
+def _digest(body: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,133 @@
+"""Training of a ranking model on a `Dataset`: Adam on the log loss, best epoch by validation AUC."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from sklearn.metrics import log_loss, roc_auc_score
+from torch import nn
+
+from recsys_kernels.data.examples import Dataset
+
+from .plain import model_input
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """How to train.
+
+    Attributes:
+        epochs: passes over the training rows, at most; the best one by validation AUC is kept.
+        batch_size: rows a step; by default about 160 steps an epoch, within 512 to 8192 rows.
+        learning_rate: Adam's, falling to zero along a half cosine.
+        embedding_decay: decoupled weight decay of the tables, in powers of e an epoch (at the full learning
+            rate) for a row that is never used: the more data, the weaker in each step.
+        weight_decay: decoupled weight decay of the MLPs, as `torch.optim.AdamW` counts it.
+        drop_ids: share of the ids of `Dataset.dropped` hidden in training, for those that are new later.
+        seed: of the weights, the order of the rows and the dropout.
+    """
+
+    epochs: int = 5
+    batch_size: int | None = None
+    learning_rate: float = 2e-3
+    embedding_decay: float = 6.0
+    weight_decay: float = 1e-4
+    drop_ids: float = 0.5
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """What one pass gave: mean training loss, validation AUC and log loss."""
+
+    loss: float
+    auc: float
+    log_loss: float
+
+
+@dataclass(frozen=True)
+class Quality:
+    """How well probabilities fit labels: area under the ROC curve, and log loss in nats."""
+
+    auc: float
+    log_loss: float
+
+
+def train(
+    model: nn.Module, data: Dataset, settings: TrainSettings, on_step: Callable[[int, int], None] | None = None
+) -> list[Epoch]:
+    """Trains `model` in place and leaves it in eval mode with the best epoch's weights.
+
+    Args:
+        model: `forward(dense, indices, offsets)` -> logits [B].
+        data: examples; only the training and validation parts are read.
+        settings: see `TrainSettings`.
+        on_step: called with (steps done, steps in all) after each step.
+
+    Returns:
+        One `Epoch` a pass. The same seed and thread count give the same result.
+    """
+    random = np.random.default_rng(settings.seed)
+    torch.manual_seed(settings.seed)
+    rows = data.rows("train")
+    size = settings.batch_size or min(max(len(rows) // 160, 512), 8192)
+    epoch_steps = -(-len(rows) // size)
+    steps = epoch_steps * settings.epochs
+    optimizer = torch.optim.AdamW(_groups(model, settings, epoch_steps), lr=settings.learning_rate)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    history: list[Epoch] = []
+    best: dict[str, torch.Tensor] = {}
+    done = 0
+    for _ in range(settings.epochs):
+        model.train()
+        total = 0.0
+        order = random.permutation(rows)
+        for start in range(0, len(order), size):
+            batch = data.batch(order[start : start + size], settings.drop_ids, random)
+            loss = nn.functional.binary_cross_entropy_with_logits(model(*batch[:3]), batch.labels)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+            total += loss.item() * len(batch.labels)
+            done += 1
+            if on_step:
+                on_step(done, steps)
+        quality = evaluate(model, data, "validation")
+        if not history or quality.auc > max(epoch.auc for epoch in history):
+            best = copy.deepcopy(model.state_dict())
+        history.append(Epoch(total / len(rows), quality.auc, quality.log_loss))
+    model.load_state_dict(best)
+    model.eval()
+    return history
+
+
+def evaluate(model: nn.Module, data: Dataset, part: str) -> Quality:
+    """Quality of a `DLRM` or `PlainDLRM` on one part of the data; the model is left in eval mode."""
+    labels = data.labels[data.rows(part)]
+    scores = predict(model, data, part)
+    return Quality(float(roc_auc_score(labels, scores)), float(log_loss(labels, scores, labels=[0, 1])))
+
+
+def predict(model: nn.Module, data: Dataset, part: str, batch_size: int = 4096) -> np.ndarray:
+    """Probabilities for the rows of one part, float64 [rows]."""
+    model.eval()
+    out = []
+    rows = data.rows(part)
+    with torch.inference_mode():
+        for start in range(0, len(rows), batch_size):
+            logits = model(*model_input(model, data.batch(rows[start : start + batch_size])))
+            out.append(logits.double().sigmoid())
+    return torch.cat(out).numpy()
+
+
+def _groups(model: nn.Module, settings: TrainSettings, epoch_steps: int) -> list[dict[str, object]]:
+    tables = [p for name, p in model.named_parameters() if name.startswith("embeddings.")]
+    others = [p for name, p in model.named_parameters() if not name.startswith("embeddings.")]
+    # AdamW multiplies the decay by the learning rate in each step.
+    decay = settings.embedding_decay / (epoch_steps * settings.learning_rate)
+    return [{"params": tables, "weight_decay": decay}, {"params": others, "weight_decay": settings.weight_decay}]
