@@ -29,7 +29,7 @@ class Vocabulary:
     """Tokens of one table: row 0 stands for everything unknown, token i has row i + 1."""
 
     def __init__(self, tokens: Iterable[str]) -> None:
-        self.tokens = list(tokens)
+        self.tokens = [str(token) for token in tokens]
         self._rows = {token: row for row, token in enumerate(self.tokens, 1)}
 
     def __len__(self) -> int:

@@ -250,5 +250,6 @@ def _add_items(
 def _add_titled_items(log: RatingLog, items: pd.DataFrame) -> None:
     """MovieLens 1M and later: the year stands in the title, genres are joined by |."""
     years = items["title"].str.extract(r"\((\d{4})\)\s*$", expand=False)
-    genres = [() if text == "(no genres listed)" else tuple(text.split("|")) for text in items["genres"]]
+    unknown = ("", "(no genres listed)")
+    genres = [() if text in unknown else tuple(text.split("|")) for text in items["genres"]]
     _add_items(log, items["item"], years, genres)

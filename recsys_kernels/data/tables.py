@@ -77,7 +77,8 @@ def stream_table(
             sep=separator,
             names=list(columns),
             header=0 if header else None,
-            usecols=list(types),
+            # With a choice of columns pandas would let lines with too many fields pass.
+            usecols=None if len(types) == len(columns) else list(types),
             dtype=types,
             encoding=encoding,
             engine="c" if len(separator) == 1 else "python",

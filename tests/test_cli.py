@@ -1,0 +1,277 @@
+"""The command line: the main job, its output, and what it does with bad input and interruptions."""
+
+from __future__ import annotations
+
+import errno
+import importlib.util
+import json
+import os
+import re
+import resource
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from small_data import World, criteo_lines, write_criteo
+
+import recsys_kernels as rk
+from recsys_kernels import cli
+from recsys_kernels.compress import cost, job, plots, report
+from recsys_kernels.compress.variants import BASELINE, VARIANTS
+from recsys_kernels.models.files import WEIGHTS
+from recsys_kernels.models.train import TrainSettings
+
+NAMES = [BASELINE, *(variant.name for variant in VARIANTS)]
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(autouse=True)
+def _few_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cost, "ROUNDS", 8)
+    monkeypatch.setattr(cost, "WARM_UP", 1)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "ml").mkdir()
+    return World().write_100k(tmp_path / "ml")
+
+
+def compress(*arguments: object) -> int:
+    return cli.main(["compress", "--epochs", "1", "--dim", "8", *map(str, arguments)])
+
+
+def python(code: str, *arguments: object, **options: Any) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=120, **options)
+
+
+def one_line(text: str) -> str:
+    lines = text.splitlines()
+    assert len(lines) == 1, text
+    assert lines[0].startswith("recsys-kernels: ")
+    return lines[0]
+
+
+def test_job_prints_and_writes_everything(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out"
+    assert compress("--data", folder, "--rows", 500, "--out", out, "--save", "int8") == 0
+    printed = capsys.readouterr()
+    assert printed.err == ""  # no progress bar where there is no terminal
+    for text in ("AUC", "log loss", "8-bit tables", "4-bit tables", "plain torch", "512 examples", "cost only"):
+        assert text in printed.out
+    assert {path.name for path in out.iterdir()} == report.FILES
+    numbers = json.loads((out / report.NUMBERS).read_text())
+    assert [variant["name"] for variant in numbers["variants"]] == NAMES
+    assert numbers["saved"] == "int8"
+    for variant in numbers["variants"]:
+        for costs in (variant, variant["grown"]):
+            assert list(costs["latency"]) == ["1", "64", "512"]
+            for latency in costs["latency"].values():
+                assert 0 < latency["p50_us"] <= latency["p99_us"]
+            assert 0 < costs["table_bytes"] < costs["total_bytes"]
+    sizes = {variant["name"]: variant["table_bytes"] for variant in numbers["variants"]}
+    assert sizes[BASELINE] == sizes["fp32"] > sizes["int8"] > sizes["int4"]
+    grown = numbers["variants"][0]["grown"]["table_bytes"]
+    assert grown == 500 * 8 * 4 * len(numbers["model"]["tables"])
+    assert numbers["variants"][0]["auc"] == pytest.approx(numbers["variants"][1]["auc"], abs=1e-6)
+
+
+def test_page_is_self_contained_and_the_model_serves(folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert compress("--data", folder, "--out", out) == 0
+    page = (out / report.PAGE).read_text()
+    assert not re.search(r"<(script|link|img|iframe)\b|@import|\bsrc=|url\((?!#)", page)
+    assert page.count("<svg") == 4
+    assert 'name="viewport"' in page
+    assert (out / report.PICTURE).read_bytes().startswith(b"\x89PNG")
+    # The example on the page is real: it runs as it stands.
+    code = re.search(r"<pre>(.*?)</pre>", page, re.DOTALL)
+    assert code is not None
+    text = code[1].replace("&#39;", "'").replace("&quot;", '"').replace("model.predict", "answer = model.predict")
+    names: dict[str, Any] = {}
+    exec(text, names)
+    assert names["answer"].shape == (1,)
+    assert 0 < float(names["answer"]) < 1
+    # A second run replaces its own report and nothing else.
+    assert compress("--data", folder, "--out", out, "--save", "fp32") == 0
+    assert rk.load_model(out).model.config.embedding == "float32"
+    (out / "notes.txt").write_text("mine")
+    assert compress("--data", folder, "--out", out) == 2
+    assert (out / "notes.txt").read_text() == "mine"
+
+
+def test_criteo_end_to_end(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    path = write_criteo(tmp_path / "day.tsv", criteo_lines())
+    assert compress("--data", path, "--out", out, "--limit", 200) == 0
+    model = rk.load_model(out)
+    assert model.predict([{"C1": "00000003", "I1": 4}]).shape == (1,)
+    assert json.loads((out / report.NUMBERS).read_text())["data"]["parts"]["test"]["rows"] == 20
+
+
+def _holding(folder: Path) -> list[object]:
+    (folder / "out").mkdir()
+    (folder / "out" / "thesis").write_text("")
+    return ["--out", folder / "out"]
+
+
+BAD: dict[str, tuple[Callable[[Path], list[object]], str]] = {
+    "no data": (lambda folder: ["--data", folder / "x"], "x: no such file or folder"),
+    "no layout": (lambda folder: ["--data", folder.parent], r"looked for u\.data"),
+    "no such form": (lambda folder: ["--save", "int2", "--out", folder / "o"], "there are fp32, int8, int4"),
+    "save nowhere": (lambda folder: ["--save", "int8"], "--save: needs --out DIR"),
+    "foreign files": (_holding, "holds other files"),
+    "too many rows": (lambda folder: ["--data", folder, "--rows", 10**12], r"GiB are free; about \d+ rows would fit"),
+    "too few left": (lambda folder: ["--data", folder, "--limit", 2], "cannot be split by time"),
+    "out under a file": (lambda folder: ["--out", folder / "u.data" / "out"], "u.data"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_one_line_and_exit_code_2(case: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make, message = BAD[case]
+    assert compress(*make(folder)) == 2
+    printed = capsys.readouterr()
+    assert re.search(message, one_line(printed.err))
+    assert printed.out == ""
+
+
+@pytest.mark.parametrize("arguments", [[], ["shrink"], ["compress", "--rows", "-1"], ["compress", "--epochs", "many"]])
+def test_wrong_usage_is_exit_code_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        cli.main(arguments)
+    assert caught.value.code == 2
+    assert "usage: recsys-kernels" in capsys.readouterr().err
+
+
+def test_disk_full_leaves_nothing(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*args: object, **options: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "overview.png")
+
+    monkeypatch.setattr(plots, "overview", full)  # the last file: all others are written by then
+    assert compress("--data", folder, "--out", tmp_path / "out") == 2
+    assert "No space left on device" in one_line(capsys.readouterr().err)
+    assert [path.name for path in tmp_path.iterdir()] == ["ml"]
+
+
+def test_interrupt_while_writing_leaves_nothing(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*args: object, **options: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(plots, "overview", interrupt)
+    assert compress("--data", folder, "--out", tmp_path / "out") == 130
+    assert "nothing was written" in one_line(capsys.readouterr().err)
+    assert [path.name for path in tmp_path.iterdir()] == ["ml"]
+
+
+def test_write_beyond_the_file_size_limit(folder: Path, tmp_path: Path) -> None:
+    """The real thing: the operating system refuses the write in the middle of the weights."""
+    code = (
+        "import sys; from recsys_kernels.cli import main; from recsys_kernels.compress import cost\n"
+        "cost.ROUNDS = 4; sys.exit(main(sys.argv[1:]))"
+    )
+
+    def limit() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (8192, 8192))
+
+    arguments = ["compress", "--data", folder, "--epochs", 1, "--out", tmp_path / "out"]
+    done = python(code, *arguments, preexec_fn=limit)
+    assert done.returncode == 2, done.stderr
+    assert WEIGHTS in one_line(done.stderr)
+    assert [path.name for path in tmp_path.iterdir()] == ["ml"]
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_signals_stop_cleanly(number: signal.Signals, code: int, folder: Path, tmp_path: Path) -> None:
+    # Stops in the middle of the report, with the model already in the scratch folder.
+    program = (
+        "import sys, time\n"
+        "from recsys_kernels.cli import main\n"
+        "from recsys_kernels.compress import cost, plots\n"
+        "cost.ROUNDS = 4\n"
+        "plots.overview = lambda report: (print('writing', flush=True), time.sleep(60))\n"
+        "sys.exit(main(sys.argv[1:]))\n"
+    )
+    arguments = ["compress", "--data", str(folder), "--epochs", "1", "--out", str(tmp_path / "out")]
+    with subprocess.Popen(
+        [sys.executable, "-c", program, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT
+    ) as child:
+        assert child.stdout is not None
+        assert child.stderr is not None
+        assert any("writing" in line for line in child.stdout)
+        child.send_signal(number)
+        assert child.wait(30) == code
+        assert "nothing was written" in one_line(child.stderr.read())
+    assert [path.name for path in tmp_path.iterdir()] == ["ml"]
+
+
+@pytest.mark.parametrize("module", ["pandas", "matplotlib"])
+def test_missing_extra_is_named(module: str) -> None:
+    code = (
+        f"import sys; sys.modules['{module}'] = None; from recsys_kernels.cli import main; sys.exit(main(['compress']))"
+    )
+    done = python(code)
+    assert done.returncode == 2
+    assert f'needs {module}: pip install "recsys_kernels[demo]"' in one_line(done.stderr)
+
+
+def test_import_does_not_touch_the_extra() -> None:
+    code = "import sys, recsys_kernels, recsys_kernels.cli; print(*sorted({n.split('.')[0] for n in sys.modules}))"
+    done = python(code)
+    assert done.returncode == 0, done.stderr
+    assert not set(done.stdout.split()) & (set(cli.DEMO_MODULES) - {"jinja2"})  # torch brings jinja2 itself
+
+
+def test_module_is_the_same_command() -> None:
+    command = [sys.executable, "-m", "recsys_kernels", "compress", "--data", "nowhere"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=60)
+    assert done.returncode == 2
+    assert "nowhere: no such file or folder" in one_line(done.stderr)
+
+
+def test_help_names_every_option(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["compress", "--help"])
+    assert caught.value.code == 0
+    text = capsys.readouterr().out
+    options = "data limit cache epochs batch-size dim seed rows threads out save"
+    assert all(f"--{option} " in text for option in options.split())
+    assert "rk.load_model" in text
+
+
+def test_doctor_command(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["doctor"]) == 0
+    assert torch.__version__ in capsys.readouterr().out
+
+
+def test_grown_ids_are_skewed_and_in_range() -> None:
+    batch = cost.Batch(
+        torch.zeros(4, 1), torch.zeros(4000, dtype=torch.int64), torch.arange(0, 4001, 1000), torch.zeros(4)
+    )
+    for rows in (1, 2, 1000, 99_991):
+        ids = cost.grown_batches({4: [batch]}, rows, seed=0)[4][0].indices
+        assert 0 <= int(ids.min()) <= int(ids.max()) < rows
+    counts = ids.bincount().sort(descending=True).values
+    # Zipf with exponent 1: the first of 99,991 ids has about 1 / ln(99,991) x ln 2 = 6 % of the draws.
+    assert 0.04 < counts[0] / 4000 < 0.08
+    assert (counts > 0).sum() > 1000
+
+
+@pytest.mark.skipif(importlib.util.find_spec("recbole") is None, reason="reads the MovieLens 100k files of recbole")
+def test_movielens_keeps_its_auc() -> None:
+    result = job.run(job.JobSettings(training=TrainSettings(epochs=2)))
+    assert len(result.data) == 100_000
+    assert result.quality[BASELINE].auc > 0.755
+    assert abs(result.auc_change("fp32")) < 1e-5
+    assert abs(result.auc_change("int8")) < 0.001
+    assert result.chosen in ("int8", "int4")

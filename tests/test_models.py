@@ -1,0 +1,270 @@
+"""The ranking model, its plain torch twin, training, and model folders."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from sklearn.metrics import roc_auc_score
+from small_data import tiny_dataset
+from torch import nn
+
+import recsys_kernels as rk
+from recsys_kernels.compress.variants import VARIANTS
+from recsys_kernels.data import Dataset
+from recsys_kernels.models import DLRM, DLRMConfig, ModelFileError, PlainDLRM, files, load_model, save_model
+from recsys_kernels.models.train import TrainSettings, evaluate, predict, train
+
+OURS = frozenset({files.WEIGHTS, files.CONFIG, files.VOCABULARIES})
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> object:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def data() -> Dataset:
+    return tiny_dataset()
+
+
+@pytest.fixture(scope="module")
+def model(data: Dataset) -> DLRM:
+    torch.manual_seed(0)
+    model = DLRM(DLRMConfig.for_schema(data.schema, dim=16)).eval()
+    with torch.no_grad():
+        for table in model.config.tables:
+            model.embeddings.table(table.name).normal_()
+    return model
+
+
+def test_forward_against_the_formula(data: Dataset, model: DLRM) -> None:
+    rows = data.rows("test")[:7]
+    batch = data.batch(rows)
+    vectors = [_mlp(model.head.bottom, batch.dense.double())]
+    for name, table in data.schema.features:
+        weight = model.embeddings.table(table).detach().double()
+        values, lengths = data.bags[name].take(rows)
+        parts = torch.from_numpy(values.astype(np.int64)).split(lengths.tolist())
+        vectors.append(torch.stack([weight[p].mean(0) if len(p) else torch.zeros(16).double() for p in parts]))
+    pairs = [(vectors[i] * vectors[j]).sum(1) for i in range(len(vectors)) for j in range(i)]
+    expected = _mlp(model.head.top, torch.cat((vectors[0], torch.stack(pairs, dim=1)), dim=1)).squeeze(1)
+    torch.testing.assert_close(model(*batch[:3]).double(), expected, rtol=1e-4, atol=1e-4)
+
+
+def _mlp(layers: nn.Sequential, x: torch.Tensor) -> torch.Tensor:
+    for layer in layers:
+        if isinstance(layer, nn.Linear):
+            x = x @ layer.weight.detach().double().T + layer.bias.detach().double()
+        elif isinstance(layer, nn.ReLU):
+            x = x.clamp(min=0)
+    return x
+
+
+def test_tables_go_through_one_collection(data: Dataset, model: DLRM) -> None:
+    assert isinstance(model.embeddings, rk.EmbeddingBagCollection)
+    assert list(model.embeddings.feature_names) == [name for name, _ in data.schema.features]
+    assert model.config.feature_names == list(data.bags)
+    assert not [m for m in model.head.modules() if isinstance(m, nn.EmbeddingBag | nn.Embedding)]
+
+
+def test_plain_twin_has_the_same_weights_and_answers(data: Dataset, model: DLRM) -> None:
+    plain = PlainDLRM(model)
+    assert {type(bag) for bag in plain.bags.values()} == {nn.EmbeddingBag}
+    for name, bag in plain.bags.items():
+        assert bag.weight.equal(model.embeddings.table(name))
+        assert bag.weight.data_ptr() != model.embeddings.table(name).data_ptr()
+    batch = data.batch(data.rows("test"))
+    torch.testing.assert_close(plain(*plain.prepare(batch)), model(*batch[:3]), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("bits", "tolerance"), [(8, 0.03), (4, 0.5)])
+def test_quantized_model_is_close_and_small(data: Dataset, model: DLRM, bits: int, tolerance: float) -> None:
+    small = model.quantize(bits)
+    assert not small.training
+    assert small.config.embedding == f"int{bits}"
+    assert small.embeddings.nbytes < model.embeddings.nbytes * (bits / 32 + 0.1)
+    for name in ("bottom", "top"):
+        for left, right in zip(getattr(small.head, name), getattr(model.head, name), strict=True):
+            if isinstance(left, nn.Linear):
+                assert left.weight.equal(right.weight)
+    batch = data.batch(data.rows("test"))
+    difference = (small(*batch[:3]) - model(*batch[:3])).abs().max()
+    assert 0 < difference < tolerance * model(*batch[:3]).abs().max()
+
+
+def test_a_new_model_has_float_tables(model: DLRM) -> None:
+    with pytest.raises(ValueError, match="quantize it after training"):
+        DLRM(model.quantize(8).config)
+
+
+def _learnable() -> Dataset:
+    """Labels that follow from the item alone, so that only the tables can learn them."""
+    data = tiny_dataset(1)
+    data.labels = (data.bags["item"].values % 2).astype(np.float32)
+    data.dense = np.zeros_like(data.dense)
+    return data
+
+
+def test_training_learns_through_the_tables_and_is_reproducible() -> None:
+    data = _learnable()
+    settings = TrainSettings(epochs=40, batch_size=64, learning_rate=1e-2, embedding_decay=0.0, drop_ids=0.0, seed=3)
+    results = []
+    steps: list[tuple[int, int]] = []
+    for _ in range(2):
+        torch.manual_seed(3)
+        model = DLRM(DLRMConfig.for_schema(data.schema, dim=8))
+        steps.clear()
+        epochs = train(model, data, settings, lambda done, total: steps.append((done, total)))
+        results.append((epochs, model.state_dict()))
+        assert not model.training
+        assert steps[-1] == (len(steps), len(steps))
+    assert results[0][0] == results[1][0]
+    assert all(results[0][1][name].equal(results[1][1][name]) for name in results[0][1])
+    quality = evaluate(model, data, "test")
+    assert quality.auc > 0.95
+    assert quality.auc == roc_auc_score(data.labels[data.rows("test")], predict(model, data, "test", batch_size=7))
+    # The weights kept are those of the best epoch.
+    assert evaluate(model, data, "validation").auc == max(epoch.auc for epoch in epochs)
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=lambda variant: variant.name)
+def test_save_and_load_are_bit_identical(variant: object, data: Dataset, model: DLRM, tmp_path: Path) -> None:
+    made = variant.make(model)  # type: ignore[attr-defined]
+    save_model(made, data.schema, tmp_path)
+    served = rk.load_model(str(tmp_path))
+    assert not served.training
+    assert not served.model.training
+    batch = data.batch(data.rows("test"))
+    assert served(*batch[:3]).equal(made(*batch[:3]))
+    assert served.model.embeddings.nbytes == made.embeddings.nbytes
+    examples = [
+        {"user": "3", "item": "5", "genres": ["Comedy", "Opera"], "liked_items": ["1", "2"], "user_age": 30},
+        {},
+    ]
+    encoded = data.schema.encode(examples)
+    assert served.predict(examples).equal(made(*encoded[:3]).detach().sigmoid())
+    with pytest.raises(KeyError, match="unknown feature 'colour'"):
+        served.predict([{"colour": "red"}])
+
+
+def _cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-9])
+
+
+def _flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-5] ^= 1
+    path.write_bytes(content)
+
+
+def _edit(path: Path) -> None:
+    body = json.loads(path.read_text())
+    body["config"]["dim"] = 8
+    path.write_text(json.dumps(body))
+
+
+def _newer(path: Path) -> None:
+    path.write_text(json.dumps({"format": 99}))
+
+
+DAMAGE: dict[str, tuple[str, Callable[[Path], object], str]] = {
+    "cut weights": (files.WEIGHTS, _cut, r"model\.safetensors: was cut short or altered"),
+    "altered weights": (files.WEIGHTS, _flip, r"model\.safetensors: was cut short or altered"),
+    "altered tokens": (files.VOCABULARIES, _flip, r"vocabularies\.json: was cut short or altered"),
+    "cut config": (files.CONFIG, _cut, "is not JSON"),
+    "altered config": (files.CONFIG, _edit, r"model\.json: was altered"),
+    "other format": (files.CONFIG, _newer, "is not a model of format 1"),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGE)
+def test_damaged_models_are_refused(case: str, data: Dataset, model: DLRM, tmp_path: Path) -> None:
+    name, damage, message = DAMAGE[case]
+    save_model(model, data.schema, tmp_path)
+    load_model(tmp_path)
+    damage(tmp_path / name)
+    with pytest.raises(ModelFileError, match=message):
+        load_model(tmp_path)
+
+
+@pytest.mark.parametrize("name", sorted(OURS))
+def test_missing_file_is_named(name: str, data: Dataset, model: DLRM, tmp_path: Path) -> None:
+    save_model(model, data.schema, tmp_path)
+    (tmp_path / name).unlink()
+    with pytest.raises(FileNotFoundError, match=name.replace(".", r"\.")):
+        load_model(tmp_path)
+
+
+def test_a_folder_appears_whole_or_not_at_all(tmp_path: Path) -> None:
+    target = tmp_path / "deep" / "out"
+    with files.new_folder(target, OURS) as scratch:
+        (scratch / files.CONFIG).write_text("first")
+        assert not target.exists()
+    assert (target / files.CONFIG).read_text() == "first"
+    for error in (KeyboardInterrupt(), OSError(errno.ENOSPC, "full")):
+        with pytest.raises(type(error)):
+            _fail_while_writing(target, error)
+        assert (target / files.CONFIG).read_text() == "first"
+        assert os.listdir(target.parent) == ["out"]
+    with files.new_folder(target, OURS) as scratch:
+        (scratch / files.WEIGHTS).write_text("third")
+    assert os.listdir(target) == [files.WEIGHTS]
+    assert os.listdir(target.parent) == ["out"]
+
+
+def _fail_while_writing(target: Path, error: BaseException) -> None:
+    with files.new_folder(target, OURS) as scratch:
+        (scratch / files.CONFIG).write_text("second")
+        raise error
+
+
+def test_an_interrupt_between_the_renames_puts_the_old_folder_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = tmp_path / "out"
+    with files.new_folder(target, OURS) as scratch:
+        (scratch / files.CONFIG).write_text("first")
+    rename, calls = os.rename, []
+
+    def interrupted(source: Path, place: Path) -> None:
+        calls.append(place)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        rename(source, place)
+
+    monkeypatch.setattr(files.os, "rename", interrupted)
+    with pytest.raises(KeyboardInterrupt), files.new_folder(target, OURS):
+        pass
+    assert (target / files.CONFIG).read_text() == "first"
+    assert os.listdir(tmp_path) == ["out"]
+
+
+def test_a_folder_with_other_files_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").write_text("precious")
+    with pytest.raises(FileExistsError, match=r"holds other files \(thesis\.txt\)"), files.new_folder(tmp_path, OURS):
+        pass
+    with pytest.raises(NotADirectoryError), files.new_folder(tmp_path / "thesis.txt", OURS):
+        pass
+    assert (tmp_path / "thesis.txt").read_text() == "precious"
+
+
+def test_disk_full_while_writing_weights_is_an_oserror(
+    data: Dataset, model: DLRM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*args: object) -> None:
+        raise files.SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(files.safetensors.torch, "save_file", full)
+    with pytest.raises(OSError, match="No space left on device") as caught:
+        save_model(model, data.schema, tmp_path)
+    assert caught.value.errno == errno.ENOSPC
