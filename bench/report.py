@@ -33,9 +33,12 @@ from bench import harness  # noqa: E402
 from bench.cases import BEST, CASES, LIMIT_SHARE, Case, last_level_cache  # noqa: E402
 from bench.harness import Pair, Result  # noqa: E402
 from bench.probe import Limit  # noqa: E402
+from recsys_kernels import __version__  # noqa: E402
+from recsys_kernels._backends import chosen  # noqa: E402
+from recsys_kernels._native import native  # noqa: E402
 
 THP = "THP_MEM_ALLOC_ENABLE"
-PACKAGES = ("recsys_kernels", "torch", "fbgemm_gpu-cpu", "torchrec", "numpy")
+PACKAGES = ("torch", "fbgemm_gpu-cpu", "torchrec", "numpy")
 
 NOTE = """\
 Ratios are theirs / ours (above 1: ours is faster): the median over rounds that alternate the two sides in one process,
@@ -114,6 +117,7 @@ def machine() -> dict[str, str]:
         "Memory": f"{os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE') / 2**30:.0f} GiB",
         "Transparent huge pages": _read("/sys/kernel/mm/transparent_hugepage/enabled"),
         "System": f"{platform.system()} {platform.release()}, Python {platform.python_version()}",
+        "recsys_kernels": f"{__version__}, backend {chosen('embedding_bag', 'cpu')}, {native.isa() or native.reason}",
         "Versions": ", ".join(f"{package} {_version(package)}" for package in PACKAGES),
         "Commit": (_command("git", "rev-parse", "--short=12", "HEAD") or "unknown") + dirty,
         "Load average at the start": f"{os.getloadavg()[0]:.1f}",
@@ -163,6 +167,10 @@ def _target(result: Result) -> str:
     return text + (f", {LIMIT_SHARE:.0%} of limit" if case.near_limit else "")
 
 
+def _pages(limit: Limit) -> str:
+    return "" if limit.huge_pages > 0.9 else f", {limit.huge_pages:.0%} on huge pages"
+
+
 def _summary(result: Result, cache: int) -> list[str]:
     case, best, limit = result.case, result.best, result.limit
     return [
@@ -172,7 +180,7 @@ def _summary(result: Result, cache: int) -> list[str]:
         f"{best.name} {_time(best.theirs)}",
         _ratio(best),
         f"{result.rate() / 1e9:.2f}",
-        f"{limit.gather / 1e9:.2f} ({limit.prefetch})" if limit else "-",
+        f"{limit.gather / 1e9:.2f} ({limit.prefetch}{_pages(limit)})" if limit else "-",
         f"{result.share:.0%}" if result.share is not None else "-",
         _target(result),
         "yes" if result.reached else "no",
