@@ -243,6 +243,8 @@ def plot(facts: dict[str, str], run: Run, path: Path) -> None:
     )
     for dtype, marker in {"fp32": "o", "fp16": "s", "int8": "^", "int4": "D"}.items():
         mine = [r for r in large if r.case.dtype == dtype]
+        if not mine:
+            continue
         sizes = [r.case.row_bytes for r in mine]
         roof.plot(sizes, [r.rate() / 1e9 for r in mine], f"C0{marker}", label=f"{dtype}, recsys_kernels")
         roof.plot(
@@ -295,12 +297,12 @@ def main(arguments: list[str] | None = None) -> int:
         facts = machine()
         runs = [run_in_child(cases, options.quick, thp) for thp in {"off": "0", "on": "1", "both": "01"}[options.thp]]
     text = markdown(facts, runs)
-    print(text)
     if options.out:
         options.out.mkdir(parents=True, exist_ok=True)
+        save(options.out / "results.json", facts, runs)  # first: it took the longest
         (options.out / "report.md").write_text(text)
-        save(options.out / "results.json", facts, runs)
         plot(facts, runs[0], options.out / "roofline.png")
+    print(text)
     return int(any(run.wrong for run in runs))
 
 
