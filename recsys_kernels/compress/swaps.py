@@ -1,0 +1,109 @@
+"""What ``optimize`` did to a model."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class LayerSwap:
+    """One layer that was swapped or kept.
+
+    Attributes:
+        names: every place in the model where it is.
+        kind: name of its class.
+        action: its new form, such as ``"int8"``; ``"kept"`` if it was left alone.
+        reason: why it was kept; for a swapped layer what else there is to know, often nothing.
+        shape: rows and columns.
+        dtype: type of its values before.
+        bytes_before, bytes_after: bytes of its parameters and buffers, scales and padding between rows included.
+        max_error: largest absolute error of a value; None if it was kept.
+        relative_error: the same, as a share of the largest absolute value.
+    """
+
+    names: tuple[str, ...]
+    kind: str
+    action: str
+    reason: str
+    shape: tuple[int, int]
+    dtype: str
+    bytes_before: int
+    bytes_after: int
+    max_error: float | None = None
+    relative_error: float | None = None
+
+    @property
+    def name(self) -> str:
+        """All names in one string."""
+        return ", ".join(name or "(the model)" for name in self.names)
+
+
+@dataclass(frozen=True)
+class OptimizeReport:
+    """What ``optimize`` did: print it to read it.
+
+    Attributes:
+        layers: one entry a layer of the kinds asked for, in the model's order.
+        bytes_before, bytes_after: bytes of all parameters and buffers of the model; shared memory counts once.
+        output_error: largest absolute difference of the outputs on ``sample_inputs``; None without them.
+        notes: what else is different in the new model.
+    """
+
+    layers: tuple[LayerSwap, ...]
+    bytes_before: int
+    bytes_after: int
+    output_error: float | None = None
+    notes: tuple[str, ...] = ()
+
+    @property
+    def swapped(self) -> tuple[LayerSwap, ...]:
+        """The layers that have a new form."""
+        return tuple(layer for layer in self.layers if layer.action != "kept")
+
+    @property
+    def kept(self) -> tuple[LayerSwap, ...]:
+        """The layers that were left alone."""
+        return tuple(layer for layer in self.layers if layer.action == "kept")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON; tuples become lists."""
+
+        def plain(value: Any) -> Any:
+            if isinstance(value, dict):
+                return {key: plain(item) for key, item in value.items()}
+            return [plain(item) for item in value] if isinstance(value, tuple) else value
+
+        return plain(asdict(self))
+
+    def __str__(self) -> str:
+        lines = []
+        if self.layers:
+            rows: list[tuple[str, ...]] = [("layer", "kind", "rows x columns", "type", "now", "bytes", "max error", "")]
+            rows += [_cells(layer) for layer in self.layers]
+            widths = [max(len(row[column]) for row in rows) for column in range(7)]
+            lines += [_line(row, widths) for row in rows]
+            lines.insert(1, "  ".join("-" * width for width in widths))
+        else:
+            lines.append("no layer of the kinds asked for")
+        share = f" ({self.bytes_before / self.bytes_after:.2f} times smaller)" if self.bytes_after else ""
+        lines.append(f"whole model: {self.bytes_before:,} -> {self.bytes_after:,} bytes{share}")
+        if self.output_error is not None:
+            lines.append(f"outputs on the sample inputs: largest difference {self.output_error:.3g}")
+        return "\n".join([*lines, *self.notes])
+
+
+def _cells(layer: LayerSwap) -> tuple[str, ...]:
+    kept = layer.max_error is None
+    size = f"{layer.bytes_before:,}" if kept else f"{layer.bytes_before:,} -> {layer.bytes_after:,}"
+    error = "" if kept else f"{layer.max_error:.2g}"
+    rows, columns = layer.shape
+    return layer.name, layer.kind, f"{rows:,} x {columns:,}", layer.dtype, layer.action, size, error, layer.reason
+
+
+def _line(row: tuple[str, ...], widths: list[int]) -> str:
+    left = {0, 1, 3, 4}
+    cells = [
+        cell.ljust(w) if i in left else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=False))
+    ]
+    return "  ".join([*cells, row[7]]).rstrip()

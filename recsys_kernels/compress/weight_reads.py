@@ -1,0 +1,294 @@
+"""Who reads a layer's ``weight`` besides the layer: what the source code says, and what a trial run shows.
+
+A layer whose weight is read from outside (``scores = user @ self.items.weight.T``) cannot be swapped for one that
+stores it in another form: at best the reader fails, at worst ``x + self.positions.weight`` adds integers to floats.
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import os
+import sys
+import textwrap
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+from torch.utils.hooks import RemovableHandle
+
+_EACH = "[]"  # a step of a path: every item of a container
+_Path = tuple[str, ...]
+# What reads no values: it means the same whatever form the weight has.
+_HARMLESS = frozenset({"device"})
+_TORCH = os.path.dirname(torch.__file__) + os.sep
+
+
+# ---- source code -------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class SourceReads:
+    """Layers whose ``weight`` is read by code of other modules: id of the layer -> where.
+
+    Attributes:
+        forward: by ``forward`` of a module or what it calls.
+        elsewhere: by methods that neither a ``forward`` nor a constructor calls, such as a training loss.
+    """
+
+    forward: dict[int, str] = field(default_factory=dict)
+    elsewhere: dict[int, str] = field(default_factory=dict)
+
+
+def source_reads(modules: Collection[torch.nn.Module], layers: Collection[torch.nn.Module]) -> SourceReads:
+    """Reads of ``<path from self>.weight`` in the methods of ``modules``.
+
+    Paths are followed through attributes, items of containers and local names that stand for them. Code without
+    source, and a layer handed to a function, are not followed: a trial run sees those (:class:`WeightReads`).
+
+    Args:
+        modules: all modules of a model.
+        layers: those whose readers are asked for; their own methods do not count.
+    """
+    wanted = {id(layer) for layer in layers}
+    readers = [m for m in modules if id(m) not in wanted and not type(m).__module__.startswith("torch.nn.")]
+    found = SourceReads()
+    followed = _follow(readers, ("forward",), wanted, found.forward) | _follow(readers, ("__init__",), wanted, {})
+    for module in readers:
+        for function in _methods(module):
+            if (id(module), function) not in followed:
+                _scan(module, function, wanted, found.elsewhere)
+    return found
+
+
+def _follow(
+    modules: Collection[torch.nn.Module], names: tuple[str, ...], wanted: set[int], found: dict[int, str]
+) -> set[tuple[int, Any]]:
+    """Scans the named methods of every module and the methods that they use; returns what it has scanned."""
+    queue = [(module, function) for module in modules for name in names for function in _named(module, name)]
+    seen: set[tuple[int, Any]] = set()
+    while queue:
+        module, function = queue.pop()
+        if (id(module), function) not in seen:
+            seen.add((id(module), function))
+            queue += _scan(module, function, wanted, found)
+    return seen
+
+
+def _scan(module: torch.nn.Module, function: Any, wanted: set[int], found: dict[int, str]) -> list[tuple[Any, Any]]:
+    """Notes the reads in one method; returns the methods that it uses, as (module, function)."""
+    used = []
+    code = _read_source(function)
+    for owner, name in code.attributes:
+        used += [
+            (target, method)
+            for target in _resolve(module, owner)
+            if isinstance(target, torch.nn.Module)
+            for method in _named(target, name)
+        ]
+    for path, line in code.weights:
+        for target in _resolve(module, path):
+            if id(target) in wanted:
+                file = os.path.basename(function.__code__.co_filename)
+                found.setdefault(id(target), f"{function.__qualname__} ({file}:{line})")
+    return used
+
+
+def _named(module: torch.nn.Module, name: str) -> list[Any]:
+    """The functions behind a method or property name, with those of base classes that ``super()`` may reach."""
+    classes = [c for c in type(module).__mro__ if name in vars(c)]
+    return [f for c in classes if _is_own(c) and (f := _function(vars(c)[name])) is not None]
+
+
+def _methods(module: torch.nn.Module) -> list[Any]:
+    classes = [c for c in type(module).__mro__ if _is_own(c)]
+    return [f for c in classes for value in vars(c).values() if (f := _function(value)) is not None]
+
+
+def _is_own(cls: type) -> bool:
+    return issubclass(cls, torch.nn.Module) and not cls.__module__.startswith("torch.nn.")
+
+
+def _function(value: Any) -> Any:
+    value = value.fget if isinstance(value, property) else value
+    if isinstance(value, (staticmethod, classmethod)) or not callable(value):
+        return None
+    value = inspect.unwrap(value)
+    return value if inspect.isfunction(value) else None
+
+
+def _resolve(module: torch.nn.Module, path: _Path) -> list[Any]:
+    """The objects that a path of attributes from a module leads to; runs no code of the model."""
+    objects: list[Any] = [module]
+    for step in path:
+        objects = [found for value in objects for found in _step(value, step)]
+    return objects
+
+
+def _step(value: Any, name: str) -> list[Any]:
+    if isinstance(value, torch.nn.Module):
+        if name == _EACH:
+            return list(value._modules.values())
+        found = value._modules.get(name, vars(value).get(name))
+        return [] if found is None else [found]
+    if name == _EACH and isinstance(value, (list, tuple)):
+        return list(value)
+    if name == _EACH and isinstance(value, Mapping):
+        return list(value.values())
+    return []
+
+
+@dataclass(frozen=True)
+class _Source:
+    """What a method's source holds: attributes as (path of the owner, name), and reads of weights as (path, line)."""
+
+    attributes: tuple[tuple[_Path, str], ...] = ()
+    weights: tuple[tuple[_Path, int], ...] = ()
+
+
+@lru_cache(maxsize=4096)
+def _read_source(function: Any) -> _Source:
+    try:
+        lines, first = inspect.getsourcelines(function)
+        tree = ast.parse(textwrap.dedent("".join(lines)))
+    except (OSError, TypeError, SyntaxError):
+        return _Source()
+    names = function.__code__.co_varnames[: function.__code__.co_argcount]
+    if not names:
+        return _Source()
+    paths = _Paths(names[0])
+    nodes = list(ast.walk(tree))
+    for _ in range(2):  # a local name may stand for another
+        for node in nodes:
+            paths.learn(node)
+    harmless = {id(n.value) for n in nodes if isinstance(n, ast.Attribute) and n.attr in _HARMLESS}
+    attributes, weights = [], []
+    for node in nodes:
+        if isinstance(node, (ast.Attribute, ast.Call)) and (path := paths.of(node)):
+            if isinstance(node, ast.Attribute):
+                attributes.append((path[:-1], path[-1]))
+            if path[-1] == "weight" and id(node) not in harmless:
+                weights.append((path[:-1], first + node.lineno - 1))
+    return _Source(tuple(attributes), tuple(sorted(weights, key=lambda read: read[1])))
+
+
+class _Paths:
+    """Expressions of one function as paths from ``self``."""
+
+    def __init__(self, self_name: str) -> None:
+        self._known: dict[str, _Path] = {self_name: ()}
+
+    def of(self, node: ast.AST) -> _Path | None:
+        if isinstance(node, ast.Name):
+            return self._known.get(node.id)
+        if isinstance(node, ast.Attribute):
+            return self._then(node.value, node.attr)
+        if isinstance(node, ast.Subscript):
+            return self._then(node.value, _EACH)
+        if isinstance(node, ast.Call):
+            return self._call(node)
+        return None
+
+    def learn(self, node: ast.AST) -> None:
+        """Takes down a local name that stands for a path: ``table = self.table``, ``for table in self.tables``."""
+        if isinstance(node, ast.Assign) and len(node.targets) == 1:
+            self._bind(node.targets[0], self.of(node.value))
+        elif isinstance(node, (ast.For, ast.comprehension)):
+            path = self.of(node.iter)
+            # (key, item) and (number, item): the item comes last.
+            target = node.target.elts[-1] if isinstance(node.target, ast.Tuple) else node.target
+            self._bind(target, None if path is None else (*path, _EACH))
+
+    def _bind(self, target: ast.AST, path: _Path | None) -> None:
+        if isinstance(target, ast.Name) and path:
+            self._known[target.id] = path
+
+    def _then(self, owner: ast.AST, step: str) -> _Path | None:
+        path = self.of(owner)
+        return None if path is None else (*path, step)
+
+    def _call(self, node: ast.Call) -> _Path | None:
+        if isinstance(node.func, ast.Attribute) and node.func.attr in ("values", "items"):
+            return self.of(node.func.value)
+        if isinstance(node.func, ast.Name) and node.args:
+            if node.func.id in ("enumerate", "list", "reversed"):
+                return self.of(node.args[0])
+            second = node.args[1] if len(node.args) > 1 else None
+            if node.func.id == "getattr" and isinstance(second, ast.Constant) and isinstance(second.value, str):
+                return self._then(node.args[0], second.value)
+        return None
+
+
+# ---- a trial run ---------------------------------------------------------------------------------------------------
+
+
+class WeightReads(TorchFunctionMode):
+    """Within this context, notes every torch call on a layer's weight from outside of the layer's ``forward``.
+
+    Args:
+        layers: the layers to watch.
+        readers: modules whose ``forward`` may read weights of the layers, as ``EmbeddingBagCollection`` does.
+
+    Attributes:
+        found: id of the weight -> where it is read.
+    """
+
+    def __init__(self, layers: Collection[Any], readers: Collection[torch.nn.Module] = ()) -> None:
+        super().__init__()
+        self.found: dict[int, str] = {}
+        self._weights = {id(layer.weight) for layer in layers}
+        self._watched = (*layers, *readers)
+        self._inside = 0
+        self._handles: list[RemovableHandle] = []
+
+    def __enter__(self) -> WeightReads:
+        for module in self._watched:
+            # Closest to forward: hooks of the user are outside.
+            self._handles.append(module.register_forward_pre_hook(self._go_in))
+            self._handles.append(module.register_forward_hook(self._come_out, prepend=True))
+        super().__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        for handle in self._handles:
+            handle.remove()
+
+    def _go_in(self, *_: Any) -> None:
+        self._inside += 1
+
+    def _come_out(self, *_: Any) -> None:
+        self._inside -= 1
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if not self._inside and getattr(getattr(func, "__self__", None), "__name__", "") not in _HARMLESS:
+            for value in _flat((args, kwargs)):
+                if id(value) in self._weights:
+                    self.found.setdefault(id(value), _caller())
+        return func(*args, **kwargs)
+
+
+def _flat(value: Any) -> Iterator[Any]:
+    if isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _flat(item)
+    elif isinstance(value, dict):
+        yield from _flat(list(value.values()))
+    else:
+        yield value
+
+
+def _caller() -> str:
+    """The innermost function on the stack that is neither torch's nor of this file."""
+    frame = sys._getframe()
+    while frame.f_back is not None:
+        file = frame.f_code.co_filename
+        if file != __file__ and not file.startswith(_TORCH):
+            break
+        frame = frame.f_back
+    name = getattr(frame.f_code, "co_qualname", frame.f_code.co_name)
+    return f"{name} ({os.path.basename(frame.f_code.co_filename)}:{frame.f_lineno})"
