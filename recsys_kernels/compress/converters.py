@@ -63,8 +63,8 @@ class TableConverter:
         if tuple(weight.shape) != self.shape(module):
             return f"its weight is {tuple(weight.shape)}, not num_embeddings x embedding_dim"
         sized = QuantizedEmbedding(*self.shape(module), bits=_bits(choice), device="meta")
-        if sized.nbytes >= weight.nbytes:
-            return f"too narrow: {choice} would take {sized.nbytes:,} bytes, scales and biases included"
+        if (nbytes := stored_bytes(sized)) >= weight.nbytes:
+            return f"too narrow: {choice} would take {nbytes:,} bytes, scales and biases included"
         return None
 
     def convert(self, modules: Sequence[Any], choice: str) -> list[Any]:
@@ -106,3 +106,10 @@ def _with_table_of(other: Any, module: Any) -> Any:
 
 
 CONVERTERS: tuple[Converter, ...] = (TableConverter(),)
+
+
+def stored_bytes(module: torch.nn.Module) -> int:
+    """Bytes of the memory of all parameters and buffers; what is shared counts once."""
+    tensors = [t for t in (*module.parameters(), *module.buffers()) if t.layout == torch.strided]
+    storages = {t.untyped_storage()._cdata: t.untyped_storage() for t in tensors}
+    return sum(storage.nbytes() for storage in storages.values())

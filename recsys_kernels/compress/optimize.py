@@ -14,7 +14,7 @@ from torch.nn.utils import parametrize
 from torch.utils import _pytree as pytree
 
 from ..ops.embedding_bag import EmbeddingBagCollection
-from .converters import CONVERTERS, Converter
+from .converters import CONVERTERS, Converter, stored_bytes
 from .swaps import LayerSwap, OptimizeReport
 from .weight_reads import WeightReads, source_reads
 
@@ -55,11 +55,11 @@ def optimize(
     values that are not finite, tables so narrow that scales and biases would cost more than they save.
 
     A layer's weight may also be read directly by the model's code (``user @ self.items.weight.T``), which no swapped
-    layer can serve. Such layers stay as they are. They are found in the source of every ``forward`` and of what it
-    calls, through attributes, containers and local names. Reads that only other methods make (a training loss) do
-    not stop the swap, but are noted in the report. With ``sample_inputs`` a trial run decides instead: it sees
-    every read on the way that those inputs take, however it is made, and it compares the outputs. Give them
-    whenever you can; name in ``skip`` what still is not to be swapped.
+    layer can serve. Such layers stay as they are. They are found in the source of the model's methods, constructors
+    aside, through attributes, containers and local names. With ``sample_inputs`` a trial run decides instead: it
+    sees every read on the way that those inputs take, however it is made, and compares the outputs; what only other
+    code reads (a training loss, a branch not taken) is swapped, with a note in the report. Give them whenever you
+    can; name in ``skip`` what still is not to be swapped.
 
     Args:
         model: any module, on any device. Optimizers that it holds in attributes become None in the copy. Weights of
@@ -183,16 +183,15 @@ class _Plan:
         outputs = None
         readers = [module for module in self.modules.values() if not isinstance(module, _READERS)]
         reads = source_reads(readers, [layer.module for layer in layers])
-        decisive, noted = reads.forward, reads.elsewhere
+        decisive = reads
         if sample_inputs is not None:
             outputs, decisive = self._trial(sample_inputs)
-            noted = {**reads.elsewhere, **reads.forward}
         for layer in layers:
             key = id(layer.module)
             if key in decisive:
                 layer.keep = f"its weight is read by {decisive[key]}"
-            elif key in noted:
-                layer.notes.append(f"{noted[key]} reads its weight, which is not float any more")
+            elif key in reads:
+                layer.notes.append(f"{reads[key]} reads its weight, which is not float any more")
         return outputs
 
     def _trial(self, sample_inputs: Any) -> tuple[Any, dict[int, str]]:
@@ -277,8 +276,8 @@ class _Plan:
         """What was done; to be called after :meth:`build`."""
         return OptimizeReport(
             layers=tuple(_describe(layer) for layer in self.layers.values()),
-            bytes_before=_stored_bytes(self.model),
-            bytes_after=_stored_bytes(new),
+            bytes_before=stored_bytes(self.model),
+            bytes_after=stored_bytes(new),
             output_error=output_error,
             notes=tuple(dict.fromkeys(self.notes)),
         )
@@ -396,7 +395,7 @@ def _describe(layer: _Layer) -> LayerSwap:
         shape=layer.converter.shape(module),
         dtype=_dtype(tensors[0]) if tensors else "",
         bytes_before=before,
-        bytes_after=before if layer.new is None else _stored_bytes(layer.new),
+        bytes_after=before if layer.new is None else stored_bytes(layer.new),
         max_error=error,
         relative_error=relative,
     )
@@ -404,13 +403,6 @@ def _describe(layer: _Layer) -> LayerSwap:
 
 def _dtype(tensor: torch.Tensor) -> str:
     return str(tensor.dtype).removeprefix("torch.")
-
-
-def _stored_bytes(module: torch.nn.Module) -> int:
-    """Bytes of the memory of all parameters and buffers; what is shared counts once."""
-    tensors = [t for t in (*module.parameters(), *module.buffers()) if t.layout == torch.strided]
-    storages = {t.untyped_storage()._cdata: t.untyped_storage() for t in tensors}
-    return sum(storage.nbytes() for storage in storages.values())
 
 
 # ---- trial runs ----------------------------------------------------------------------------------------------------

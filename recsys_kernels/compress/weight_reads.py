@@ -10,9 +10,8 @@ import ast
 import inspect
 import os
 import sys
-import textwrap
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -30,24 +29,12 @@ _TORCH = os.path.dirname(torch.__file__) + os.sep
 # ---- source code -------------------------------------------------------------------------------------------------
 
 
-@dataclass
-class SourceReads:
-    """Layers whose ``weight`` is read by code of other modules: id of the layer -> where.
-
-    Attributes:
-        forward: by ``forward`` of a module or what it calls.
-        elsewhere: by methods that neither a ``forward`` nor a constructor calls, such as a training loss.
-    """
-
-    forward: dict[int, str] = field(default_factory=dict)
-    elsewhere: dict[int, str] = field(default_factory=dict)
-
-
-def source_reads(modules: Collection[torch.nn.Module], layers: Collection[torch.nn.Module]) -> SourceReads:
-    """Reads of ``<path from self>.weight`` in the methods of ``modules``.
+def source_reads(modules: Collection[torch.nn.Module], layers: Collection[torch.nn.Module]) -> dict[int, str]:
+    """Reads of ``<path from self>.weight`` in the methods of ``modules``: id of the layer -> where.
 
     Paths are followed through attributes, items of containers and local names that stand for them. Code without
-    source, and a layer handed to a function, are not followed: a trial run sees those (:class:`WeightReads`).
+    source, and a layer handed to a function, are not followed: a trial run sees those (:class:`WeightReads`). What
+    only constructors use (initialization) does not count.
 
     Args:
         modules: all modules of a model.
@@ -55,20 +42,20 @@ def source_reads(modules: Collection[torch.nn.Module], layers: Collection[torch.
     """
     wanted = {id(layer) for layer in layers}
     readers = [m for m in modules if id(m) not in wanted and not type(m).__module__.startswith("torch.nn.")]
-    found = SourceReads()
-    followed = _follow(readers, ("forward",), wanted, found.forward) | _follow(readers, ("__init__",), wanted, {})
+    found: dict[int, str] = {}
+    done = _follow(readers, "forward", wanted, found) | _follow(readers, "__init__", wanted, {})
     for module in readers:
         for function in _methods(module):
-            if (id(module), function) not in followed:
-                _scan(module, function, wanted, found.elsewhere)
+            if (id(module), function) not in done:
+                _scan(module, function, wanted, found)
     return found
 
 
 def _follow(
-    modules: Collection[torch.nn.Module], names: tuple[str, ...], wanted: set[int], found: dict[int, str]
+    modules: Collection[torch.nn.Module], name: str, wanted: set[int], found: dict[int, str]
 ) -> set[tuple[int, Any]]:
-    """Scans the named methods of every module and the methods that they use; returns what it has scanned."""
-    queue = [(module, function) for module in modules for name in names for function in _named(module, name)]
+    """Scans a method of every module and the methods that it uses; returns what it has scanned."""
+    queue = [(module, function) for module in modules for function in _named(module, name)]
     seen: set[tuple[int, Any]] = set()
     while queue:
         module, function = queue.pop()
@@ -153,7 +140,9 @@ class _Source:
 def _read_source(function: Any) -> _Source:
     try:
         lines, first = inspect.getsourcelines(function)
-        tree = ast.parse(textwrap.dedent("".join(lines)))
+        # In a block instead of dedented: comments may stand further left than the method.
+        opening = "if True:\n" if lines[0][:1].isspace() else "\n"
+        tree = ast.parse(opening + "".join(lines))
     except (OSError, TypeError, SyntaxError):
         return _Source()
     names = function.__code__.co_varnames[: function.__code__.co_argcount]
@@ -171,7 +160,7 @@ def _read_source(function: Any) -> _Source:
             if isinstance(node, ast.Attribute):
                 attributes.append((path[:-1], path[-1]))
             if path[-1] == "weight" and id(node) not in harmless:
-                weights.append((path[:-1], first + node.lineno - 1))
+                weights.append((path[:-1], first + node.lineno - 2))
     return _Source(tuple(attributes), tuple(sorted(weights, key=lambda read: read[1])))
 
 
