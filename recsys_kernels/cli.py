@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import signal
 import sys
 from collections.abc import Iterator, Sequence
@@ -150,6 +151,8 @@ def _compress(options: argparse.Namespace) -> int:
         return _fail(f"--save {options.save}: no such form; there are {', '.join(names)}")
     if options.save is not None and options.out is None:
         return _fail("--save: needs --out DIR")
+    if options.threads > (os.cpu_count() or 1):
+        return _fail(f"--threads {options.threads}: this machine has {os.cpu_count()} cores")
     try:
         if options.out is not None:
             models.files.check_out(options.out, report.FILES)
@@ -160,8 +163,10 @@ def _compress(options: argparse.Namespace) -> int:
             print(f"report: {options.out / report.PAGE}")
     except data.DataError as error:
         return _fail(str(error))
-    except MemoryError:
-        return _fail("not enough memory; try --limit N or a smaller --rows")
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "allocate memory" not in str(error):  # what torch raises
+            raise
+        return _fail("not enough memory; try --limit N, or a smaller --dim or --rows")
     except OSError as error:
         place = f"{error.filename}: " if error.filename else ""
         return _fail(f"{place}{error.strerror or error}")
@@ -215,7 +220,7 @@ def _print_table(summary: Any) -> None:
 
     console = Console()
     if not console.is_terminal:
-        console.width = 120  # a pipe has no width; 80 columns would break the lines
+        console.width = 100  # a pipe has no width of its own
     console.print(summary)
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from small_data import ITEMS, RATINGS, USERS, WRITERS, World, criteo_lines, log_of, write_criteo
 
-from recsys_kernels.data import DataError, fetch
+from recsys_kernels.data import DataError, features, fetch
 from recsys_kernels.data.checksum import sha256
 from recsys_kernels.data.criteo import CATEGORIES, COLUMNS, MIN_COUNT, read_criteo
 from recsys_kernels.data.examples import Bags
@@ -116,6 +116,12 @@ def test_dense_features_against_a_loop() -> None:
             assert data.dense[row, column] == pytest.approx(expected, abs=1e-5)
     train = data.dense[data.rows("train")]
     np.testing.assert_allclose(train.mean(axis=0), 0, atol=1e-5)
+
+
+def test_blocks_of_users_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = rating_dataset(log_of(World(4)))
+    monkeypatch.setattr(features, "_BLOCK_ROWS", 7)
+    np.testing.assert_array_equal(rating_dataset(log_of(World(4))).dense, whole.dense)
 
 
 @pytest.mark.parametrize("shares", [(0.8, 0.1), (0.5, 0.25)])

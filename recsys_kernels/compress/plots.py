@@ -42,7 +42,7 @@ def latency(report: Report, key: str | None = None) -> Figure:
         for axes, size in zip(figure.subplots(len(sizes), squeeze=False)[:, 0], sizes, strict=True):
             median = [variant["latency"][size]["p50_us"] for variant in variants]
             tail = [variant["latency"][size]["p99_us"] for variant in variants]
-            _bars(axes, titles, median, _colors(report), [_micros(value) for value in median], max(tail))
+            _bars(axes, titles, median, _colors(report), [_micros(value) for value in median], tail)
             for row, value in enumerate(tail):
                 axes.plot([value, value], [row - 0.32, row + 0.32], color=_RED, linewidth=2)
             axes.set_title(f"{int(size)} example{'s' if int(size) > 1 else ''} a call")
@@ -53,18 +53,18 @@ def latency(report: Report, key: str | None = None) -> Figure:
 def table_size(report: Report) -> Figure:
     """Bytes of the embedding tables, and of the other weights."""
     variants = report["variants"]
-    unit, scale = ("MB", 1e6) if variants[0]["total_bytes"] >= 2e6 else ("kB", 1e3)
+    unit, scale, digits = ("MB", 1e6, 1) if variants[0]["total_bytes"] >= 2e6 else ("kB", 1e3, 0)
     tables = [variant["table_bytes"] / scale for variant in variants]
     others = [(variant["total_bytes"] - variant["table_bytes"]) / scale for variant in variants]
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=(_WIDTH, 2.3), layout="constrained")
         axes = figure.subplots()
         totals = [a + b for a, b in zip(tables, others, strict=True)]
-        _bars(axes, [v["title"] for v in variants], tables, _colors(report), [""] * len(tables), max(totals))
+        _bars(axes, [v["title"] for v in variants], tables, _colors(report), [""] * len(tables), totals)
         rows = list(range(len(variants)))
         axes.barh(rows, others, left=tables, color="#d9dee3", height=0.6)
         for row, total in enumerate(totals):
-            axes.text(total, row, f" {total:,.0f}", va="center")
+            axes.text(total, row, f" {total:,.{digits}f}", va="center")
         axes.set_xlabel(f"size, {unit}")
     return figure
 
@@ -125,9 +125,9 @@ def overview(report: Report) -> Figure:
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=(9.5, 2.5), layout="constrained")
         first, second, third = figure.subplots(1, 3, sharey=True)
-        _bars(first, titles, sizes, _colors(report), [f"{value:,.{digits}f}" for value in sizes], max(sizes))
+        _bars(first, titles, sizes, _colors(report), [f"{value:,.{digits}f}" for value in sizes], sizes)
         first.set_xlabel("model size, MB")
-        _bars(second, titles, median, _colors(report), [_micros(value) for value in median], max(median))
+        _bars(second, titles, median, _colors(report), [_micros(value) for value in median], median)
         second.set_xlabel(f"time for {int(size)} examples, µs")
         changes = [variant["auc_change"] for variant in variants]
         third.axvspan(-report["auc_tolerance"], report["auc_tolerance"], color="#e6f0e6")
@@ -157,16 +157,22 @@ def svg(figure: Figure, label: str) -> str:
 
 
 def _bars(
-    axes: Axes, titles: Sequence[str], values: Sequence[float], colors: Sequence[str], texts: Sequence[str], most: float
+    axes: Axes,
+    titles: Sequence[str],
+    values: Sequence[float],
+    colors: Sequence[str],
+    texts: Sequence[str],
+    ends: Sequence[float],
 ) -> None:
+    """Horizontal bars with a text each; `ends` is how far anything drawn on each row reaches."""
     rows = list(range(len(titles)))
+    most = max(ends)
     axes.barh(rows, values, color=colors, height=0.6)
-    for row, (value, text) in enumerate(zip(values, texts, strict=True)):
-        # Inside the bar where it is long enough, so that the percentile mark does not cross the number.
-        inside = value > 0.3 * most
-        axes.text(
-            value, row, f" {text} ", va="center", ha="right" if inside else "left", color="white" if inside else "k"
-        )
+    for row, (value, text, end) in enumerate(zip(values, texts, ends, strict=True)):
+        if value > 0.25 * most:
+            axes.text(value, row, f"{text} ", va="center", ha="right", color="white")
+        else:
+            axes.text(end, row, f" {text}", va="center")
     axes.set_yticks(rows, titles)
     axes.set_ylim(len(titles) - 0.5, -0.5)
     axes.set_xlim(0, most * 1.12)

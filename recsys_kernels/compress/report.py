@@ -122,7 +122,7 @@ def _setup(report: dict[str, Any]) -> list[tuple[str, str]]:
         ("Positives", f"{parts['test']['positive_share']:.0%} of the test labels"),
         ("Tables", f"{tables} rows of {model['dim']} numbers"),
         ("Dense features", ", ".join(report["data"]["dense"])),
-        ("Training", f"{report['training']['epochs']} epochs, seed {report['training']['seed']}"),
+        ("Training", f"epochs: {report['training']['epochs']}, seed: {report['training']['seed']}"),
         ("Timing", f"one process, forms in turn on the same batches, threads: {report['threads']}"),
         ("Machine", f"{machine['cpu']}, {machine['system']}, torch {machine['torch']}"),
         ("Whole run", f"{report['seconds']['total']:.0f} s"),

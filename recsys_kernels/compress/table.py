@@ -30,7 +30,7 @@ def summary(result: JobResult) -> Group:
             f"{cost.total_bytes / 1e3:,.1f}",
             style="bold" if name == result.chosen else None,
         )
-    parts = [quality, _latency(result, result.cost, "time of one call, µs: median / 99th percentile, speed")]
+    parts = [quality, _latency(result, result.cost, f"{result.data.name}: time of one call")]
     if result.grown:
         size = next(iter(result.grown.values())).table_bytes / 1e9
         title = (
@@ -41,14 +41,18 @@ def summary(result: JobResult) -> Group:
 
 
 def _latency(result: JobResult, costs: dict[str, Cost], title: str, sizes: bool = False) -> Table:
+    """One line a batch size and variant: fits 80 columns, and reads without a legend."""
     table = Table(title=title, caption="speed: how many times plain torch's, median over alternating calls")
+    table.add_column("batch", justify="right")
     table.add_column("form of the model")
-    if sizes:
-        table.add_column("tables, MB", justify="right")
+    for name in ["median, µs", "p99, µs", "speed", *(["tables, MB"] if sizes else [])]:
+        table.add_column(name, justify="right")
     for size in next(iter(costs.values())).latency:
-        table.add_column(f"{size} example{'s' if size > 1 else ''} a call", justify="right")
-    for name, cost in costs.items():
-        cells = [f"{one.p50_us:,.0f} / {one.p99_us:,.0f}  {one.speedup:.2f}x" for one in cost.latency.values()]
-        held = [f"{cost.table_bytes / 1e6:,.1f}"] if sizes else []
-        table.add_row(result.title(name), *held, *cells, style="bold" if name == result.chosen else None)
+        table.add_section()
+        for name, cost in costs.items():
+            one = cost.latency[size]
+            cells = [f"{one.p50_us:,.0f}", f"{one.p99_us:,.0f}", f"{one.speedup:.2f}x"]
+            cells += [f"{cost.table_bytes / 1e6:,.1f}"] if sizes else []
+            style = "bold" if name == result.chosen else None
+            table.add_row(f"{size:,}", result.title(name), *cells, style=style)
     return table

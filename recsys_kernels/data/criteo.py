@@ -15,7 +15,7 @@ from .tables import check_range, first_line, stream_table
 INTEGERS = [f"I{i}" for i in range(1, 14)]
 CATEGORIES = [f"C{i}" for i in range(1, 27)]
 COLUMNS = ["label", *INTEGERS, *CATEGORIES]
-# Rarer values are mostly noise: on Criteo's logs they are most of the rows of a table and almost none of the clicks.
+# A rarer value has too few labels to learn from, and would cost a row all the same.
 MIN_COUNT = 5
 
 

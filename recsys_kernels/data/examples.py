@@ -152,7 +152,7 @@ class Bags:
         """(values of the bags of `rows` one after another, their lengths)."""
         if self.starts is None or self.lengths is None:
             return self.values[rows], np.ones(len(rows), np.int64)
-        lengths = self.lengths[rows]
+        lengths = self.lengths[rows].astype(np.int64)
         ends = np.cumsum(lengths)
         # Position inside the bag plus the bag's start, without a Python loop.
         shift = np.repeat(self.starts[rows] - (ends - lengths), lengths)

@@ -45,12 +45,12 @@ def previous(
 
     Args:
         keys, times: int64 [N].
-        values: int64 [N], for example item numbers.
+        values: integers [N], for example item numbers.
         chosen: bool [N]: only these events enter a window.
         longest: length of the longest window.
 
     Returns:
-        (values int64 [number of chosen], starts int64 [N], lengths int64 [N]).
+        (values [number of chosen] in the type given, starts int64 [N], lengths int32 [N]).
     """
     order = np.lexsort((times, keys))
     group, before = _groups(keys[order], times[order])
@@ -58,7 +58,7 @@ def previous(
     rank = np.concatenate(([0], np.cumsum(picked)))
     end = rank[before]
     start = np.maximum(rank[group], end - longest)
-    starts, lengths = np.empty(len(keys), np.int64), np.empty(len(keys), np.int64)
+    starts, lengths = np.empty(len(keys), np.int64), np.empty(len(keys), np.int32)
     starts[order] = start
     lengths[order] = end - start
     return values[order][picked], starts, lengths
