@@ -63,8 +63,8 @@ def optimize(
 
     Args:
         model: any module, on any device. Optimizers that it holds in attributes become None in the copy. Weights of
-            swapped layers that it also holds in plain attributes (say, in a list for a penalty) become meta tensors
-            there: the float table is not kept alive, and using one is an error.
+            swapped layers that it also holds in plain attributes (say, in a list for a penalty) become NaN there, of
+            the same shape but a single number in memory: no float table is kept alive, and no use goes unnoticed.
         embedding: rows of ``nn.Embedding``, ``nn.EmbeddingBag``, ``rk.EmbeddingBag`` and the tables of
             ``rk.EmbeddingBagCollection``: ``"int8"``, ``"int4"``, or None to leave them.
         skip: layers to leave: names (``"encoder.items"``), glob patterns (``"linear.*"``), module classes. What is
@@ -236,8 +236,9 @@ class _Plan:
         for layer in self.swapped:
             weight = layer.module.weight
             memo[id(layer.module)] = layer.new
-            memo[id(weight)] = torch.nn.Parameter(torch.empty_like(weight, device="meta"), weight.requires_grad)
-            layer.notes += [f"{path} is a meta tensor now" for path, value in self.held if value is weight]
+            # Not a meta tensor: torch's matmul of a CPU and a meta tensor gives random numbers, without an error.
+            memo[id(weight)] = weight.new_full((), float("nan")).expand_as(weight)
+            layer.notes += [f"{path} is NaN now" for path, value in self.held if value is weight]
         for layer in self.swapped:
             _carry_over(layer, memo)
         new = copy.deepcopy(self.model, memo)
@@ -424,8 +425,8 @@ def _try(plan: _Plan, new: torch.nn.Module, sample_inputs: Any) -> Any:
         return _run(twin, sample_inputs)
     except Exception as error:
         raise RuntimeError(
-            f"the optimized model fails on sample_inputs, the given one does not ({type(error).__name__}: {error}); "
-            "name the layer whose weight is used in some other way in skip"
+            "the optimized model fails on sample_inputs, the given one does not; name the layer that it cannot do "
+            f"without in skip ({type(error).__name__}: {' '.join(str(error).split())})"
         ) from error
 
 

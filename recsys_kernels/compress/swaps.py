@@ -86,18 +86,25 @@ class OptimizeReport:
             lines.insert(1, "  ".join("-" * width for width in widths))
         else:
             lines.append("no layer of the kinds asked for")
-        share = f" ({self.bytes_before / self.bytes_after:.2f} times smaller)" if self.bytes_after else ""
-        lines.append(f"whole model: {self.bytes_before:,} -> {self.bytes_after:,} bytes{share}")
+        if self.swapped:
+            share = self.bytes_before / self.bytes_after
+            lines.append(
+                f"whole model: {self.bytes_before:,} -> {self.bytes_after:,} bytes ({share:.2f} times smaller); "
+                "max error in % of the table's largest value"
+            )
+        else:
+            lines.append(f"whole model: {self.bytes_before:,} bytes as before")
         if self.output_error is not None:
             lines.append(f"outputs on the sample inputs: largest difference {self.output_error:.3g}")
         return "\n".join([*lines, *self.notes])
 
 
 def _cells(layer: LayerSwap) -> tuple[str, ...]:
-    kept = layer.max_error is None
-    size = f"{layer.bytes_before:,}" if kept else f"{layer.bytes_before:,} -> {layer.bytes_after:,}"
-    error = "" if kept else f"{layer.max_error:.2g}"
     rows, columns = layer.shape
+    size, error = f"{layer.bytes_before:,}", ""
+    if layer.max_error is not None and layer.relative_error is not None:
+        size += f" -> {layer.bytes_after:,}"
+        error = f"{layer.max_error:.2g} ({layer.relative_error:.1%})"
     return layer.name, layer.kind, f"{rows:,} x {columns:,}", layer.dtype, layer.action, size, error, layer.reason
 
 
