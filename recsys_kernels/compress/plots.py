@@ -42,9 +42,14 @@ def latency(report: Report, key: str | None = None) -> Figure:
         for axes, size in zip(figure.subplots(len(sizes), squeeze=False)[:, 0], sizes, strict=True):
             median = [variant["latency"][size]["p50_us"] for variant in variants]
             tail = [variant["latency"][size]["p99_us"] for variant in variants]
-            _bars(axes, titles, median, _colors(report), [_micros(value) for value in median], tail)
+            # A busy machine's tail can be 40 times the median: it must not shrink the bars to nothing.
+            most = min(max(tail), 2 * max(median))
+            _bars(axes, titles, median, _colors(report), [_micros(value) for value in median], tail, most)
             for row, value in enumerate(tail):
-                axes.plot([value, value], [row - 0.32, row + 0.32], color=_RED, linewidth=2)
+                if value <= most:
+                    axes.plot([value, value], [row - 0.32, row + 0.32], color=_RED, linewidth=2)
+                else:
+                    axes.text(1.12 * most, row, f"{_micros(value)} →", va="center", ha="right", color=_RED)
             axes.set_title(f"{int(size)} example{'s' if int(size) > 1 else ''} a call")
         axes.set_xlabel("time of one call, µs")
     return figure
@@ -60,7 +65,7 @@ def table_size(report: Report) -> Figure:
         figure = Figure(figsize=(_WIDTH, 2.3), layout="constrained")
         axes = figure.subplots()
         totals = [a + b for a, b in zip(tables, others, strict=True)]
-        _bars(axes, [v["title"] for v in variants], tables, _colors(report), [""] * len(tables), totals)
+        _bars(axes, [v["title"] for v in variants], tables, _colors(report), [""] * len(tables), totals, max(totals))
         rows = list(range(len(variants)))
         axes.barh(rows, others, left=tables, color="#d9dee3", height=0.6)
         for row, total in enumerate(totals):
@@ -125,9 +130,9 @@ def overview(report: Report) -> Figure:
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=(9.5, 2.5), layout="constrained")
         first, second, third = figure.subplots(1, 3, sharey=True)
-        _bars(first, titles, sizes, _colors(report), [f"{value:,.{digits}f}" for value in sizes], sizes)
+        _bars(first, titles, sizes, _colors(report), [f"{value:,.{digits}f}" for value in sizes], sizes, max(sizes))
         first.set_xlabel("model size, MB")
-        _bars(second, titles, median, _colors(report), [_micros(value) for value in median], median)
+        _bars(second, titles, median, _colors(report), [_micros(value) for value in median], median, max(median))
         second.set_xlabel(f"time for {int(size)} examples, µs")
         changes = [variant["auc_change"] for variant in variants]
         third.axvspan(-report["auc_tolerance"], report["auc_tolerance"], color="#e6f0e6")
@@ -163,16 +168,17 @@ def _bars(
     colors: Sequence[str],
     texts: Sequence[str],
     ends: Sequence[float],
+    most: float,
 ) -> None:
-    """Horizontal bars with a text each; `ends` is how far anything drawn on each row reaches."""
+    """Horizontal bars with a text each, which avoids the mark at `ends`; the axis shows values up to `most`."""
     rows = list(range(len(titles)))
-    most = max(ends)
     axes.barh(rows, values, color=colors, height=0.6)
     for row, (value, text, end) in enumerate(zip(values, texts, ends, strict=True)):
         if value > 0.25 * most:
             axes.text(value, row, f"{text} ", va="center", ha="right", color="white")
         else:
-            axes.text(end, row, f" {text}", va="center")
+            beside = end if end < value + 0.2 * most else value
+            axes.text(beside, row, f" {text}", va="center")
     axes.set_yticks(rows, titles)
     axes.set_ylim(len(titles) - 0.5, -0.5)
     axes.set_xlim(0, most * 1.12)

@@ -33,16 +33,14 @@ def summary(result: JobResult) -> Group:
     parts = [quality, _latency(result, result.cost, f"{result.data.name}: time of one call")]
     if result.grown:
         size = next(iter(result.grown.values())).table_bytes / 1e9
-        title = (
-            f"cost only: every table grown to {result.settings.rows:,} rows of random weights ({size:.2f} GB in 32-bit)"
-        )
+        title = f"cost only: every table grown to {result.settings.rows:,} random rows ({size:.2f} GB in 32-bit)"
         parts.append(_latency(result, result.grown, title, sizes=True))
     return Group(*parts)
 
 
 def _latency(result: JobResult, costs: dict[str, Cost], title: str, sizes: bool = False) -> Table:
     """One line a batch size and variant: fits 80 columns, and reads without a legend."""
-    table = Table(title=title, caption="speed: how many times plain torch's, median over alternating calls")
+    table = Table(title=title, caption="speed: against plain torch, call by call")
     table.add_column("batch", justify="right")
     table.add_column("form of the model")
     for name in ["median, µs", "p99, µs", "speed", *(["tables, MB"] if sizes else [])]:
