@@ -194,17 +194,17 @@ def test_report_holds_bytes_and_errors(choice: str, bits: int) -> None:
         error = (dequantize(new.get_submodule(layer.names[0])) - weight.double()).abs().max().item()
         assert layer.max_error == pytest.approx(error, rel=1e-3)
         assert layer.relative_error == pytest.approx(error / weight.abs().max().item(), rel=1e-3)
-    top = (3 * DIM + 1) * 4
-    assert report.bytes_before == 3 * ROWS * (DIM + 1) * 4 + top
-    assert report.bytes_after == 3 * table_bytes(ROWS, DIM, bits) + 3 * ROWS * 4 + top
+    rest = 3 * ROWS * 4 + (3 * DIM + 1) * 4
+    assert report.bytes_before == 3 * ROWS * DIM * 4 + rest
+    assert report.bytes_after == 3 * table_bytes(ROWS, DIM, bits) + rest
     assert json.loads(json.dumps(report.to_dict()))["layers"][0]["shape"] == [ROWS, DIM]
-    text = str(report)
-    assert all(word in text for word in ("embedding_dict.user", "too narrow", f"{report.bytes_after:,}", "50 x 16"))
+    assert all(
+        word in str(report) for word in ("embedding_dict.user", "too narrow", f"{report.bytes_after:,}", "50 x 16")
+    )
 
 
 def test_shared_tables_are_quantized_once() -> None:
-    model = Pooled()
-    new, report = optimize(model)
+    new, report = optimize(Pooled())
     assert new.item.weight.data_ptr() == new.bags[0].weight.data_ptr()
     assert new.item.scale_bias.data_ptr() == new.bags[0].scale_bias.data_ptr()
     shared = {layer.name: layer.reason for layer in report.layers if layer.reason}
@@ -216,8 +216,7 @@ def test_shared_tables_are_quantized_once() -> None:
 
 
 def test_a_layer_at_two_places_stays_one() -> None:
-    model = Features()
-    new, report = optimize(model)
+    new, report = optimize(model := Features())
     assert [layer.names for layer in report.layers] == [("one.item", "two.history"), ("one.user",)]
     assert new.one["item"] is new.two["history"] is new.features[0].embed
     assert isinstance(new.features[1].embed, rk.QuantizedEmbedding)

@@ -24,6 +24,10 @@ class Base(nn.Module):
         self.tables = nn.ModuleDict({"a": nn.Embedding(ROWS, DIM)})
         nn.init.normal_(self.items.weight)
         self.initialize()
+        self.__private()
+
+    def __private(self) -> None:
+        nn.init.normal_(self.tables["a"].weight)
 
     def initialize(self) -> None:
         with torch.no_grad():
@@ -222,6 +226,43 @@ def test_hidden_reads_do_not_give_wrong_numbers() -> None:
     with pytest.raises(RuntimeError, match="dtype"):
         new(x)
     assert optimize(Listed())[0](x).isnan().all()
+
+
+def test_code_without_source_is_told() -> None:
+    names: dict[str, Any] = {"Base": Base}
+    code = "class Made(Base):\n  def forward(self, x):\n    return self.lookup(x) @ self.items.weight.T\n"
+    exec(compile(code, "<made>", "exec"), names)
+    model = names["Made"]()
+    assert "no source of Made.forward: give sample_inputs" in str(optimize(model)[1])
+    _, report = optimize(model, sample_inputs=torch.arange(4))
+    assert [layer.name for layer in report.kept] == ["items"]
+    assert report.notes == ()
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_scripted_modules_are_told() -> None:
+    model = nn.Sequential(torch.jit.script(nn.Sequential(nn.Embedding(ROWS, DIM))), nn.Linear(DIM, 2))
+    new, report = optimize(model, sample_inputs=torch.arange(4))
+    assert report.layers == ()
+    assert report.notes == ("0: scripted, left as it is; optimize before torch.jit.script",)
+    assert report.bytes_before == report.bytes_after == (ROWS * DIM + 2 * DIM + 2) * 4
+    assert torch.equal(new(torch.arange(4)), model(torch.arange(4)))
+
+
+@pytest.mark.parametrize("wrap", [nn.DataParallel, lambda model: torch.compile(model, backend="eager")])
+def test_wrapped_models(wrap: Callable[[nn.Module], Any]) -> None:
+    model = nn.Sequential(nn.Embedding(ROWS, DIM))
+    new, report = optimize(wrap(model))
+    (layer,) = report.swapped
+    error = (new(torch.arange(ROWS)) - model(torch.arange(ROWS))).abs().max().item()
+    assert error == pytest.approx(layer.max_error, rel=1e-4)
+
+
+def test_traced_graphs() -> None:
+    graph = torch.fx.symbolic_trace(Scores())
+    _, report = optimize(graph)
+    # Tracing wrote the read of `.device` as a variable of its own, which is one read too many here.
+    assert {layer.name for layer in report.kept} == {"items", "free"}
 
 
 def test_a_hook_that_reads_the_weight_keeps_the_table() -> None:

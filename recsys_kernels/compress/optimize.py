@@ -125,6 +125,8 @@ class _Plan:
         for name, module in model.named_modules(remove_duplicate=False):
             self.modules[id(module)] = module
             self.names.setdefault(id(module), []).append(name)
+            if isinstance(module, torch.jit.ScriptModule) and not self.notes:
+                self.notes.append(f"{name or '(the model)'}: scripted, left as it is; optimize before torch.jit.script")
         self.held = list(_held(self.modules, self.names))
         # Modules that the model uses without having registered them.
         self.unregistered = {
@@ -183,15 +185,18 @@ class _Plan:
         outputs = None
         readers = [module for module in self.modules.values() if not isinstance(module, _READERS)]
         reads = source_reads(readers, [layer.module for layer in layers])
-        decisive = reads
+        decisive = reads.places
         if sample_inputs is not None:
             outputs, decisive = self._trial(sample_inputs)
+        elif layers and reads.unknown:
+            methods = ", ".join(sorted(reads.unknown))
+            self.notes.append(f"no source of {methods}: give sample_inputs to see whether it reads weights directly")
         for layer in layers:
             key = id(layer.module)
             if key in decisive:
                 layer.keep = f"its weight is read by {decisive[key]}"
-            elif key in reads:
-                layer.notes.append(f"{reads[key]} reads its weight, which is not float any more")
+            elif key in reads.places:
+                layer.notes.append(f"{reads.places[key]} reads its weight, which is not float any more")
         return outputs
 
     def _trial(self, sample_inputs: Any) -> tuple[Any, dict[int, str]]:

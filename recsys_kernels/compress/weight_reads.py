@@ -11,7 +11,7 @@ import inspect
 import os
 import sys
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
@@ -29,30 +29,43 @@ _TORCH = os.path.dirname(torch.__file__) + os.sep
 # ---- source code -------------------------------------------------------------------------------------------------
 
 
-def source_reads(modules: Collection[torch.nn.Module], layers: Collection[torch.nn.Module]) -> dict[int, str]:
-    """Reads of ``<path from self>.weight`` in the methods of ``modules``: id of the layer -> where.
+@dataclass
+class SourceReads:
+    """What the source of some modules says.
 
-    Paths are followed through attributes, items of containers and local names that stand for them. Code without
-    source, and a layer handed to a function, are not followed: a trial run sees those (:class:`WeightReads`). What
-    only constructors use (initialization) does not count.
+    Attributes:
+        places: id of a layer -> where its weight is read.
+        unknown: names of methods whose source is not available.
+    """
+
+    places: dict[int, str] = field(default_factory=dict)
+    unknown: set[str] = field(default_factory=set)
+
+
+def source_reads(modules: Collection[torch.nn.Module], layers: Collection[torch.nn.Module]) -> SourceReads:
+    """Reads of ``<path from self>.weight`` in the methods of ``modules``.
+
+    Paths are followed through attributes, items of containers and local names that stand for them. A layer handed to
+    a function is not followed: a trial run sees that (:class:`WeightReads`). What only constructors use
+    (initialization) does not count.
 
     Args:
         modules: all modules of a model.
         layers: those whose readers are asked for; their own methods do not count.
     """
     wanted = {id(layer) for layer in layers}
-    readers = [m for m in modules if id(m) not in wanted and not type(m).__module__.startswith("torch.nn.")]
-    found: dict[int, str] = {}
-    done = _follow(readers, "forward", wanted, found) | _follow(readers, "__init__", wanted, {})
+    readers = [m for m in modules if id(m) not in wanted and _is_own(type(m))]
+    reads = SourceReads()
+    done = _follow(readers, "forward", wanted, reads) | _follow(readers, "__init__", wanted, SourceReads())
     for module in readers:
         for function in _methods(module):
             if (id(module), function) not in done:
-                _scan(module, function, wanted, found)
-    return found
+                _scan(module, function, wanted, reads)
+    return reads
 
 
 def _follow(
-    modules: Collection[torch.nn.Module], name: str, wanted: set[int], found: dict[int, str]
+    modules: Collection[torch.nn.Module], name: str, wanted: set[int], reads: SourceReads
 ) -> set[tuple[int, Any]]:
     """Scans a method of every module and the methods that it uses; returns what it has scanned."""
     queue = [(module, function) for module in modules for function in _named(module, name)]
@@ -61,14 +74,17 @@ def _follow(
         module, function = queue.pop()
         if (id(module), function) not in seen:
             seen.add((id(module), function))
-            queue += _scan(module, function, wanted, found)
+            queue += _scan(module, function, wanted, reads)
     return seen
 
 
-def _scan(module: torch.nn.Module, function: Any, wanted: set[int], found: dict[int, str]) -> list[tuple[Any, Any]]:
+def _scan(module: torch.nn.Module, function: Any, wanted: set[int], reads: SourceReads) -> list[tuple[Any, Any]]:
     """Notes the reads in one method; returns the methods that it uses, as (module, function)."""
-    used = []
     code = _read_source(function)
+    if code is None:
+        reads.unknown.add(function.__qualname__)
+        return []
+    used = []
     for owner, name in code.attributes:
         used += [
             (target, method)
@@ -80,7 +96,7 @@ def _scan(module: torch.nn.Module, function: Any, wanted: set[int], found: dict[
         for target in _resolve(module, path):
             if id(target) in wanted:
                 file = os.path.basename(function.__code__.co_filename)
-                found.setdefault(id(target), f"{function.__qualname__} ({file}:{line})")
+                reads.places.setdefault(id(target), f"{function.__qualname__} ({file}:{line})")
     return used
 
 
@@ -96,7 +112,8 @@ def _methods(module: torch.nn.Module) -> list[Any]:
 
 
 def _is_own(cls: type) -> bool:
-    return issubclass(cls, torch.nn.Module) and not cls.__module__.startswith("torch.nn.")
+    """Whether a class may hold code that knows the model: scripted modules have none, torch.nn knows no model."""
+    return issubclass(cls, torch.nn.Module) and not cls.__module__.startswith(("torch.nn.", "torch.jit."))
 
 
 def _function(value: Any) -> Any:
@@ -117,9 +134,10 @@ def _resolve(module: torch.nn.Module, path: _Path) -> list[Any]:
 
 def _step(value: Any, name: str) -> list[Any]:
     if isinstance(value, torch.nn.Module):
+        children = dict(value._modules.items())  # a scripted module has no true dict
         if name == _EACH:
-            return list(value._modules.values())
-        found = value._modules.get(name, vars(value).get(name))
+            return list(children.values())
+        found = children.get(name, vars(value).get(name))
         return [] if found is None else [found]
     if name == _EACH and isinstance(value, (list, tuple)):
         return list(value)
@@ -137,18 +155,18 @@ class _Source:
 
 
 @lru_cache(maxsize=4096)
-def _read_source(function: Any) -> _Source:
+def _read_source(function: Any) -> _Source | None:
     try:
         lines, first = inspect.getsourcelines(function)
         # In a block instead of dedented: comments may stand further left than the method.
         opening = "if True:\n" if lines[0][:1].isspace() else "\n"
         tree = ast.parse(opening + "".join(lines))
     except (OSError, TypeError, SyntaxError):
-        return _Source()
+        return None
     names = function.__code__.co_varnames[: function.__code__.co_argcount]
     if not names:
         return _Source()
-    paths = _Paths(names[0])
+    paths = _Paths(names[0], function.__qualname__.rpartition(".")[0].rpartition(".")[2])
     nodes = list(ast.walk(tree))
     for _ in range(2):  # a local name may stand for another
         for node in nodes:
@@ -167,14 +185,16 @@ def _read_source(function: Any) -> _Source:
 class _Paths:
     """Expressions of one function as paths from ``self``."""
 
-    def __init__(self, self_name: str) -> None:
+    def __init__(self, self_name: str, class_name: str) -> None:
         self._known: dict[str, _Path] = {self_name: ()}
+        self._private = f"_{class_name.lstrip('_')}"
 
     def of(self, node: ast.AST) -> _Path | None:
         if isinstance(node, ast.Name):
             return self._known.get(node.id)
         if isinstance(node, ast.Attribute):
-            return self._then(node.value, node.attr)
+            mangled = node.attr.startswith("__") and not node.attr.endswith("__")
+            return self._then(node.value, self._private + node.attr if mangled else node.attr)
         if isinstance(node, ast.Subscript):
             return self._then(node.value, _EACH)
         if isinstance(node, ast.Call):
