@@ -142,8 +142,14 @@ class BuildNative(build_ext):
         return [path for path in super().get_outputs() if os.path.exists(path)]
 
     def copy_extensions_to_source(self) -> None:
-        if os.path.exists(self.get_ext_fullpath("recsys_kernels._C")) or self.get_outputs():
-            super().copy_extensions_to_source()
+        for ext in self.extensions:
+            built = Path(self.build_lib) / self.get_ext_filename(ext.name)
+            if built.exists():
+                # Renamed into place: writing over a library that a running process has mapped would crash it.
+                target = ROOT / self.get_ext_filename(ext.name)
+                fresh = target.with_suffix(".new")
+                shutil.copy2(built, fresh)
+                fresh.replace(target)
 
 
 class PlatformWheel(bdist_wheel):

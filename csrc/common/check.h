@@ -1,5 +1,5 @@
-// Errors. torch turns std::out_of_range into IndexError, std::invalid_argument into ValueError and every other
-// exception that crosses the operator boundary into RuntimeError.
+// Errors. torch turns std::out_of_range into IndexError, std::invalid_argument into ValueError and every
+// other exception that crosses the operator boundary into RuntimeError.
 #pragma once
 
 #include <sstream>

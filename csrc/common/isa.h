@@ -1,4 +1,5 @@
-// Which instruction-set level the kernels run at. Detected once; may be lowered, never raised above the machine.
+// Which instruction-set level the kernels run at. Detected once; may be lowered, never raised above the
+// machine.
 #pragma once
 
 namespace rk {

@@ -1,7 +1,7 @@
 // Vectors of floats for the level that a kernel is compiled for. The only file with intrinsics.
 //
-// Everything is in an unnamed namespace: a weak symbol compiled with AVX-512 flags could otherwise be the copy that
-// the linker keeps for the whole library, and crash a machine without AVX-512.
+// Everything is in an unnamed namespace: a weak symbol compiled with AVX-512 flags could otherwise be the
+// copy that the linker keeps for the whole library, and crash a machine without AVX-512.
 #pragma once
 
 #include <cstdint>
@@ -14,7 +14,8 @@
 namespace {
 namespace simd {
 
-// ---- scalar conversions, any CPU -----------------------------------------------------------------------------
+// ---- scalar conversions, any CPU
+// -----------------------------------------------------------------------------
 
 inline uint32_t bits_of(float x) {
   uint32_t u;
@@ -58,25 +59,63 @@ inline uint16_t float_to_f16(float x) {
   if (a > 0x7f800000u) return static_cast<uint16_t>(sign | 0x7e00u | ((a >> 13) & 0x3ffu));
   if (a >= 0x477ff000u) return static_cast<uint16_t>(sign | 0x7c00u);  // 65520 and more round to infinity
   if (a < 0x38800000u) {
-    // Below 2^-14: adding 0.5 leaves the value in units of 2^-24, rounded to nearest even, in the low mantissa bits.
+    // Below 2^-14: adding 0.5 leaves the value in units of 2^-24, rounded to nearest even, in the low
+    // mantissa bits.
     return static_cast<uint16_t>(sign | (bits_of(float_of(a) + 0.5f) - 0x3f000000u));
   }
   return static_cast<uint16_t>(sign | ((a - 0x38000000u + 0xfffu + ((a >> 13) & 1)) >> 13));
 }
 #endif
 
-// ---- prefetch --------------------------------------------------------------------------------------------------
+// A row's scale and bias, stored side by side as two halves, and sums of them. In one register where there is
+// one: two scalar conversions a row would take more of the shuffle port than the row itself.
+#if defined(__F16C__)
+struct ScaleBias {
+  __m128 both;
+  float scale() const { return _mm_cvtss_f32(both); }
+  float bias() const { return _mm_cvtss_f32(_mm_movehdup_ps(both)); }
+  void multiply(float w) { both = _mm_mul_ps(both, _mm_set1_ps(w)); }
+  void add(const ScaleBias& other) { both = _mm_add_ps(both, other.both); }
+};
+inline ScaleBias no_scale_bias() { return {_mm_setzero_ps()}; }
+inline ScaleBias load_scale_bias(const void* p) {
+  int32_t halves;
+  std::memcpy(&halves, p, sizeof halves);
+  return {_mm_cvtph_ps(_mm_cvtsi32_si128(halves))};
+}
+#else
+struct ScaleBias {
+  float first, second;
+  float scale() const { return first; }
+  float bias() const { return second; }
+  void multiply(float w) { first *= w, second *= w; }
+  void add(const ScaleBias& other) { first += other.first, second += other.second; }
+};
+inline ScaleBias no_scale_bias() { return {0.0f, 0.0f}; }
+inline ScaleBias load_scale_bias(const void* p) {
+  uint16_t half[2];
+  std::memcpy(half, p, sizeof half);
+  return {f16_to_float(half[0]), f16_to_float(half[1])};
+}
+#endif
 
-// Into L2, not L1: a core has a dozen or two L1 miss slots and many more at L2 (random 256-byte rows: 7.8 GB/s with
-// L1 prefetch, 19 GB/s with L2 prefetch on a Zen 4 core).
+// ---- prefetch
+// --------------------------------------------------------------------------------------------------
+
+// Into L2, not L1: a core has a dozen or two L1 miss slots and many more at L2 (random 256-byte rows: 7.8
+// GB/s with L1 prefetch, 19 GB/s with L2 prefetch on a Zen 4 core).
 inline void prefetch_l2(const void* p) { __builtin_prefetch(p, 0, 2); }
+inline void prefetch_l1(const void* p) { __builtin_prefetch(p, 0, 3); }
 
-// ---- vectors of floats -----------------------------------------------------------------------------------------
+// ---- vectors of floats
+// -----------------------------------------------------------------------------------------
 //
 // lanes          floats in a vector
 // max_vectors    accumulators that leave room for the loads and constants of the inner loop
-// load_*         `lanes` elements;  load_*(p, n) the first n (0 < n <= lanes), the rest zero, nothing read past n
-// *_i4           rows hold two elements a byte, the even one in the low half; a load gives the even elements of
+// load_*         `lanes` elements;  load_*(p, n) the first n (0 < n <= lanes), the rest zero, nothing read
+// past n
+// *_i4           rows hold two elements a byte, the even one in the low half; a load gives the even elements
+// of
 //                `lanes` bytes in one vector and the odd ones in another. interleave() restores the order.
 
 #if defined(__AVX512F__)
@@ -95,7 +134,9 @@ inline vf add(vf a, vf b) { return _mm512_add_ps(a, b); }
 inline float sum(vf a) { return _mm512_reduce_add_ps(a); }
 
 inline vf from_u8(__m128i x) { return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(x)); }
-inline vf from_bf16(__m256i x) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16)); }
+inline vf from_bf16(__m256i x) {
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16));
+}
 inline void from_i4(__m128i x, vf& even, vf& odd) {
   const __m512i u = _mm512_cvtepu8_epi32(x);
   even = _mm512_cvtepi32_ps(_mm512_and_si512(u, _mm512_set1_epi32(15)));
@@ -104,7 +145,9 @@ inline void from_i4(__m128i x, vf& even, vf& odd) {
 
 inline vf load_f32(const float* p) { return _mm512_loadu_ps(p); }
 inline vf load_f32(const float* p, int n) { return _mm512_maskz_loadu_ps(first(n), p); }
-inline vf load_f16(const void* p) { return _mm512_cvtph_ps(_mm256_loadu_si256(static_cast<const __m256i*>(p))); }
+inline vf load_f16(const void* p) {
+  return _mm512_cvtph_ps(_mm256_loadu_si256(static_cast<const __m256i*>(p)));
+}
 inline vf load_f16(const void* p, int n) { return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(first(n), p)); }
 inline vf load_bf16(const void* p) { return from_bf16(_mm256_loadu_si256(static_cast<const __m256i*>(p))); }
 inline vf load_bf16(const void* p, int n) { return from_bf16(_mm256_maskz_loadu_epi16(first(n), p)); }
@@ -245,10 +288,18 @@ struct Padded {
   T data[lanes];
   Padded(const void* p, int n) : data{} { std::memcpy(data, p, sizeof(T) * static_cast<unsigned>(n)); }
 };
-inline vf load_f32(const float* p, int n) { return n == lanes ? load_f32(p) : load_f32(Padded<float>(p, n).data); }
-inline vf load_f16(const void* p, int n) { return n == lanes ? load_f16(p) : load_f16(Padded<uint16_t>(p, n).data); }
-inline vf load_bf16(const void* p, int n) { return n == lanes ? load_bf16(p) : load_bf16(Padded<uint16_t>(p, n).data); }
-inline vf load_u8(const void* p, int n) { return n == lanes ? load_u8(p) : load_u8(Padded<uint8_t>(p, n).data); }
+inline vf load_f32(const float* p, int n) {
+  return n == lanes ? load_f32(p) : load_f32(Padded<float>(p, n).data);
+}
+inline vf load_f16(const void* p, int n) {
+  return n == lanes ? load_f16(p) : load_f16(Padded<uint16_t>(p, n).data);
+}
+inline vf load_bf16(const void* p, int n) {
+  return n == lanes ? load_bf16(p) : load_bf16(Padded<uint16_t>(p, n).data);
+}
+inline vf load_u8(const void* p, int n) {
+  return n == lanes ? load_u8(p) : load_u8(Padded<uint8_t>(p, n).data);
+}
 inline void load_i4(const void* p, int n, vf& even, vf& odd) {
   if (n == lanes) return load_i4(p, even, odd);
   load_i4(Padded<uint8_t>(p, n).data, even, odd);

@@ -15,17 +15,28 @@ using torch::stable::Tensor;
 
 inline const char* type_name(ScalarType t) {
   switch (t) {
-    case ScalarType::Double: return "float64";
-    case ScalarType::Float: return "float32";
-    case ScalarType::Half: return "float16";
-    case ScalarType::BFloat16: return "bfloat16";
-    case ScalarType::Byte: return "uint8";
-    case ScalarType::Char: return "int8";
-    case ScalarType::Short: return "int16";
-    case ScalarType::Int: return "int32";
-    case ScalarType::Long: return "int64";
-    case ScalarType::Bool: return "bool";
-    default: return "another type";
+    case ScalarType::Double:
+      return "float64";
+    case ScalarType::Float:
+      return "float32";
+    case ScalarType::Half:
+      return "float16";
+    case ScalarType::BFloat16:
+      return "bfloat16";
+    case ScalarType::Byte:
+      return "uint8";
+    case ScalarType::Char:
+      return "int8";
+    case ScalarType::Short:
+      return "int16";
+    case ScalarType::Int:
+      return "int32";
+    case ScalarType::Long:
+      return "int64";
+    case ScalarType::Bool:
+      return "bool";
+    default:
+      return "another type";
   }
 }
 
@@ -60,6 +71,18 @@ inline Tensor with_contiguous_rows(const Tensor& t, const char* name) {
   check_cpu(t, name);
   check_dim(t, 2, name);
   return t.stride(1) == 1 || t.size(1) <= 1 || t.numel() == 0 ? t : torch::stable::contiguous(t);
+}
+
+// An uninitialized contiguous matrix on the CPU. Through the C interface: the dispatcher's aten::empty takes 0.7 us,
+// a fifth of a small lookup.
+inline Tensor empty_matrix(int64_t rows, int64_t columns, ScalarType type) {
+  const int64_t sizes[2] = {rows, columns}, strides[2] = {columns > 0 ? columns : 1, 1};
+  const int32_t dtype = torch::stable::detail::to<int32_t>(torch::stable::detail::from(type));
+  AtenTensorHandle handle;
+  const AOTITorchError error =
+      aoti_torch_empty_strided(2, sizes, strides, dtype, aoti_torch_device_type_cpu(), 0, &handle);
+  check(error == AOTI_TORCH_SUCCESS, "a result of ", rows, " x ", columns, " could not be allocated");
+  return Tensor(handle);
 }
 
 }  // namespace rk

@@ -13,10 +13,12 @@ enum class Pooling : int32_t { sum = 0, mean = 1, max = 2 };
 // One embedding table. Quantized rows stand for scale * q + bias, times 2^exponent for the whole table.
 struct Table {
   const void* rows;
-  const uint16_t* scale_bias;  // fp16 (scale, bias) per row; null for float rows
+  const void*
+      scale_bias;  // fp16 (scale, bias) per row, in an array of their own or inside the rows; null for floats
   int64_t num_rows;
-  int64_t row_stride;  // bytes
-  int64_t dim;         // elements
+  int64_t row_stride;         // bytes
+  int64_t scale_bias_stride;  // bytes
+  int64_t dim;                // elements
   RowType type;
   float multiplier;  // 2^exponent; 1 for float rows
 };
@@ -62,13 +64,14 @@ struct Contribution {
 
 struct EmbeddingBagKernels {
   // Pools bags [first, last) of a table into `out`. `scratch` holds dim floats (quantized or 16-bit rows).
-  void (*pool)(const Table&, const Bags&, const Matrix& out, int64_t first, int64_t last, float* scratch, Fault*);
-  // Max pooling; `argmax` (null, or [num_bags][dim]) takes the row that each column came from, -1 for an empty bag.
-  // `scratch` holds 2 * dim floats.
+  void (*pool)(const Table&, const Bags&, const Matrix& out, int64_t first, int64_t last, float* scratch,
+               Fault*);
+  // Max pooling; `argmax` (null, or [num_bags][dim]) takes the row that each column came from, -1 for an
+  // empty bag. `scratch` holds 2 * dim floats.
   void (*pool_max)(const Table&, const Bags&, const Matrix& out, int64_t* argmax, int64_t first, int64_t last,
                    float* scratch, Fault*);
-  // Lists the contributions to rows [first_row, last_row), sorted by row and then by position; returns how many.
-  // `list` and `spare` hold num_indices entries each. Every index is checked, also those of other rows.
+  // Lists the contributions to rows [first_row, last_row), sorted by row and then by position; returns how
+  // many. `list` and `spare` hold num_indices entries each. Every index is checked, also those of other rows.
   int64_t (*collect)(const Bags&, int64_t num_rows, int64_t first_row, int64_t last_row, Contribution* list,
                      Contribution* spare, Fault*);
   // Writes rows [first_row, last_row) of the dense gradient, each byte once, from sorted contributions.
@@ -79,7 +82,8 @@ struct EmbeddingBagKernels {
                            int64_t last, Fault*);
   // Quantizes rows [first, last) to `bits` bits. A row with NaN or infinity is a fault of kind value.
   void (*quantize)(const Table& source, int bits, float inverse_multiplier, uint8_t* rows, int64_t row_stride,
-                   uint16_t* scale_bias, int64_t first, int64_t last, float* scratch, Fault*);
+                   uint8_t* scale_bias, int64_t scale_bias_stride, int64_t first, int64_t last,
+                   float* scratch, Fault*);
   // Reads the first rows of the first bags into L2, so that several tables' misses overlap.
   void (*warm)(const Table&, const Bags&);
 };

@@ -32,23 +32,33 @@ using rk::Tensor;
 const EmbeddingBagKernels& kernels() {
   switch (rk::isa()) {
 #if RK_HIGHEST_ISA > 0
-    case rk::Isa::avx512_vnni: return rk_embedding_bag_avx512_vnni;
-    case rk::Isa::avx512: return rk_embedding_bag_avx512;
-    case rk::Isa::avx2: return rk_embedding_bag_avx2;
+    case rk::Isa::avx512_vnni:
+      return rk_embedding_bag_avx512_vnni;
+    case rk::Isa::avx512:
+      return rk_embedding_bag_avx512;
+    case rk::Isa::avx2:
+      return rk_embedding_bag_avx2;
 #endif
-    default: return rk_embedding_bag_generic;
+    default:
+      return rk_embedding_bag_generic;
   }
 }
 
-// ---- arguments -------------------------------------------------------------------------------------------------
+// ---- arguments
+// -------------------------------------------------------------------------------------------------
 
 RowType float_type(ScalarType t, const char* name) {
   switch (t) {
-    case ScalarType::Double: return RowType::f64;
-    case ScalarType::Float: return RowType::f32;
-    case ScalarType::Half: return RowType::f16;
-    case ScalarType::BFloat16: return RowType::bf16;
-    default: raise<std::runtime_error>(name, " must be a floating point tensor, but is ", rk::type_name(t));
+    case ScalarType::Double:
+      return RowType::f64;
+    case ScalarType::Float:
+      return RowType::f32;
+    case ScalarType::Half:
+      return RowType::f16;
+    case ScalarType::BFloat16:
+      return RowType::bf16;
+    default:
+      raise<std::runtime_error>(name, " must be a floating point tensor, but is ", rk::type_name(t));
   }
 }
 
@@ -99,10 +109,11 @@ struct BagArguments {
 Table float_table(const Tensor& weight, const char* name) {
   const RowType type = float_type(weight.scalar_type(), name);
   const int64_t size = weight.element_size();
-  return {weight.data_ptr(), nullptr, weight.size(0), weight.stride(0) * size, weight.size(1), type, 1.0f};
+  return {weight.data_ptr(), nullptr, weight.size(0), weight.stride(0) * size, 0, weight.size(1), type, 1.0f};
 }
 
-Table quantized_table(const Tensor& weight, const Tensor& scale_bias, int64_t exponent, int64_t dim, int64_t bits) {
+Table quantized_table(const Tensor& weight, const Tensor& scale_bias, int64_t exponent, int64_t dim,
+                      int64_t bits) {
   check(bits == 8 || bits == 4, "bits must be 8 or 4, but is ", bits);
   check(weight.scalar_type() == ScalarType::Byte, "a quantized weight must be uint8, but is ",
         rk::type_name(weight.scalar_type()));
@@ -111,19 +122,26 @@ Table quantized_table(const Tensor& weight, const Tensor& scale_bias, int64_t ex
         " bits must have ", bytes, " columns, but has ", weight.size(1));
   rk::check_cpu(scale_bias, "scale_bias");
   rk::check_dim(scale_bias, 2, "scale_bias");
-  check(scale_bias.scalar_type() == ScalarType::Half && scale_bias.is_contiguous() &&
-            scale_bias.size(0) == weight.size(0) && scale_bias.size(1) == 2,
-        "scale_bias must be a contiguous float16 tensor of shape [", weight.size(0), ", 2]");
+  check(scale_bias.scalar_type() == ScalarType::Half && scale_bias.size(0) == weight.size(0) &&
+            scale_bias.size(1) == 2 && scale_bias.stride(1) == 1,
+        "scale_bias must be a float16 tensor of shape [", weight.size(0), ", 2] with contiguous rows");
   check(exponent >= -126 && exponent <= 126, "exponent must be between -126 and 126, but is ", exponent);
   const RowType type = bits == 8 ? RowType::u8 : RowType::u4;
-  return {weight.data_ptr(), static_cast<const uint16_t*>(scale_bias.data_ptr()), weight.size(0), weight.stride(0),
-          dim, type, std::ldexp(1.0f, static_cast<int>(exponent))};
+  return {weight.data_ptr(),
+          scale_bias.data_ptr(),
+          weight.size(0),
+          weight.stride(0),
+          scale_bias.stride(0) * 2,
+          dim,
+          type,
+          std::ldexp(1.0f, static_cast<int>(exponent))};
 }
 
-[[noreturn]] void raise_fault(const Fault& fault, const Bags& bags, int64_t num_rows, const std::string& table) {
+[[noreturn]] void raise_fault(const Fault& fault, const Bags& bags, int64_t num_rows,
+                              const std::string& table) {
   if (fault.kind == FaultKind::index) {
-    raise<std::out_of_range>("index ", fault.value, " at position ", fault.position, " of indices is out of range for ",
-                             table, " with ", num_rows, " rows");
+    raise<std::out_of_range>("index ", fault.value, " at position ", fault.position,
+                             " of indices is out of range for ", table, " with ", num_rows, " rows");
   }
   raise<std::runtime_error>("offsets must start at 0, never decrease and not exceed the number of indices (",
                             bags.num_indices, "), but offsets[", fault.position, "] is ", fault.value);
@@ -137,7 +155,8 @@ int64_t threads_for(int64_t lines) {
   return std::max<int64_t>(1, std::min(most, lines / min_lines_per_thread));
 }
 
-// ---- pooling ---------------------------------------------------------------------------------------------------
+// ---- pooling
+// ---------------------------------------------------------------------------------------------------
 
 struct Job {
   Table table;
@@ -145,20 +164,23 @@ struct Job {
   Matrix out;
   int64_t* argmax;
   int64_t offset_base;  // where this job's offsets stand in the whole offsets argument, for messages
+  bool in_collection;
 };
 
 int64_t offset_of(const Bags& b, int64_t bag) {
   if (b.offsets == nullptr) return bag * b.bag_length;
   if (bag == b.num_bags && !b.has_last_offset) return b.num_indices;
-  return b.offsets_64 ? static_cast<const int64_t*>(b.offsets)[bag] : static_cast<const int32_t*>(b.offsets)[bag];
+  return b.offsets_64 ? static_cast<const int64_t*>(b.offsets)[bag]
+                      : static_cast<const int32_t*>(b.offsets)[bag];
 }
 
 int64_t lines_of(const Table& t) { return std::max<int64_t>(1, (t.row_stride + 63) / 64); }
 
-// Cache lines touched by the bags before `bag`; one line a bag for its output. Offsets are not checked yet, so the
-// result can be nonsense, which only makes the split uneven.
+// Cache lines touched by the bags before `bag`; one line a bag for its output. Offsets are not checked yet,
+// so the result can be nonsense, which only makes the split uneven.
 int64_t lines_before(const Job& job, int64_t bag) {
-  const uint64_t rows = static_cast<uint64_t>(offset_of(job.bags, bag)) - static_cast<uint64_t>(offset_of(job.bags, 0));
+  const uint64_t rows =
+      static_cast<uint64_t>(offset_of(job.bags, bag)) - static_cast<uint64_t>(offset_of(job.bags, 0));
   const uint64_t bounded = std::min(rows, static_cast<uint64_t>(job.bags.num_indices));
   return static_cast<int64_t>(bounded) * lines_of(job.table) + bag;
 }
@@ -172,65 +194,85 @@ void pool_range(const Job& job, int64_t first, int64_t last, float* scratch, Fau
   }
 }
 
-// Runs every job, split over threads by the lines they touch; raises the first fault in the order of the bags.
-void run(const std::vector<Job>& jobs, bool named_by_feature) {
-  std::vector<int64_t> start(jobs.size() + 1, 0);  // lines before each job
-  int64_t max_dim = 0;
-  for (size_t j = 0; j < jobs.size(); ++j) {
-    start[j + 1] = start[j] + lines_before(jobs[j], jobs[j].bags.num_bags);
-    max_dim = std::max(max_dim, jobs[j].table.dim);
+[[noreturn]] void raise_job_fault(const std::vector<Job>& jobs, size_t number, Fault fault) {
+  const Job& job = jobs[number];
+  if (fault.kind == FaultKind::offset) fault.position += job.offset_base;
+  // A collection replaces this by the names of the table and the feature.
+  const std::string table = job.in_collection ? "the table of feature #" + std::to_string(number) : "a table";
+  raise_fault(fault, job.bags, job.table.num_rows, table);
+}
+
+struct Place {
+  size_t job;
+  int64_t bag;
+};
+
+// Where the work reaches `target` lines; `start` holds the lines before each job.
+Place place_at(const std::vector<Job>& jobs, const std::vector<int64_t>& start, int64_t target) {
+  const size_t j =
+      static_cast<size_t>(std::upper_bound(start.begin(), start.end(), target) - start.begin()) - 1;
+  if (j >= jobs.size()) return {jobs.size(), 0};
+  int64_t low = 0, high = jobs[j].bags.num_bags;
+  while (low < high) {
+    const int64_t middle = low + (high - low) / 2;
+    if (start[j] + lines_before(jobs[j], middle) < target) {
+      low = middle + 1;
+    } else {
+      high = middle;
+    }
   }
-  const int64_t pieces = threads_for(start.back());
-  struct Place {
-    size_t job;
-    int64_t bag;
-  };
-  const auto place_at = [&](int64_t piece) -> Place {
-    if (piece == 0) return {0, 0};
-    if (piece == pieces) return {jobs.size(), 0};
-    const int64_t target = static_cast<int64_t>(static_cast<double>(start.back()) * piece / pieces);
-    const size_t j = std::upper_bound(start.begin(), start.end(), target) - start.begin() - 1;
-    int64_t low = 0, high = jobs[j].bags.num_bags;
-    while (low < high) {
-      const int64_t middle = low + (high - low) / 2;
-      if (start[j] + lines_before(jobs[j], middle) < target) low = middle + 1;
-      else high = middle;
-    }
-    return {j, low};
-  };
-  struct Outcome {
-    size_t job = 0;
-    Fault fault{FaultKind::none, 0, 0};
-  };
-  std::vector<Outcome> outcomes(static_cast<size_t>(pieces));
-  const auto work = [&](int64_t piece) {
-    std::unique_ptr<float[]> scratch(new float[static_cast<size_t>(2 * max_dim + 1)]);
-    Outcome& outcome = outcomes[static_cast<size_t>(piece)];
-    const Place from = place_at(piece), to = place_at(piece + 1);
-    for (size_t j = from.job; j < jobs.size() && (j < to.job || (j == to.job && to.bag > 0)); ++j) {
-      const int64_t first = j == from.job ? from.bag : 0;
-      const int64_t last = j == to.job ? to.bag : jobs[j].bags.num_bags;
-      if (first >= last) continue;
-      if (j + 1 < jobs.size()) kernels().warm(jobs[j + 1].table, jobs[j + 1].bags);
-      pool_range(jobs[j], first, last, scratch.get(), &outcome.fault);
-      outcome.job = j;
-      if (outcome.fault.kind != FaultKind::none) return;
-    }
-  };
+  return {j, low};
+}
+
+// Runs the jobs between two places; on a fault says in which job.
+size_t run_between(const std::vector<Job>& jobs, Place from, Place to, int64_t max_dim, Fault* fault) {
+  constexpr int64_t on_stack = 1024;  // floats; a malloc takes as long as a row
+  float small[on_stack];
+  std::unique_ptr<float[]> large(2 * max_dim > on_stack ? new float[static_cast<size_t>(2 * max_dim)]
+                                                        : nullptr);
+  float* scratch = large ? large.get() : small;
+  for (size_t j = from.job; j < jobs.size() && (j < to.job || (j == to.job && to.bag > 0)); ++j) {
+    const int64_t first = j == from.job ? from.bag : 0;
+    const int64_t last = j == to.job ? to.bag : jobs[j].bags.num_bags;
+    if (first >= last) continue;
+    if (j + 1 < jobs.size()) kernels().warm(jobs[j + 1].table, jobs[j + 1].bags);
+    pool_range(jobs[j], first, last, scratch, fault);
+    if (fault->kind != FaultKind::none) return j;
+  }
+  return 0;
+}
+
+// Runs every job, split over threads by the lines they touch; raises the first fault in the order of the
+// bags.
+void run(const std::vector<Job>& jobs) {
+  int64_t lines = 0, max_dim = 0;
+  for (const Job& job : jobs) {
+    lines += lines_before(job, job.bags.num_bags);
+    max_dim = std::max(max_dim, job.table.dim);
+  }
+  const int64_t pieces = threads_for(lines);
   if (pieces == 1) {
-    work(0);
-  } else {
-    torch::stable::parallel_for(0, pieces, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t piece = begin; piece < end; ++piece) work(piece);
-    });
+    Fault fault{FaultKind::none, 0, 0};
+    const size_t job = run_between(jobs, {0, 0}, {jobs.size(), 0}, max_dim, &fault);
+    if (fault.kind != FaultKind::none) raise_job_fault(jobs, job, fault);
+    return;
   }
-  for (const Outcome& outcome : outcomes) {
-    if (outcome.fault.kind == FaultKind::none) continue;
-    const Job& job = jobs[outcome.job];
-    Fault fault = outcome.fault;
-    if (fault.kind == FaultKind::offset) fault.position += job.offset_base;
-    const std::string table = named_by_feature ? "the table of feature #" + std::to_string(outcome.job) : "a table";
-    raise_fault(fault, job.bags, job.table.num_rows, table);
+  std::vector<int64_t> start{0};
+  for (const Job& job : jobs) start.push_back(start.back() + lines_before(job, job.bags.num_bags));
+  std::vector<size_t> fault_jobs(static_cast<size_t>(pieces), 0);
+  std::vector<Fault> faults(static_cast<size_t>(pieces), Fault{FaultKind::none, 0, 0});
+  const auto bound = [&](int64_t piece) -> Place {
+    if (piece == pieces) return {jobs.size(), 0};
+    return place_at(jobs, start, static_cast<int64_t>(static_cast<double>(lines) * piece / pieces));
+  };
+  torch::stable::parallel_for(0, pieces, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t piece = begin; piece < end; ++piece) {
+      const size_t p = static_cast<size_t>(piece);
+      fault_jobs[p] = run_between(jobs, bound(piece), bound(piece + 1), max_dim, &faults[p]);
+    }
+  });
+  for (size_t p = 0; p < faults.size(); ++p) {
+    if (faults[p].kind != FaultKind::none) raise_job_fault(jobs, fault_jobs[p], faults[p]);
   }
 }
 
@@ -239,7 +281,7 @@ Job single_job(const Table& table, const Bags& bags, const Tensor& out, RowType 
   if (zero_start && bags.offsets != nullptr && bags.num_bags > 0 && offset_of(bags, 0) != 0) {
     raise_fault({FaultKind::offset, 0, offset_of(bags, 0)}, bags, table.num_rows, "");
   }
-  return {table, bags, {out.data_ptr(), table.dim, out_type}, argmax, 0};
+  return {table, bags, {out.data_ptr(), table.dim, out_type}, argmax, 0, false};
 }
 
 Tensor embedding_bag(const Tensor& weight_arg, const Tensor& indices, const std::optional<Tensor>& offsets,
@@ -248,8 +290,8 @@ Tensor embedding_bag(const Tensor& weight_arg, const Tensor& indices, const std:
   const BagArguments args(indices, offsets, per_sample_weights, mode, padding_idx, include_last_offset);
   const Tensor weight = rk::with_contiguous_rows(weight_arg, "weight");
   const Table table = float_table(weight, "weight");
-  Tensor out = torch::stable::empty({args.bags.num_bags, table.dim}, weight.scalar_type());
-  run({single_job(table, args.bags, out, table.type, nullptr)}, false);
+  Tensor out = rk::empty_matrix(args.bags.num_bags, table.dim, weight.scalar_type());
+  run({single_job(table, args.bags, out, table.type, nullptr)});
   return out;
 }
 
@@ -259,39 +301,50 @@ std::tuple<Tensor, Tensor> embedding_bag_max(const Tensor& weight_arg, const Ten
   const BagArguments args(indices, offsets, std::nullopt, 2, padding_idx, include_last_offset);
   const Tensor weight = rk::with_contiguous_rows(weight_arg, "weight");
   const Table table = float_table(weight, "weight");
-  Tensor out = torch::stable::empty({args.bags.num_bags, table.dim}, weight.scalar_type());
-  Tensor argmax = torch::stable::empty({args.bags.num_bags, table.dim}, ScalarType::Long);
+  Tensor out = rk::empty_matrix(args.bags.num_bags, table.dim, weight.scalar_type());
+  Tensor argmax = rk::empty_matrix(args.bags.num_bags, table.dim, ScalarType::Long);
   int64_t* rows = static_cast<int64_t*>(argmax.data_ptr());
-  run({single_job(table, args.bags, out, table.type, rows, zero_start)}, false);
+  run({single_job(table, args.bags, out, table.type, rows, zero_start)});
   return {out, argmax};
 }
 
 Tensor quantized_embedding_bag(const Tensor& weight_arg, const Tensor& scale_bias, int64_t exponent,
                                int64_t embedding_dim, int64_t bits, const Tensor& indices,
                                const std::optional<Tensor>& offsets,
-                               const std::optional<Tensor>& per_sample_weights, int64_t mode, int64_t padding_idx,
-                               bool include_last_offset, ScalarType dtype) {
+                               const std::optional<Tensor>& per_sample_weights, int64_t mode,
+                               int64_t padding_idx, bool include_last_offset, ScalarType dtype) {
   const BagArguments args(indices, offsets, per_sample_weights, mode, padding_idx, include_last_offset);
   const Tensor weight = rk::with_contiguous_rows(weight_arg, "weight");
   const Table table = quantized_table(weight, scale_bias, exponent, embedding_dim, bits);
-  Tensor out = torch::stable::empty({args.bags.num_bags, embedding_dim}, dtype);
-  run({single_job(table, args.bags, out, float_type(dtype, "dtype"), nullptr)}, false);
+  Tensor out = rk::empty_matrix(args.bags.num_bags, embedding_dim, dtype);
+  run({single_job(table, args.bags, out, float_type(dtype, "dtype"), nullptr)});
   return out;
 }
 
-// ---- many tables -----------------------------------------------------------------------------------------------
+// ---- many tables
+// -----------------------------------------------------------------------------------------------
 
 // The columns of `plan`, one row a feature.
-enum PlanColumn : int64_t { plan_table, plan_dim, plan_column, plan_pooling, plan_bits, plan_exponent, plan_columns };
+enum PlanColumn : int64_t {
+  plan_table,
+  plan_dim,
+  plan_column,
+  plan_pooling,
+  plan_bits,
+  plan_exponent,
+  plan_columns
+};
 
 Tensor embedding_bag_collection(const std::vector<Tensor>& weights, const std::vector<Tensor>& scale_bias,
                                 const Tensor& plan_arg, const Tensor& indices_arg, const Tensor& offsets_arg,
                                 const std::optional<Tensor>& per_sample_weights, int64_t total_dim,
                                 ScalarType dtype) {
   const Integers plan(plan_arg, "plan");
-  check(plan_arg.dim() == 2 && plan_arg.size(1) == plan_columns && plan.is_64, "plan must be int64 of shape [F, ",
-        static_cast<int64_t>(plan_columns), "]");
-  check(weights.size() == scale_bias.size(), "weights and scale_bias must have one entry for each table");
+  check(plan_arg.dim() == 2 && plan_arg.size(1) == plan_columns && plan.is_64,
+        "plan must be int64 of shape [F, ", static_cast<int64_t>(plan_columns), "]");
+  // Every tensor in a list costs 0.2 us a call, so that float collections pass none.
+  check(scale_bias.empty() || weights.size() == scale_bias.size(),
+        "scale_bias must be empty or have one entry for each table");
   const int64_t features = plan_arg.size(0);
   BagArguments args(indices_arg, offsets_arg, per_sample_weights, 0, -1, true);
   const int64_t all_bags = args.bags.num_bags;
@@ -299,7 +352,7 @@ Tensor embedding_bag_collection(const std::vector<Tensor>& weights, const std::v
         " features, but has ", all_bags + 1);
   const int64_t batch = all_bags / features;
   const RowType out_type = float_type(dtype, "dtype");
-  Tensor out = torch::stable::empty({batch, total_dim}, dtype);
+  Tensor out = rk::empty_matrix(batch, total_dim, dtype);
   if (batch == 0) return out;
   char* data = static_cast<char*>(out.data_ptr());
   std::vector<Tensor> rows;  // keeps contiguous copies alive
@@ -313,6 +366,7 @@ Tensor embedding_bag_collection(const std::vector<Tensor>& weights, const std::v
               p[plan_pooling] <= 2,
           "plan row ", f, " does not fit the tables or total_dim");
     const Tensor& weight = rows[static_cast<size_t>(p[plan_table])];
+    check(p[plan_bits] == 0 || !scale_bias.empty(), "plan row ", f, " is quantized, but scale_bias is empty");
     Job& job = jobs[static_cast<size_t>(f)];
     job.table = p[plan_bits] == 0 ? float_table(weight, "weights")
                                   : quantized_table(weight, scale_bias[static_cast<size_t>(p[plan_table])],
@@ -324,21 +378,25 @@ Tensor embedding_bag_collection(const std::vector<Tensor>& weights, const std::v
     job.bags = args.bags;
     job.bags.num_bags = batch;
     job.bags.pooling = static_cast<Pooling>(p[plan_pooling]);
-    job.bags.offsets = static_cast<const char*>(args.bags.offsets) + f * batch * (args.bags.offsets_64 ? 8 : 4);
+    job.bags.offsets =
+        static_cast<const char*>(args.bags.offsets) + f * batch * (args.bags.offsets_64 ? 8 : 4);
     job.out = {data + p[plan_column] * out.element_size(), total_dim, out_type};
     job.argmax = nullptr;
     job.offset_base = f * batch;
+    job.in_collection = true;
   }
   if (offset_of(jobs[0].bags, 0) != 0) {
     raise_fault({FaultKind::offset, 0, offset_of(jobs[0].bags, 0)}, args.bags, 0, "");
   }
-  run(jobs, true);
+  run(jobs);
   return out;
 }
 
-// ---- backward --------------------------------------------------------------------------------------------------
+// ---- backward
+// --------------------------------------------------------------------------------------------------
 
-// Boundaries of row ranges with about equal work (rows written and contributions added), from a coarse histogram.
+// Boundaries of row ranges with about equal work (rows written and contributions added), from a coarse
+// histogram.
 std::vector<int64_t> split_rows(const Bags& bags, int64_t num_rows, int64_t pieces) {
   constexpr int64_t buckets = 1024;
   int shift = 0;
@@ -356,15 +414,17 @@ std::vector<int64_t> split_rows(const Bags& bags, int64_t num_rows, int64_t piec
   std::vector<int64_t> bounds{0};
   for (int64_t b = 0; b < used && static_cast<int64_t>(bounds.size()) < pieces; ++b) {
     sum += cost[static_cast<size_t>(b)];
-    if (sum * pieces >= total * static_cast<int64_t>(bounds.size())) bounds.push_back(std::min(num_rows, (b + 1) * width));
+    if (sum * pieces >= total * static_cast<int64_t>(bounds.size()))
+      bounds.push_back(std::min(num_rows, (b + 1) * width));
   }
   bounds.push_back(num_rows);
   return bounds;
 }
 
-Tensor embedding_bag_backward(const Tensor& grad_arg, const Tensor& indices, const std::optional<Tensor>& offsets,
-                              const std::optional<Tensor>& per_sample_weights, int64_t mode, int64_t padding_idx,
-                              bool include_last_offset, int64_t num_embeddings) {
+Tensor embedding_bag_backward(const Tensor& grad_arg, const Tensor& indices,
+                              const std::optional<Tensor>& offsets,
+                              const std::optional<Tensor>& per_sample_weights, int64_t mode,
+                              int64_t padding_idx, bool include_last_offset, int64_t num_embeddings) {
   const BagArguments args(indices, offsets, per_sample_weights, mode, padding_idx, include_last_offset);
   check(mode != 2, "the gradient of max pooling is not a weighted sum: use argmax");
   const Tensor grad = rk::with_contiguous_rows(grad_arg, "grad");
@@ -373,7 +433,7 @@ Tensor embedding_bag_backward(const Tensor& grad_arg, const Tensor& indices, con
   check(num_embeddings >= 0 && num_embeddings <= UINT32_MAX, "num_embeddings must be below 2^32");
   const RowType type = float_type(grad.scalar_type(), "grad");
   const int64_t dim = grad.size(1);
-  Tensor out = torch::stable::empty({num_embeddings, dim}, grad.scalar_type());
+  Tensor out = rk::empty_matrix(num_embeddings, dim, grad.scalar_type());
   const Matrix source{grad.data_ptr(), grad.stride(0), type}, target{out.data_ptr(), dim, type};
   const int64_t row_lines = (dim * grad.element_size() + 63) / 64;
   const int64_t pieces = threads_for((num_embeddings + args.bags.num_indices) * row_lines);
@@ -412,13 +472,15 @@ Tensor embedding_bag_weights_backward(const Tensor& grad_arg, const Tensor& weig
         args.bags.num_bags, ", ", table.dim, "]");
   Tensor out = torch::stable::new_zeros(grad, indices.sizes());
   const Matrix source{grad.data_ptr(), grad.stride(0), type}, target{out.data_ptr(), 1, type};
-  const Job job{table, args.bags, target, nullptr, 0};
+  const Job job{table, args.bags, target, nullptr, 0, false};
   const int64_t pieces = threads_for(lines_before(job, args.bags.num_bags));
   std::vector<Fault> faults(static_cast<size_t>(pieces), Fault{FaultKind::none, 0, 0});
   torch::stable::parallel_for(0, pieces, 1, [&](int64_t begin, int64_t end) {
     for (int64_t piece = begin; piece < end; ++piece) {
-      const int64_t first = args.bags.num_bags * piece / pieces, last = args.bags.num_bags * (piece + 1) / pieces;
-      kernels().weights_gradient(table, args.bags, source, target, first, last, &faults[static_cast<size_t>(piece)]);
+      const int64_t first = args.bags.num_bags * piece / pieces,
+                    last = args.bags.num_bags * (piece + 1) / pieces;
+      kernels().weights_gradient(table, args.bags, source, target, first, last,
+                                 &faults[static_cast<size_t>(piece)]);
     }
   });
   for (const Fault& fault : faults) {
@@ -427,7 +489,8 @@ Tensor embedding_bag_weights_backward(const Tensor& grad_arg, const Tensor& weig
   return out;
 }
 
-// ---- quantization ----------------------------------------------------------------------------------------------
+// ---- quantization
+// ----------------------------------------------------------------------------------------------
 
 // Writes into tensors of the caller, who decides where the table lives (huge pages, aligned rows).
 void quantize_rowwise(const Tensor& weight_arg, int64_t bits, int64_t exponent, const Tensor& rows,
@@ -446,14 +509,16 @@ void quantize_rowwise(const Tensor& weight_arg, int64_t bits, int64_t exponent, 
     for (int64_t piece = begin; piece < end; ++piece) {
       std::unique_ptr<float[]> scratch(new float[static_cast<size_t>(source.dim)]);
       kernels().quantize(source, static_cast<int>(bits), inverse, static_cast<uint8_t*>(rows.data_ptr()),
-                         target.row_stride, static_cast<uint16_t*>(scale_bias.data_ptr()),
-                         source.num_rows * piece / pieces, source.num_rows * (piece + 1) / pieces, scratch.get(),
+                         target.row_stride, static_cast<uint8_t*>(scale_bias.data_ptr()),
+                         target.scale_bias_stride, source.num_rows * piece / pieces,
+                         source.num_rows * (piece + 1) / pieces, scratch.get(),
                          &faults[static_cast<size_t>(piece)]);
     }
   });
   for (const Fault& fault : faults) {
     if (fault.kind != FaultKind::none) {
-      raise<std::invalid_argument>("row ", fault.position, " of weight holds NaN or infinity and can't be quantized");
+      raise<std::invalid_argument>("row ", fault.position,
+                                   " of weight holds NaN or infinity and can't be quantized");
     }
   }
 }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 
@@ -58,6 +58,15 @@ class EmbeddingBagConfig:
     def features(self) -> tuple[str, ...]:
         """The names of the features looked up in this table."""
         return (self.name,) if self.feature_names is None else tuple(self.feature_names)
+
+
+class _Operands(NamedTuple):
+    """The tensors of a call, and where they came from."""
+
+    kinds: list[str]
+    weights: list[torch.Tensor]
+    scales: list[torch.Tensor]
+    dtype: torch.dtype
 
 
 class EmbeddingBagCollection(torch.nn.Module):
@@ -122,6 +131,7 @@ class EmbeddingBagCollection(torch.nn.Module):
         device = self._bags()[0].weight.device
         self._plan = torch.tensor([list(f) for f in features], dtype=torch.int64, device=device)
         self._empty = torch.empty(0, dtype=torch.float16, device=device)
+        self._known: _Operands | None = None
 
     def _bags(self) -> list[EmbeddingBag | QuantizedEmbeddingBag]:
         return cast("list[EmbeddingBag | QuantizedEmbeddingBag]", list(self.embedding_bags.values()))
@@ -195,42 +205,45 @@ class EmbeddingBagCollection(torch.nn.Module):
             indices, offsets = self._join(indices, include_last_offset)
         elif offsets is None:
             raise ValueError(f"offsets must be a tensor of F*B+1 entries (F = {len(self.feature_names)})")
-        weights, scales, dtype = self._operands()
         if torch.compiler.is_compiling():
-            return self._lookup(weights, scales, indices, offsets, per_sample_weights, dtype)
+            return self._lookup(indices, offsets, per_sample_weights)
         try:
-            return self._lookup(weights, scales, indices, offsets, per_sample_weights, dtype)
+            return self._lookup(indices, offsets, per_sample_weights)
         except IndexError as error:
             raise IndexError(self._with_names(str(error))) from None
 
     def _lookup(
-        self,
-        weights: list[torch.Tensor],
-        scales: list[torch.Tensor],
-        indices: torch.Tensor,
-        offsets: torch.Tensor,
-        per_sample_weights: torch.Tensor | None,
-        dtype: torch.dtype,
+        self, indices: torch.Tensor, offsets: torch.Tensor, per_sample_weights: torch.Tensor | None
     ) -> torch.Tensor:
+        _, weights, scales, dtype = self._operands()
+        plan = cast(torch.Tensor, self._buffers["_plan"])
         return op.embedding_bag_collection(
-            weights, scales, self._plan, self._features, indices, offsets, per_sample_weights, self.output_dim, dtype
+            weights, scales, plan, self._features, indices, offsets, per_sample_weights, self.output_dim, dtype
         )
 
-    def _operands(self) -> tuple[list[torch.Tensor], list[torch.Tensor], torch.dtype]:
-        weights, scales = [], []
-        dtype: torch.dtype | None = None
-        same = True
-        for bag in self._bags():
-            weights.append(bag.weight)
-            if isinstance(bag, QuantizedEmbeddingBag):
-                scales.append(bag.scale_bias)
-                one = bag.dtype
-            else:
-                scales.append(self._empty)
-                one = bag.weight.dtype
-            same = same and (dtype is None or one == dtype)
-            dtype = one
-        return weights, scales, dtype if same and dtype is not None else torch.float32
+    def _operands(self) -> _Operands:
+        """The tensors of a call, gathered anew only when a table was replaced: that took longer than a request."""
+        known = self._known
+        if known is not None and not torch.compiler.is_compiling():
+            modules = self.embedding_bags._modules.values()
+            # A list, not a generator: half the time.
+            same = [getattr(b, kind).get("weight") is w for b, kind, w in zip(modules, known.kinds, known.weights)]  # noqa: B905
+            if all(same):
+                return known
+            self._refresh_plan()
+        bags = self._bags()
+        quantized = [isinstance(bag, QuantizedEmbeddingBag) for bag in bags]
+        dtypes = {bag.dtype if isinstance(bag, QuantizedEmbeddingBag) else bag.weight.dtype for bag in bags}
+        scales = [bag.scale_bias if isinstance(bag, QuantizedEmbeddingBag) else self._empty for bag in bags]
+        known = _Operands(
+            ["_buffers" if q else "_parameters" for q in quantized],
+            [bag.weight for bag in bags],
+            scales if any(quantized) else [],
+            dtypes.pop() if len(dtypes) == 1 else torch.float32,
+        )
+        if not torch.compiler.is_compiling():
+            self._known = known
+        return known
 
     def _with_names(self, message: str) -> str:
         def name(match: re.Match[str]) -> str:

@@ -150,10 +150,6 @@ class BagSpec(NamedTuple):
     include_last_offset: bool
 
 
-def _needs_grad(*tensors: torch.Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-
-
 # ---- one table ---------------------------------------------------------------------------------------------------
 
 
@@ -233,7 +229,9 @@ def embedding_bag(
     sparse: bool = False,
 ) -> torch.Tensor:
     """Differentiable lookup over one float table; arguments are checked by the caller."""
-    if _needs_grad(weight, per_sample_weights):
+    if torch.is_grad_enabled() and (
+        weight.requires_grad or (per_sample_weights is not None and per_sample_weights.requires_grad)
+    ):
         return _EmbeddingBag.apply(weight, indices, offsets, per_sample_weights, spec, sparse)
     run = _backends.implementation("embedding_bag", weight.device)
     return run(weight, indices, offsets, per_sample_weights, *spec)
@@ -303,7 +301,7 @@ def quantized_embedding_bag(
     dtype: torch.dtype,
 ) -> torch.Tensor:
     """Lookup over one quantized table, differentiable in per_sample_weights."""
-    if per_sample_weights is not None and _needs_grad(per_sample_weights):
+    if per_sample_weights is not None and per_sample_weights.requires_grad and torch.is_grad_enabled():
         return _QuantizedEmbeddingBag.apply(table, indices, offsets, per_sample_weights, spec, dtype)
     run = _backends.implementation("quantized_embedding_bag", indices.device)
     return run(*table, indices, offsets, per_sample_weights, *spec, dtype)
@@ -409,8 +407,14 @@ def embedding_bag_collection(
     total_dim: int,
     dtype: torch.dtype,
 ) -> torch.Tensor:
-    """Differentiable lookup over many tables. ``plan`` is ``features`` as an int64 tensor on the tables' device."""
-    if _needs_grad(per_sample_weights, *weights):
+    """Differentiable lookup over many tables.
+
+    ``plan`` is ``features`` as an int64 tensor on the tables' device; ``scale_bias`` has an entry for each table (any
+    tensor for a float one), or none at all when every table is float.
+    """
+    if torch.is_grad_enabled() and (
+        any(w.requires_grad for w in weights) or (per_sample_weights is not None and per_sample_weights.requires_grad)
+    ):
         return _Collection.apply(
             plan, features, total_dim, dtype, scale_bias, indices, offsets, per_sample_weights, *weights
         )

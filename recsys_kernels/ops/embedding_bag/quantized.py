@@ -16,10 +16,6 @@ _BITS = (8, 4)
 _BLOCK_ROWS = 1 << 18
 
 
-def _quantized_columns(embedding_dim: int, bits: int) -> int:
-    return embedding_dim if bits == 8 else (embedding_dim + 1) // 2
-
-
 def _table_exponent(weight: torch.Tensor) -> int:
     """The power of two that brings the table's largest magnitude to [2^13, 2^14).
 
@@ -58,9 +54,10 @@ class _Quantized(torch.nn.Module):
             raise ValueError(f"a table of {num_embeddings} x {embedding_dim} cannot be quantized")
         self.num_embeddings, self.embedding_dim, self.bits = num_embeddings, embedding_dim, bits
         self.padding_idx, self.dtype = padding_idx, dtype
-        rows = memory.empty_rows(num_embeddings, _quantized_columns(embedding_dim, bits), device=device)
+        columns = embedding_dim if bits == 8 else (embedding_dim + 1) // 2
+        rows, scale_bias = memory.empty_quantized(num_embeddings, columns, device=device)
         self.register_buffer("weight", rows)
-        self.register_buffer("scale_bias", memory.empty(num_embeddings, 2, dtype=torch.float16, device=device))
+        self.register_buffer("scale_bias", scale_bias)
         self.register_buffer("exponent", torch.zeros((), dtype=torch.int64, device="cpu"))
         self._exponent = 0
 
@@ -74,12 +71,18 @@ class _Quantized(torch.nn.Module):
     @property
     def table(self) -> QuantizedTable:
         """The table as the operators take it."""
-        return QuantizedTable(self.weight, self.scale_bias, self._exponent, self.embedding_dim, self.bits)
+        # Straight from the dict: nn.Module's attribute access costs a tenth of a small lookup.
+        buffers = self._buffers
+        weight, scale_bias = buffers["weight"], buffers["scale_bias"]
+        assert weight is not None
+        assert scale_bias is not None
+        return QuantizedTable(weight, scale_bias, self._exponent, self.embedding_dim, self.bits)
 
     @property
     def nbytes(self) -> int:
-        """Bytes that rows, scales and biases hold."""
-        return sum(b.untyped_storage().nbytes() for b in (self.weight, self.scale_bias))
+        """Bytes of memory that rows, scales and biases hold."""
+        storages = {t.untyped_storage().data_ptr(): t.untyped_storage() for t in (self.weight, self.scale_bias)}
+        return sum(storage.nbytes() for storage in storages.values())
 
     def dequantize(self) -> torch.Tensor:
         """The whole table as floats, [num_embeddings, embedding_dim] of type ``self.dtype``."""
@@ -93,8 +96,9 @@ class _Quantized(torch.nn.Module):
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        # Padding between rows is of this machine, not of the format.
-        destination[prefix + "weight"] = destination[prefix + "weight"].contiguous()
+        # How rows are laid out in memory is of this machine, not of the format.
+        for name in ("weight", "scale_bias"):
+            destination[prefix + name] = destination[prefix + name].contiguous()
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args)
@@ -103,17 +107,30 @@ class _Quantized(torch.nn.Module):
     def _apply(self, fn: Any, recurse: bool = True) -> _Quantized:
         # .half() and .to(dtype) choose the type of the output; the stored table has its own types. Moving to another
         # device moves it, and the exponent, which the host reads, stays where it is.
-        before, exponent = self.weight.data_ptr(), self.exponent
-        scale_bias = self.scale_bias
+        before, exponent, scale_bias = self.weight.data_ptr(), self.exponent, self.scale_bias
         super()._apply(fn, recurse)
-        probe = fn(torch.empty(0, dtype=self.dtype))
-        self.dtype = probe.dtype
-        if self.scale_bias.dtype != torch.float16:
-            self.scale_bias = scale_bias.to(self.scale_bias.device)
+        self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
         self.exponent = exponent
+        self.scale_bias = scale_bias.to(self.weight.device)
         if self.weight.data_ptr() != before:
-            memory.use_huge_pages(self.weight)
+            self._lay_out()
         return self
+
+    def __setstate__(self, state: Any) -> None:
+        super().__setstate__(state)
+        self._lay_out()
+
+    def _lay_out(self) -> None:
+        """Moves a table that was copied or loaded as a whole into the layout of this machine."""
+        if self.weight.device.type != "cpu":
+            return
+        rows, scale_bias = memory.empty_quantized(self.num_embeddings, self.weight.shape[1])
+        if (rows.stride(), scale_bias.stride()) == (self.weight.stride(), self.scale_bias.stride()):
+            own = self.scale_bias.untyped_storage().data_ptr() == self.weight.untyped_storage().data_ptr()
+            if own == (scale_bias.untyped_storage().data_ptr() == rows.untyped_storage().data_ptr()):
+                memory.use_huge_pages(self.weight)
+                return
+        self.weight, self.scale_bias = rows.copy_(self.weight), scale_bias.copy_(self.scale_bias)
 
     def extra_repr(self) -> str:
         parts = [f"{self.num_embeddings}, {self.embedding_dim}, bits={self.bits}"]
@@ -202,7 +219,7 @@ class QuantizedEmbeddingBag(_Quantized):
 
         Errors are those of :func:`recsys_kernels.functional.embedding_bag`.
         """
-        functional._check_bags(input, offsets, per_sample_weights)
+        functional.check_bags(input, offsets, per_sample_weights)
         if per_sample_weights is not None and self.mode == "max":
             raise NotImplementedError("embedding_bag: per_sample_weights need mode 'sum' or 'mean', not 'max'")
         return quantized_embedding_bag(self.table, input, offsets, per_sample_weights, self._spec, self.dtype)
