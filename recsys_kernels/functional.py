@@ -21,16 +21,16 @@ def check_bags(input: torch.Tensor, offsets: torch.Tensor | None, per_sample_wei
             f"embedding_bag: per_sample_weights must have the shape of input ({tuple(input.shape)}), "
             f"but has shape {tuple(per_sample_weights.shape)}"
         )
-    if input.dim() == 2:
-        if offsets is not None:
-            raise ValueError("embedding_bag: offsets must be None when input is 2-D, as each row is a bag")
-    elif input.dim() == 1:
+    dim = input.dim()
+    if dim == 1:
         if offsets is None:
             raise ValueError("embedding_bag: offsets must be a 1-D tensor when input is 1-D, but is None")
         if offsets.dim() != 1:
             raise ValueError(f"embedding_bag: offsets must be 1-D, but has {offsets.dim()} dimensions")
-    else:
-        raise ValueError(f"embedding_bag: input must be 1-D or 2-D, but has {input.dim()} dimensions")
+    elif dim != 2:
+        raise ValueError(f"embedding_bag: input must be 1-D or 2-D, but has {dim} dimensions")
+    elif offsets is not None:
+        raise ValueError("embedding_bag: offsets must be None when input is 2-D, as each row is a bag")
 
 
 # Cached, since one lookup of a request takes little longer than these checks.

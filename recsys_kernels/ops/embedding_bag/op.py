@@ -213,11 +213,32 @@ def _sparse_backward(
     spec: BagSpec,
     num_embeddings: int,
 ) -> torch.Tensor:
-    """The gradient as a sparse tensor with one (not coalesced) row for each index, as torch gives it."""
-    bags = reference.split_bags(indices, offsets, spec.padding_idx, spec.include_last_offset, num_embeddings)
-    rows, values = reference.row_gradients(grad, bags, per_sample_weights, spec.mode)
+    """The gradient as a sparse tensor with one (not coalesced) row for each index, as torch gives it.
+
+    The indices passed the forward's checks, so this only gathers: the bag's gradient for each of its indices.
+    """
+    rows = indices.reshape(-1)
+    if offsets is None:
+        lengths = torch.full((indices.shape[0],), indices.shape[1], device=indices.device)
+    else:
+        end = offsets[-1:] if spec.include_last_offset else offsets.new_full((1,), rows.shape[0])
+        lengths = torch.diff(offsets, append=None if spec.include_last_offset else end)
+        rows = rows[: int(end)] if spec.include_last_offset else rows
+    bag = torch.repeat_interleave(lengths)
+    keep = None
+    if spec.padding_idx >= 0:
+        keep = rows != spec.padding_idx
+        lengths = torch.zeros_like(lengths).index_add_(0, bag, keep.to(lengths.dtype))
+        rows, bag = rows[keep], bag[keep]
+    if spec.mode == MEAN:
+        grad = grad / lengths.clamp(min=1).unsqueeze(1)
+    values = grad.index_select(0, bag)
+    if per_sample_weights is not None:
+        factors = per_sample_weights.reshape(-1)[: indices.numel() if keep is None else keep.shape[0]]
+        factors = factors[: rows.shape[0]] if keep is None else factors[keep]
+        values *= factors.unsqueeze(1)
     shape = (num_embeddings, grad.shape[1])
-    return torch.sparse_coo_tensor(rows.unsqueeze(0), values.to(grad.dtype), shape, check_invariants=False)
+    return torch.sparse_coo_tensor(rows.long().unsqueeze(0), values, shape, check_invariants=False)
 
 
 def embedding_bag(
@@ -304,7 +325,7 @@ def quantized_embedding_bag(
     if per_sample_weights is not None and per_sample_weights.requires_grad and torch.is_grad_enabled():
         return _QuantizedEmbeddingBag.apply(table, indices, offsets, per_sample_weights, spec, dtype)
     run = _backends.implementation("quantized_embedding_bag", indices.device)
-    return run(*table, indices, offsets, per_sample_weights, *spec, dtype)
+    return run(*table, indices, offsets, per_sample_weights, *spec, _backends.dtype_argument(dtype))
 
 
 # ---- many tables --------------------------------------------------------------------------------------------------
@@ -419,4 +440,6 @@ def embedding_bag_collection(
             plan, features, total_dim, dtype, scale_bias, indices, offsets, per_sample_weights, *weights
         )
     run = _backends.implementation("embedding_bag_collection", indices.device)
-    return run(weights, scale_bias, plan, indices, offsets, per_sample_weights, total_dim, dtype)
+    return run(
+        weights, scale_bias, plan, indices, offsets, per_sample_weights, total_dim, _backends.dtype_argument(dtype)
+    )

@@ -81,8 +81,9 @@ class _Quantized(torch.nn.Module):
     @property
     def nbytes(self) -> int:
         """Bytes of memory that rows, scales and biases hold."""
-        storages = {t.untyped_storage().data_ptr(): t.untyped_storage() for t in (self.weight, self.scale_bias)}
-        return sum(storage.nbytes() for storage in storages.values())
+        rows, scales = self.weight.untyped_storage(), self.scale_bias.untyped_storage()
+        together = rows.data_ptr() == scales.data_ptr() and not self.weight.is_meta
+        return rows.nbytes() if together else rows.nbytes() + scales.nbytes()
 
     def dequantize(self) -> torch.Tensor:
         """The whole table as floats, [num_embeddings, embedding_dim] of type ``self.dtype``."""
@@ -116,6 +117,13 @@ class _Quantized(torch.nn.Module):
             self._lay_out()
         return self
 
+    def __getstate__(self) -> dict[str, Any]:
+        # Copies and files hold the table in its canonical form: rows and scales can share memory here, which neither
+        # pickle nor torch.save keep.
+        state = self.__dict__.copy()
+        state["_buffers"] = {k: b if b is None else b.contiguous() for k, b in self._buffers.items()}
+        return state
+
     def __setstate__(self, state: Any) -> None:
         super().__setstate__(state)
         self._lay_out()
@@ -145,6 +153,8 @@ class QuantizedEmbeddingBag(_Quantized):
     Each row has a scale and a bias of its own (row-wise asymmetric quantization, as in FBGEMM and in Guan et al.,
     "Post-Training 4-bit Quantization on Embedding Tables", 2019), kept as float16 relative to a power of two for the
     whole table. The error of an element is at most half a step of its row: range / 510 (int8) or / 30 (int4).
+
+    ``weight`` holds integers: code that reads the ``weight`` of an embedding as floats can't use this module.
 
     Buffers (``state_dict``): ``weight`` uint8 [num_embeddings, embedding_dim] (int4: [..., ceil(embedding_dim / 2)],
     the even element in the low half of a byte), ``scale_bias`` float16 [num_embeddings, 2], ``exponent`` int64

@@ -459,6 +459,7 @@ def embedding_bag_collection(
     _check_float(dtype, "dtype")
     if plan.dtype != torch.int64 or plan.dim() != 2 or plan.shape[1] != 6 or not plan.is_contiguous():
         raise RuntimeError("plan must be a contiguous int64 tensor of shape [F, 6]")
+    scale_bias = scale_bias or [weight.new_empty(0) for weight in weights]
     if len(weights) != len(scale_bias):
         raise RuntimeError("weights and scale_bias must have one entry for each table")
     for weight, scale in zip(weights, scale_bias, strict=True):
@@ -492,7 +493,7 @@ def _check_collection(bags: _Bags, weights: Sequence[torch.Tensor], plan: torch.
         raise RuntimeError(f"plan row {flags[2]} does not fit the tables or total_dim")
     _check_offsets(bags, flags[0])
     if flags[1] != kernels.NONE.value:
-        ends = bags.offsets[batch::batch].long()
+        ends = bags.offsets[batch::batch].contiguous()
         feature = int(torch.searchsorted(ends, flags[1], right=True))
         rows = weights[int(plan[feature, 0])].shape[0]
         raise _index_error(bags, flags[1], f"the table of feature #{feature}", rows)
