@@ -1,5 +1,6 @@
 """Fused recommender kernels for PyTorch."""
 
+import warnings
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -38,6 +39,13 @@ __all__ = [
 
 # The operators are defined by now, so the library finds their schemas when its kernels register.
 _native_library.load()
+if _native_library.reason is not None:
+    # pip hides what a build says, so that this is the first place where a person can see it.
+    warnings.warn(
+        f"recsys_kernels runs on its PyTorch references, which are slower; native kernels: {_native_library.reason}",
+        RuntimeWarning,
+        stacklevel=2,
+    )
 _backends.configure_from_environment()
 
 # Imported at first use: a program that only looks rows up pays nothing for them.

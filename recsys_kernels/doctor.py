@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from . import _backends, memory
+from . import __version__, _backends, memory
 from ._native import native
 
 # For a person one row a user-facing operator; its parts (backward and so on) run on the same backend.
@@ -61,7 +61,7 @@ def doctor() -> dict[str, Any]:
     cuda = torch.version.cuda
     facts: dict[str, Any] = {
         "versions": {
-            "recsys_kernels": _version("recsys_kernels"),
+            "recsys_kernels": __version__,
             "torch": torch.__version__,
             "triton": _version("triton"),
             "cuda": cuda,

@@ -219,6 +219,8 @@ class Lookahead {
         scale_bias_stride_ = t.scale_bias_stride;
       }
     }
+    // The rest of a long row is a stream that the hardware sees.
+    if (bytes_ > max_row_bytes) bytes_ = max_row_bytes;
     // The most lines that a row can touch, given how its address is aligned: all but the last are prefetched
     // in steps from the first byte on, and the last by the last byte, so that no line is asked for twice.
     const uintptr_t address = reinterpret_cast<uintptr_t>(t.rows) | static_cast<uintptr_t>(t.row_stride) | 64;
@@ -241,7 +243,7 @@ class Lookahead {
 
  private:
   static constexpr int64_t group = 8, capacity = 128;  // powers of two
-  static constexpr int64_t max_bytes = 24 << 10, min_rows = 16, max_rows = 64;
+  static constexpr int64_t max_bytes = 24 << 10, min_rows = 16, max_rows = 64, max_row_bytes = 4096;
   static constexpr int64_t index_distance = 256;
 
   __attribute__((noinline)) void advance() {
