@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import importlib.util
 import json
 import os
 import re
@@ -275,7 +274,6 @@ def test_grown_ids_are_skewed_and_in_range() -> None:
     assert (counts > 0).sum() > 1000
 
 
-@pytest.mark.skipif(importlib.util.find_spec("recbole") is None, reason="reads the MovieLens 100k files of recbole")
 def test_movielens_keeps_its_auc() -> None:
     result = job.run(job.JobSettings(training=TrainSettings(epochs=2)))
     assert len(result.data) == 100_000

@@ -88,8 +88,9 @@ struct BagArguments {
       bags.has_last_offset = include_last_offset;
       bags.num_bags = offsets->count - (include_last_offset ? 1 : 0);
       check(bags.num_bags >= 0, "include_last_offset needs at least one offset, but offsets is empty");
-      // With no offsets a null pointer would read as "every bag has the same length".
-      if (bags.num_bags == 0) bags.offsets = &bags;
+      // An empty tensor's null pointer would read as "every bag has the same length"; nothing reads this
+      // stand-in.
+      if (offsets->count == 0) bags.offsets = &bags;
     } else {
       rk::check_dim(indices_arg, 2, "indices (without offsets)");
       bags.num_bags = indices_arg.size(0);

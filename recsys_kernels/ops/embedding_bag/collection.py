@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
 
@@ -65,6 +65,7 @@ class _Operands(NamedTuple):
 
     kinds: list[str]
     weights: list[torch.Tensor]
+    marks: list[tuple[torch.dtype, int]]
     scales: list[torch.Tensor]
     dtype: torch.dtype
 
@@ -215,7 +216,7 @@ class EmbeddingBagCollection(torch.nn.Module):
     def _lookup(
         self, indices: torch.Tensor, offsets: torch.Tensor, per_sample_weights: torch.Tensor | None
     ) -> torch.Tensor:
-        _, weights, scales, dtype = self._operands()
+        _, weights, _, scales, dtype = self._operands()
         plan = cast(torch.Tensor, self._buffers["_plan"])
         return op.embedding_bag_collection(
             weights, scales, plan, self._features, indices, offsets, per_sample_weights, self.output_dim, dtype
@@ -225,10 +226,7 @@ class EmbeddingBagCollection(torch.nn.Module):
         """The tensors of a call, gathered anew only when a table was replaced: that took longer than a request."""
         known = self._known
         if known is not None and not torch.compiler.is_compiling():
-            modules = self.embedding_bags._modules.values()
-            # A list, not a generator: half the time.
-            same = [getattr(b, kind).get("weight") is w for b, kind, w in zip(modules, known.kinds, known.weights)]  # noqa: B905
-            if all(same):
+            if all(self._is_known(known)):
                 return known
             self._refresh_plan()
         bags = self._bags()
@@ -238,12 +236,25 @@ class EmbeddingBagCollection(torch.nn.Module):
         known = _Operands(
             ["_buffers" if q else "_parameters" for q in quantized],
             [bag.weight for bag in bags],
+            [(b.dtype, b._exponent) if isinstance(b, QuantizedEmbeddingBag) else (b.weight.dtype, 0) for b in bags],
             scales if any(quantized) else [],
             dtypes.pop() if len(dtypes) == 1 else torch.float32,
         )
         if not torch.compiler.is_compiling():
             self._known = known
         return known
+
+    def _is_known(self, known: _Operands) -> list[bool]:
+        """For each table whether it still is what `known` holds: the same tensor, output type and exponent."""
+        modules = cast("Iterable[Any]", self.embedding_bags._modules.values())
+        parts = zip(modules, known.kinds, known.weights, known.marks, strict=True)
+        return [
+            getattr(bag, kind).get("weight") is weight
+            and (
+                weight.dtype is mark[0] if kind == "_parameters" else bag.dtype is mark[0] and bag._exponent == mark[1]
+            )
+            for bag, kind, weight, mark in parts
+        ]
 
     def _with_names(self, message: str) -> str:
         def name(match: re.Match[str]) -> str:

@@ -109,6 +109,19 @@ def _accumulator(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def _first_is_nan(values: torch.Tensor, bags: Bags) -> torch.Tensor:
+    """Where the first value of a bag's column is NaN, bool [num_bags, D].
+
+    A maximum starts with the first value and takes later ones where they are greater, as in torch: a NaN stays when it
+    is the first and is passed over when it is not.
+    """
+    first = torch.ones_like(bags.bag, dtype=torch.bool)
+    first[1:] = bags.bag[1:] != bags.bag[:-1]
+    out = torch.zeros(bags.num_bags, values.shape[1], dtype=torch.bool, device=values.device)
+    out[bags.bag[first]] = values[first].isnan()
+    return out
+
+
 def _pool(values: torch.Tensor, bags: Bags, weights: torch.Tensor | None, mode: int) -> torch.Tensor:
     """Pools the looked-up rows, [N', D] of the accumulator type, to [num_bags, D]."""
     if weights is not None and mode != MAX:
@@ -116,7 +129,9 @@ def _pool(values: torch.Tensor, bags: Bags, weights: torch.Tensor | None, mode: 
     out = values.new_zeros(bags.num_bags, values.shape[1])
     if mode == MAX:
         index = bags.bag.unsqueeze(1).expand_as(values)
-        return out.scatter_reduce_(0, index, values, "amax", include_self=False)
+        stays_nan = _first_is_nan(values, bags)
+        out.scatter_reduce_(0, index, torch.where(values.isnan(), -torch.inf, values), "amax", include_self=False)
+        return torch.where(stays_nan, torch.nan, out)
     out.index_add_(0, bags.bag, values)
     if mode == MEAN:
         out /= bags.counts.clamp(min=1).unsqueeze(1)
@@ -161,7 +176,8 @@ def embedding_bag_max(
     out = _pool(values.to(_accumulator(weight.dtype)), bags, None, MAX).to(weight.dtype)
     last = bags.rows.numel()
     order = torch.arange(last, device=weight.device).unsqueeze(1).expand_as(values)
-    order = torch.where(values == out[bags.bag], order, last)
+    chosen = out[bags.bag]
+    order = torch.where((values == chosen) | (values.isnan() & chosen.isnan()), order, last)
     first = torch.full(out.shape, last, device=weight.device)
     first.scatter_reduce_(0, bags.bag.unsqueeze(1).expand_as(values), order, "amin")
     rows = torch.cat([bags.rows, bags.rows.new_full((1,), -1)])
