@@ -83,10 +83,11 @@ def why_not(backend: str) -> str | None:
     return "this build has no CUDA C++ kernels"
 
 
-def implementation(name: str, device: torch.device) -> Callable[..., Any]:
-    """The implementation of an operator for tensors on ``device``: the dispatcher, or the backend asked for."""
+def implementation(name: str, tensor: torch.Tensor) -> Callable[..., Any]:
+    """The implementation of an operator for tensors where ``tensor`` is: the dispatcher, or the backend asked for."""
     if _forced is None:
         return _dispatched[name]
+    device = tensor.device
     if _forced == "reference":
         return _references[name]
     if _forced == "triton":

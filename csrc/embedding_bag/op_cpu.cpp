@@ -232,11 +232,16 @@ size_t run_between(const std::vector<Job>& jobs, Place from, Place to, int64_t m
   std::unique_ptr<float[]> large(2 * max_dim > on_stack ? new float[static_cast<size_t>(2 * max_dim)]
                                                         : nullptr);
   float* scratch = large ? large.get() : small;
+  // A request looks up a row or two in each table: their misses overlap only across tables.
+  constexpr size_t jobs_ahead = 8;
+  size_t warmed = from.job + 1;
   for (size_t j = from.job; j < jobs.size() && (j < to.job || (j == to.job && to.bag > 0)); ++j) {
     const int64_t first = j == from.job ? from.bag : 0;
     const int64_t last = j == to.job ? to.bag : jobs[j].bags.num_bags;
     if (first >= last) continue;
-    if (j + 1 < jobs.size()) kernels().warm(jobs[j + 1].table, jobs[j + 1].bags);
+    for (; warmed < jobs.size() && warmed <= j + jobs_ahead; ++warmed) {
+      kernels().warm(jobs[warmed].table, jobs[warmed].bags);
+    }
     pool_range(jobs[j], first, last, scratch, fault);
     if (fault->kind != FaultKind::none) return j;
   }

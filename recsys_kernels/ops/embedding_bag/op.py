@@ -167,10 +167,10 @@ class _EmbeddingBag(torch.autograd.Function):
         ctx.spec, ctx.sparse, ctx.num_embeddings = spec, sparse, weight.shape[0]
         argmax = None
         if spec.mode == MAX:
-            run = _backends.implementation("embedding_bag_max", weight.device)
+            run = _backends.implementation("embedding_bag_max", weight)
             out, argmax = run(weight, indices, offsets, *spec[1:], True)
         else:
-            run = _backends.implementation("embedding_bag", weight.device)
+            run = _backends.implementation("embedding_bag", weight)
             out = run(weight, indices, offsets, per_sample_weights, *spec)
         keep_weight = per_sample_weights is not None and per_sample_weights.requires_grad
         ctx.save_for_backward(weight if keep_weight else None, indices, offsets, per_sample_weights, argmax)
@@ -187,10 +187,10 @@ class _EmbeddingBag(torch.autograd.Function):
             elif ctx.sparse:
                 grad_weight = _sparse_backward(grad, indices, offsets, per_sample_weights, ctx.spec, ctx.num_embeddings)
             else:
-                run = _backends.implementation("embedding_bag_backward", grad.device)
+                run = _backends.implementation("embedding_bag_backward", grad)
                 grad_weight = run(grad, indices, offsets, per_sample_weights, *ctx.spec, ctx.num_embeddings)
         if per_sample_weights is not None and ctx.needs_input_grad[3]:
-            run = _backends.implementation("embedding_bag_weights_backward", grad.device)
+            run = _backends.implementation("embedding_bag_weights_backward", grad)
             grad_samples = run(grad, weight, indices, offsets, *ctx.spec).reshape(per_sample_weights.shape)
         return grad_weight, None, None, grad_samples, None, None
 
@@ -254,8 +254,9 @@ def embedding_bag(
         weight.requires_grad or (per_sample_weights is not None and per_sample_weights.requires_grad)
     ):
         return _EmbeddingBag.apply(weight, indices, offsets, per_sample_weights, spec, sparse)
-    run = _backends.implementation("embedding_bag", weight.device)
-    return run(weight, indices, offsets, per_sample_weights, *spec)
+    run = _backends.implementation("embedding_bag", weight)
+    mode, padding_idx, include_last_offset = spec
+    return run(weight, indices, offsets, per_sample_weights, mode, padding_idx, include_last_offset)
 
 
 # ---- one quantized table ------------------------------------------------------------------------------------------
@@ -286,7 +287,7 @@ class _QuantizedEmbeddingBag(torch.autograd.Function):
     ) -> torch.Tensor:
         ctx.table, ctx.spec = table, spec
         ctx.save_for_backward(indices, offsets)
-        run = _backends.implementation("quantized_embedding_bag", indices.device)
+        run = _backends.implementation("quantized_embedding_bag", indices)
         return run(*table, indices, offsets, per_sample_weights, *spec, dtype)
 
     @staticmethod
@@ -301,10 +302,10 @@ def _quantized_weights_backward(
     grad: torch.Tensor, table: QuantizedTable, indices: torch.Tensor, offsets: torch.Tensor | None, spec: BagSpec
 ) -> torch.Tensor:
     """Gradient of per_sample_weights over quantized rows: the rows in use become a small float table of their own."""
-    run = _backends.implementation("quantized_embedding_bag", indices.device)
+    run = _backends.implementation("quantized_embedding_bag", indices)
     rows = run(*table, indices.reshape(-1, 1), None, None, 0, -1, False, grad.dtype)
     position = torch.arange(indices.numel(), device=indices.device).reshape(indices.shape)
-    run = _backends.implementation("embedding_bag_weights_backward", indices.device)
+    run = _backends.implementation("embedding_bag_weights_backward", indices)
     out = run(grad, rows, position, offsets, 0, -1, spec.include_last_offset)
     bags = reference.split_bags(indices, offsets, spec.padding_idx, spec.include_last_offset, table.weight.shape[0])
     factor = torch.zeros(indices.numel(), dtype=grad.dtype, device=grad.device)
@@ -324,8 +325,14 @@ def quantized_embedding_bag(
     """Lookup over one quantized table, differentiable in per_sample_weights."""
     if per_sample_weights is not None and per_sample_weights.requires_grad and torch.is_grad_enabled():
         return _QuantizedEmbeddingBag.apply(table, indices, offsets, per_sample_weights, spec, dtype)
-    run = _backends.implementation("quantized_embedding_bag", indices.device)
-    return run(*table, indices, offsets, per_sample_weights, *spec, _backends.dtype_argument(dtype))
+    run = _backends.implementation("quantized_embedding_bag", indices)
+    # Unpacked by hand: a request spends as long on Python as on its rows.
+    weight, scale_bias, exponent, dim, bits = table
+    mode, padding_idx, last = spec
+    number = _backends.dtype_argument(dtype)
+    return run(
+        weight, scale_bias, exponent, dim, bits, indices, offsets, per_sample_weights, mode, padding_idx, last, number
+    )
 
 
 # ---- many tables --------------------------------------------------------------------------------------------------
@@ -358,7 +365,7 @@ class _Collection(torch.autograd.Function):
     ) -> torch.Tensor:
         ctx.features, ctx.scale_bias = features, scale_bias
         ctx.save_for_backward(indices, offsets, per_sample_weights, *weights)
-        run = _backends.implementation("embedding_bag_collection", indices.device)
+        run = _backends.implementation("embedding_bag_collection", indices)
         return run(list(weights), scale_bias, plan, indices, offsets, per_sample_weights, total_dim, dtype)
 
     @staticmethod
@@ -374,11 +381,11 @@ class _Collection(torch.autograd.Function):
             part = grad[:, column : column + dim].to(weight.dtype)
             bounds = offsets[f * batch : (f + 1) * batch + 1]
             if mode == MAX:
-                run = _backends.implementation("embedding_bag_max", grad.device)
+                run = _backends.implementation("embedding_bag_max", grad)
                 _, argmax = run(weight, indices, bounds, -1, True, False)
                 one = _max_backward(part, argmax, weight.shape[0])
             else:
-                run = _backends.implementation("embedding_bag_backward", grad.device)
+                run = _backends.implementation("embedding_bag_backward", grad)
                 one = run(part, indices, bounds, per_sample_weights, mode, -1, True, weight.shape[0])
             so_far = grads[table]
             grads[table] = one if so_far is None else so_far.add_(one)
@@ -411,7 +418,7 @@ def _collection_weights_backward(
             quantized = QuantizedTable(weights[table], scale_bias[table], exponent, dim, bits)
             one = _quantized_weights_backward(part, quantized, own, bounds, spec)
         else:
-            run = _backends.implementation("embedding_bag_weights_backward", grad.device)
+            run = _backends.implementation("embedding_bag_weights_backward", grad)
             one = run(part.to(weights[table].dtype), weights[table], own, bounds, *spec)
         out[starts[f] : starts[f + 1]] = one.to(out.dtype)
     return out
@@ -439,7 +446,7 @@ def embedding_bag_collection(
         return _Collection.apply(
             plan, features, total_dim, dtype, scale_bias, indices, offsets, per_sample_weights, *weights
         )
-    run = _backends.implementation("embedding_bag_collection", indices.device)
+    run = _backends.implementation("embedding_bag_collection", indices)
     return run(
         weights, scale_bias, plan, indices, offsets, per_sample_weights, total_dim, _backends.dtype_argument(dtype)
     )

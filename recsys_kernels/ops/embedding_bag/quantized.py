@@ -65,7 +65,7 @@ class _Quantized(torch.nn.Module):
         weight = weight.detach()
         self._exponent = _table_exponent(weight)
         self.exponent.fill_(self._exponent)
-        run = _backends.implementation("quantize_rowwise", weight.device)
+        run = _backends.implementation("quantize_rowwise", weight)
         run(weight, self.bits, self._exponent, self.weight, self.scale_bias)
 
     @property
