@@ -1,0 +1,66 @@
+"""What the tests share: every implementation that this machine can run, and a check that all of them were built."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+import recsys_kernels as rk
+from recsys_kernels._native import ISA_LEVELS, native
+
+
+def isa_levels() -> tuple[str, ...]:
+    """The instruction-set levels of this machine and build, lowest first."""
+    highest = native.isa_supported()
+    return () if highest is None else ISA_LEVELS[: ISA_LEVELS.index(highest) + 1]
+
+
+IMPLEMENTATIONS = ("reference", *isa_levels())
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _native_library_is_there() -> None:
+    # Without this a build that failed would look like a pass, on the references.
+    assert native.reason is None, f"the native library is missing, so these tests would test nothing: {native.reason}"
+
+
+@pytest.fixture(params=isa_levels())
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Every instruction-set level, in use for the time of a test."""
+    before = native.isa()
+    assert before is not None
+    native.select_isa(request.param)
+    yield request.param
+    native.select_isa(before)
+
+
+@pytest.fixture(params=IMPLEMENTATIONS)
+def implementation(request: pytest.FixtureRequest) -> Iterator[str]:
+    """The reference, and the native kernels at every instruction-set level, in use for the time of a test."""
+    if request.param == "reference":
+        with rk.backend("reference"):
+            yield request.param
+        return
+    before = native.isa()
+    assert before is not None
+    native.select_isa(request.param)
+    with rk.backend("cpu"):
+        yield request.param
+    native.select_isa(before)
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """For tests of small calls: the reference's many small steps wait for busy cores otherwise."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def threads() -> Iterator[None]:
+    """Puts the number of threads back after a test that changes it."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
