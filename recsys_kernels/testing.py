@@ -29,7 +29,9 @@ class Tolerance:
 # Against float64 results rounded to the type, over all samples, ISA levels and backends.
 TOLERANCES = {
     torch.float64: Tolerance(1e-14, 4.0e-16),
-    torch.float32: Tolerance(2e-6, 3.2e-7),
+    # Forward of float tables: 5e-7. Gradients of a row that occurs hundreds of times and int4 sums, whose parts cancel,
+    # are the worst.
+    torch.float32: Tolerance(6e-6, 4.4e-6),
     # Sums are taken in float32 and rounded once: half a unit in the last place, 2^-11 and 2^-8.
     torch.float16: Tolerance(1e-3, 4.9e-4),
     torch.bfloat16: Tolerance(8e-3, 3.9e-3),

@@ -368,8 +368,8 @@ Tensor embedding_bag_collection(const std::vector<Tensor>& weights, const std::v
   for (int64_t f = 0; f < features; ++f) {
     const int64_t* p = static_cast<const int64_t*>(plan.data) + f * plan_columns;
     check(p[plan_table] >= 0 && p[plan_table] < static_cast<int64_t>(rows.size()) && p[plan_dim] >= 0 &&
-              p[plan_column] >= 0 && p[plan_column] + p[plan_dim] <= total_dim && p[plan_pooling] >= 0 &&
-              p[plan_pooling] <= 2,
+              p[plan_dim] <= total_dim && p[plan_column] >= 0 && p[plan_column] <= total_dim - p[plan_dim] &&
+              p[plan_pooling] >= 0 && p[plan_pooling] <= 2,
           "plan row ", f, " does not fit the tables or total_dim");
     const Tensor& weight = rows[static_cast<size_t>(p[plan_table])];
     check(p[plan_bits] == 0 || !scale_bias.empty(), "plan row ", f, " is quantized, but scale_bias is empty");
@@ -427,12 +427,15 @@ std::vector<int64_t> split_rows(const Bags& bags, int64_t num_rows, int64_t piec
   return bounds;
 }
 
+constexpr const char* no_max_gradient =
+    "the gradient of max pooling is not a weighted sum: use embedding_bag_max";
+
 Tensor embedding_bag_backward(const Tensor& grad_arg, const Tensor& indices,
                               const std::optional<Tensor>& offsets,
                               const std::optional<Tensor>& per_sample_weights, int64_t mode,
                               int64_t padding_idx, bool include_last_offset, int64_t num_embeddings) {
   const BagArguments args(indices, offsets, per_sample_weights, mode, padding_idx, include_last_offset);
-  check(mode != 2, "the gradient of max pooling is not a weighted sum: use argmax");
+  check(mode != 2, no_max_gradient);
   const Tensor grad = rk::with_contiguous_rows(grad_arg, "grad");
   check(grad.size(0) == args.bags.num_bags, "grad must have one row for each of the ", args.bags.num_bags,
         " bags, but has ", grad.size(0));
@@ -469,6 +472,7 @@ Tensor embedding_bag_weights_backward(const Tensor& grad_arg, const Tensor& weig
                                       const std::optional<Tensor>& offsets, int64_t mode, int64_t padding_idx,
                                       bool include_last_offset) {
   const BagArguments args(indices, offsets, std::nullopt, mode, padding_idx, include_last_offset);
+  check(mode != 2, no_max_gradient);
   const Tensor weight = rk::with_contiguous_rows(weight_arg, "weight");
   const Tensor grad = rk::with_contiguous_rows(grad_arg, "grad");
   const Table table = float_table(weight, "weight");

@@ -410,6 +410,8 @@ def _collection_weights_backward(
     batch = grad.shape[0]
     starts = offsets[::batch].tolist() if batch else [0] * (len(features) + 1)
     for f, (table, dim, column, mode, bits, exponent) in enumerate(features):
+        if mode == MAX:  # takes no weights
+            continue
         part = grad[:, column : column + dim]
         bounds = offsets[f * batch : (f + 1) * batch + 1] - starts[f]
         own = indices[starts[f] : starts[f + 1]]

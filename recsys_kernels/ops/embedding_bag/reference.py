@@ -138,7 +138,16 @@ def _pool(values: torch.Tensor, bags: Bags, weights: torch.Tensor | None, mode: 
     return out
 
 
+_FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+
+def _check_float(name: str, tensor: torch.Tensor | None) -> None:
+    if tensor is not None and tensor.dtype not in _FLOATS:
+        raise RuntimeError(f"{name} must be a floating point tensor, but is {tensor.dtype}")
+
+
 def _check_weights(indices: torch.Tensor, weights: torch.Tensor | None) -> None:
+    _check_float("per_sample_weights", weights)
     if weights is not None and weights.numel() != indices.numel():
         raise RuntimeError(
             f"per_sample_weights must have one value for each of the {indices.numel()} indices, "
@@ -156,6 +165,7 @@ def embedding_bag(
     include_last_offset: bool,
 ) -> torch.Tensor:
     """Lookup and pooling over one float table; sums in float32 (float64 tables: float64)."""
+    _check_float("weight", weight)
     _check_weights(indices, per_sample_weights)
     bags = split_bags(indices, offsets, padding_idx, include_last_offset, weight.shape[0], zero_start=True)
     values = weight[bags.rows].to(_accumulator(weight.dtype))
@@ -171,6 +181,7 @@ def embedding_bag_max(
     zero_start: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Max pooling and the row that each column came from (the first of equals; -1 for an empty bag)."""
+    _check_float("weight", weight)
     bags = split_bags(indices, offsets, padding_idx, include_last_offset, weight.shape[0], zero_start=zero_start)
     values = weight[bags.rows]
     out = _pool(values.to(_accumulator(weight.dtype)), bags, None, MAX).to(weight.dtype)
@@ -184,6 +195,11 @@ def embedding_bag_max(
     return out, rows[first]
 
 
+def _check_not_max(mode: int) -> None:
+    if mode == MAX:
+        raise RuntimeError("the gradient of max pooling is not a weighted sum: use embedding_bag_max")
+
+
 def embedding_bag_backward(
     grad: torch.Tensor,
     indices: torch.Tensor,
@@ -195,8 +211,8 @@ def embedding_bag_backward(
     num_embeddings: int,
 ) -> torch.Tensor:
     """Dense gradient of the table, [num_embeddings, D], for sum and mean."""
-    if mode == MAX:
-        raise RuntimeError("the gradient of max pooling is not a weighted sum: use argmax")
+    _check_float("grad", grad)
+    _check_not_max(mode)
     _check_weights(indices, per_sample_weights)
     bags = split_bags(indices, offsets, padding_idx, include_last_offset, num_embeddings)
     rows, values = row_gradients(grad, bags, per_sample_weights, mode)
@@ -226,6 +242,8 @@ def embedding_bag_weights_backward(
     include_last_offset: bool,
 ) -> torch.Tensor:
     """Gradient of per_sample_weights, of the shape of ``indices``; zero for padding."""
+    _check_not_max(mode)
+    _check_float("weight", weight)
     bags = split_bags(indices, offsets, padding_idx, include_last_offset, weight.shape[0])
     dtype = _accumulator(weight.dtype)
     values = (weight[bags.rows].to(dtype) * grad[bags.bag].to(dtype)).sum(1)
@@ -296,7 +314,10 @@ def embedding_bag_collection(
         if bits:
             values = dequantize_rows(weight[bags.rows], scale_bias[table][bags.rows], exponent, dim, bits)
         else:
+            _check_float("weights", weight)
             values = weight[bags.rows].to(_accumulator(weight.dtype))
+        if (values.dtype == torch.float64) != (dtype == torch.float64):
+            raise RuntimeError("float64 tables need a float64 output and can't be mixed with others")
         out[:, column : column + dim] = _pool(values, bags, per_sample_weights, mode).to(dtype)
     return out
 
