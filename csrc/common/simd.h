@@ -14,8 +14,7 @@
 namespace {
 namespace simd {
 
-// ---- scalar conversions, any CPU
-// -----------------------------------------------------------------------------
+// ---- scalar conversions, any CPU ----
 
 inline uint32_t bits_of(float x) {
   uint32_t u;
@@ -99,16 +98,14 @@ inline ScaleBias load_scale_bias(const void* p) {
 }
 #endif
 
-// ---- prefetch
-// --------------------------------------------------------------------------------------------------
+// ---- prefetch ----
 
 // Into L2, not L1: a core has a dozen or two L1 miss slots and many more at L2 (random 256-byte rows: 7.8
 // GB/s with L1 prefetch, 19 GB/s with L2 prefetch on a Zen 4 core).
 inline void prefetch_l2(const void* p) { __builtin_prefetch(p, 0, 2); }
 inline void prefetch_l1(const void* p) { __builtin_prefetch(p, 0, 3); }
 
-// ---- vectors of floats
-// -----------------------------------------------------------------------------------------
+// ---- vectors of floats ----
 //
 // lanes          floats in a vector
 // max_vectors    accumulators that leave room for the loads and constants of the inner loop

@@ -73,8 +73,8 @@ inline Tensor with_contiguous_rows(const Tensor& t, const char* name) {
   return t.stride(1) == 1 || t.size(1) <= 1 || t.numel() == 0 ? t : torch::stable::contiguous(t);
 }
 
-// An uninitialized contiguous matrix on the CPU. Through the C interface: the dispatcher's aten::empty takes 0.7 us,
-// a fifth of a small lookup.
+// An uninitialized contiguous matrix on the CPU. Through the C interface: the dispatcher's aten::empty takes
+// 0.7 us, a fifth of a small lookup.
 inline Tensor empty_matrix(int64_t rows, int64_t columns, ScalarType type) {
   const int64_t sizes[2] = {rows, columns}, strides[2] = {columns > 0 ? columns : 1, 1};
   const int32_t dtype = torch::stable::detail::to<int32_t>(torch::stable::detail::from(type));

@@ -39,6 +39,14 @@ struct Bags {
   Pooling pooling;
 };
 
+// Where bag `bag` begins and bag `bag - 1` ends. Static: an inline function would be a weak symbol.
+static inline int64_t offset_at(const Bags& b, int64_t bag) {
+  if (b.offsets == nullptr) return bag * b.bag_length;
+  if (bag == b.num_bags && !b.has_last_offset) return b.num_indices;
+  return b.offsets_64 ? static_cast<const int64_t*>(b.offsets)[bag]
+                      : static_cast<const int32_t*>(b.offsets)[bag];
+}
+
 // A matrix of `dim` columns whose rows stand `stride` elements apart.
 struct Matrix {
   void* data;

@@ -22,6 +22,7 @@ using rk::Fault;
 using rk::FaultKind;
 using rk::Integers;
 using rk::Matrix;
+using rk::offset_at;
 using rk::Pooling;
 using rk::raise;
 using rk::RowType;
@@ -44,8 +45,7 @@ const EmbeddingBagKernels& kernels() {
   }
 }
 
-// ---- arguments
-// -------------------------------------------------------------------------------------------------
+// ---- arguments ----
 
 RowType float_type(ScalarType t, const char* name) {
   switch (t) {
@@ -156,8 +156,7 @@ int64_t threads_for(int64_t lines) {
   return std::max<int64_t>(1, std::min(most, lines / min_lines_per_thread));
 }
 
-// ---- pooling
-// ---------------------------------------------------------------------------------------------------
+// ---- pooling ----
 
 struct Job {
   Table table;
@@ -168,20 +167,13 @@ struct Job {
   bool in_collection;
 };
 
-int64_t offset_of(const Bags& b, int64_t bag) {
-  if (b.offsets == nullptr) return bag * b.bag_length;
-  if (bag == b.num_bags && !b.has_last_offset) return b.num_indices;
-  return b.offsets_64 ? static_cast<const int64_t*>(b.offsets)[bag]
-                      : static_cast<const int32_t*>(b.offsets)[bag];
-}
-
 int64_t lines_of(const Table& t) { return std::max<int64_t>(1, (t.row_stride + 63) / 64); }
 
 // Cache lines touched by the bags before `bag`; one line a bag for its output. Offsets are not checked yet,
 // so the result can be nonsense, which only makes the split uneven.
 int64_t lines_before(const Job& job, int64_t bag) {
   const uint64_t rows =
-      static_cast<uint64_t>(offset_of(job.bags, bag)) - static_cast<uint64_t>(offset_of(job.bags, 0));
+      static_cast<uint64_t>(offset_at(job.bags, bag)) - static_cast<uint64_t>(offset_at(job.bags, 0));
   const uint64_t bounded = std::min(rows, static_cast<uint64_t>(job.bags.num_indices));
   return static_cast<int64_t>(bounded) * lines_of(job.table) + bag;
 }
@@ -284,8 +276,8 @@ void run(const std::vector<Job>& jobs) {
 
 Job single_job(const Table& table, const Bags& bags, const Tensor& out, RowType out_type, int64_t* argmax,
                bool zero_start = true) {
-  if (zero_start && bags.offsets != nullptr && bags.num_bags > 0 && offset_of(bags, 0) != 0) {
-    raise_fault({FaultKind::offset, 0, offset_of(bags, 0)}, bags, table.num_rows, "");
+  if (zero_start && bags.offsets != nullptr && bags.num_bags > 0 && offset_at(bags, 0) != 0) {
+    raise_fault({FaultKind::offset, 0, offset_at(bags, 0)}, bags, table.num_rows, "");
   }
   return {table, bags, {out.data_ptr(), table.dim, out_type}, argmax, 0, false};
 }
@@ -327,8 +319,7 @@ Tensor quantized_embedding_bag(const Tensor& weight_arg, const Tensor& scale_bia
   return out;
 }
 
-// ---- many tables
-// -----------------------------------------------------------------------------------------------
+// ---- many tables ----
 
 // The columns of `plan`, one row a feature.
 enum PlanColumn : int64_t {
@@ -391,15 +382,14 @@ Tensor embedding_bag_collection(const std::vector<Tensor>& weights, const std::v
     job.offset_base = f * batch;
     job.in_collection = true;
   }
-  if (offset_of(jobs[0].bags, 0) != 0) {
-    raise_fault({FaultKind::offset, 0, offset_of(jobs[0].bags, 0)}, args.bags, 0, "");
+  if (offset_at(jobs[0].bags, 0) != 0) {
+    raise_fault({FaultKind::offset, 0, offset_at(jobs[0].bags, 0)}, args.bags, 0, "");
   }
   run(jobs);
   return out;
 }
 
-// ---- backward
-// --------------------------------------------------------------------------------------------------
+// ---- backward ----
 
 // Boundaries of row ranges with about equal work (rows written and contributions added), from a coarse
 // histogram.
@@ -499,8 +489,7 @@ Tensor embedding_bag_weights_backward(const Tensor& grad_arg, const Tensor& weig
   return out;
 }
 
-// ---- quantization
-// ----------------------------------------------------------------------------------------------
+// ---- quantization ----
 
 // Writes into tensors of the caller, who decides where the table lives (huge pages, aligned rows).
 void quantize_rowwise(const Tensor& weight_arg, int64_t bits, int64_t exponent, const Tensor& rows,
