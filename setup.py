@@ -56,8 +56,9 @@ def torch_root() -> Path | None:
 
 def compiler() -> str | None:
     """The C++ compiler of the environment, or None."""
-    names = [os.environ["CXX"]] if "CXX" in os.environ else ["g++", "c++", "clang++"]
-    return next((found for name in names if (found := shutil.which(name.split()[0]))), None)
+    commands = [os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "c++", "clang++"]
+    # A command can have several words: "ccache g++".
+    return next((command for command in commands if shutil.which(command.split()[0])), None)
 
 
 def levels() -> dict[str, list[str]]:
@@ -132,7 +133,9 @@ class BuildNative(build_ext):
         target.parent.mkdir(parents=True, exist_ok=True)
         work = Path(self.build_temp).resolve() / ("sanitize" if self.sanitize else "native")
         work.mkdir(parents=True, exist_ok=True)
-        extra = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-g"] if self.sanitize else []
+        # Optimized, the instrumented kernels take 95 s to compile instead of 15.
+        sanitizers = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-Og", "-g1"]
+        extra = sanitizers if self.sanitize else []
         (work / "build.ninja").write_text(ninja_file(cxx, torch_dir, target, extra))
         ninja = shutil.which("ninja") or str(Path(sysconfig.get_path("scripts")) / "ninja")
         if subprocess.run([ninja, "-C", str(work)]).returncode:

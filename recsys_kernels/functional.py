@@ -33,14 +33,7 @@ def check_bags(input: torch.Tensor, offsets: torch.Tensor | None, per_sample_wei
         raise ValueError("embedding_bag: offsets must be None when input is 2-D, as each row is a bag")
 
 
-# Cached, since one lookup of a request takes little longer than these checks.
-@lru_cache(maxsize=256)
-def bag_spec(mode: str, padding_idx: int | None, include_last_offset: bool, num_embeddings: int) -> op.BagSpec:
-    """Checks the arguments that are not tensors.
-
-    Raises:
-        ValueError: an unknown mode, or a padding_idx outside of [-num_embeddings, num_embeddings).
-    """
+def _bag_spec(mode: str, padding_idx: int | None, include_last_offset: bool, num_embeddings: int) -> op.BagSpec:
     if mode not in MODES:
         raise ValueError(f"embedding_bag: mode must be 'sum', 'mean' or 'max', but is {mode!r}")
     if padding_idx is None:
@@ -50,6 +43,20 @@ def bag_spec(mode: str, padding_idx: int | None, include_last_offset: bool, num_
             f"embedding_bag: padding_idx must be within num_embeddings ({num_embeddings}), but is {padding_idx}"
         )
     return op.BagSpec(MODES[mode], padding_idx % num_embeddings, include_last_offset)
+
+
+# One lookup of a request takes little longer than these checks.
+_cached_bag_spec = lru_cache(maxsize=256)(_bag_spec)
+
+
+def bag_spec(mode: str, padding_idx: int | None, include_last_offset: bool, num_embeddings: int) -> op.BagSpec:
+    """Checks the arguments that are not tensors.
+
+    Raises:
+        ValueError: an unknown mode, or a padding_idx outside of [-num_embeddings, num_embeddings).
+    """
+    run = _bag_spec if torch.compiler.is_compiling() else _cached_bag_spec
+    return run(mode, padding_idx, include_last_offset, num_embeddings)
 
 
 def embedding_bag(

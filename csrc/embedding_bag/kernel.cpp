@@ -13,6 +13,10 @@ namespace {
 
 // ---- sum and mean ----
 
+// The sums of scale * q and of the biases grow with opposite signs. Put together every so many rows they stay
+// small: apart, a sum over 1000 int8 rows was off by 2e-5 of the largest result, put together by 2e-7.
+constexpr int64_t fold_rows = 32;  // a power of two
+
 // The row fits into N registers: they are loaded from nothing and stored once a bag.
 template <RowType T, int N>
 void pool_registers(const Table& t, const Bags& b, const Matrix& out, int64_t first, int64_t last,
@@ -40,6 +44,12 @@ void pool_registers(const Table& t, const Bags& b, const Matrix& out, int64_t fi
         add_row<T, N, false>(acc, row, w, tail);
       }
       ++count;
+      if (is_quantized(T) && (count & (fold_rows - 1)) == 0) {
+        const vf bias = simd::broadcast(sum.bias());
+#pragma GCC unroll 16
+        for (int v = 0; v < N; ++v) acc[v] = simd::add(acc[v], bias);
+        sum = simd::no_scale_bias();
+      }
     }
     if (!ahead.ok()) break;
     if constexpr (T == RowType::u4) {
@@ -77,6 +87,10 @@ void pool_memory(const Table& t, const Bags& b, const Matrix& out, int64_t first
         simd::store_f32(acc + c, simd::fma(x, factor, simd::load_f32(acc + c, n)), n);
       });
       ++count;
+      if (is_quantized(T) && (count & (fold_rows - 1)) == 0) {
+        for (int64_t c = 0; c < t.dim; ++c) acc[c] += sum.bias();
+        sum = simd::no_scale_bias();
+      }
     }
     if (!ahead.ok()) break;
     const float mean = mean_factor(b, count) * t.multiplier, bias = sum.bias();

@@ -420,8 +420,11 @@ def _collection_weights_backward(
             quantized = QuantizedTable(weights[table], scale_bias[table], exponent, dim, bits)
             one = _quantized_weights_backward(part, quantized, own, bounds, spec)
         else:
+            weight = weights[table]
+            if weight.dtype != part.dtype:  # the weights' gradient must not be rounded to a 16-bit table's type
+                weight, own = weight[own.long()].to(part.dtype), torch.arange(own.numel(), device=own.device)
             run = _backends.implementation("embedding_bag_weights_backward", grad)
-            one = run(part.to(weights[table].dtype), weights[table], own, bounds, *spec)
+            one = run(part, weight, own, bounds, *spec)
         out[starts[f] : starts[f + 1]] = one.to(out.dtype)
     return out
 

@@ -31,6 +31,12 @@ def _table_exponent(weight: torch.Tensor) -> int:
     return min(126, max(-126, math.frexp(largest)[1] - 14))
 
 
+def _canonical(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor alone in its memory, without gaps. (A view of a single row counts as contiguous.)"""
+    alone = tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.nbytes
+    return tensor if alone else tensor.clone(memory_format=torch.contiguous_format)
+
+
 class _Quantized(torch.nn.Module):
     """What the quantized modules share: the table, its state and its conversion."""
 
@@ -99,7 +105,7 @@ class _Quantized(torch.nn.Module):
         super()._save_to_state_dict(destination, prefix, keep_vars)
         # How rows are laid out in memory is of this machine, not of the format.
         for name in ("weight", "scale_bias"):
-            destination[prefix + name] = destination[prefix + name].contiguous()
+            destination[prefix + name] = _canonical(destination[prefix + name])
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args)
@@ -121,7 +127,7 @@ class _Quantized(torch.nn.Module):
         # Copies and files hold the table in its canonical form: rows and scales can share memory here, which neither
         # pickle nor torch.save keep.
         state = self.__dict__.copy()
-        state["_buffers"] = {k: b if b is None else b.contiguous() for k, b in self._buffers.items()}
+        state["_buffers"] = {k: b if b is None else _canonical(b) for k, b in self._buffers.items()}
         return state
 
     def __setstate__(self, state: Any) -> None:

@@ -305,7 +305,8 @@ def embedding_bag_collection(
             f"offsets must have F*B+1 entries for F = {num_features} features, but has {offsets.numel()}"
         )
     batch = (offsets.numel() - 1) // num_features
-    _check_offsets(offsets.long(), indices.numel(), zero_start=True)
+    if batch:
+        _check_offsets(offsets.long(), indices.numel(), zero_start=True)
     out = torch.empty(batch, total_dim, dtype=dtype, device=indices.device)
     for f, (table, dim, column, mode, bits, exponent) in enumerate(plan.tolist()):
         bounds = offsets[f * batch : (f + 1) * batch + 1]
