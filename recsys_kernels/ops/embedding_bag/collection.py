@@ -112,7 +112,9 @@ class EmbeddingBagCollection(torch.nn.Module):
             twice = sorted({v for v in values if list(values).count(v) > 1})
             if twice:
                 raise ValueError(f"{what} names must be unique, but {twice[0]!r} occurs more than once")
-        self.embedding_bags = torch.nn.ModuleDict(dict(bags))
+        self.embedding_bags = torch.nn.ModuleDict()
+        # Not through add_module, which refuses names of its own methods: tables called "items" or "type" are common.
+        self.embedding_bags._modules.update(bags)
         self._table_of_feature = tuple(t.name for t in self.tables for _ in t.features)
         self.output_dim = sum(t.embedding_dim * len(t.features) for t in self.tables)
         self.register_buffer("_plan", torch.empty(0), persistent=False)
