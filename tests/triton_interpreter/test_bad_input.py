@@ -170,6 +170,7 @@ def test_wrong_types_and_shapes() -> None:
     ):
         assert_same_error("embedding_bag", args)
     assert_same_error("embedding_bag_backward", (torch.ones(1, 2), indices, offsets, None, MAX, -1, True, 3))
+    assert_same_error("embedding_bag_weights_backward", (torch.ones(1, 2), weight, indices, offsets, MAX, -1, True))
     with pytest.raises(RuntimeError, match="weight must be a floating point tensor"):
         kernels.embedding_bag(weight.char(), indices, offsets, None, *rest)
     with pytest.raises(RuntimeError, match=r"grad must have shape \[1, 2\], but has \[2, 2\]"):
@@ -178,7 +179,9 @@ def test_wrong_types_and_shapes() -> None:
         kernels.quantized_embedding_bag(
             SCALES.repeat(1, 3).byte(), SCALES, 0, 6, 4, indices, offsets, None, *rest, weight.dtype
         )
-    with pytest.raises(RuntimeError, match=r"scale_bias must be a contiguous float16 tensor of shape \[7, 2\]"):
+    with pytest.raises(
+        RuntimeError, match=r"scale_bias must be a float16 tensor of shape \[7, 2\] with contiguous rows"
+    ):
         kernels.quantized_embedding_bag(
             SCALES.byte(), SCALES.float(), 0, 2, 8, indices, offsets, None, *rest, weight.dtype
         )
@@ -193,8 +196,10 @@ def test_collection_arguments() -> None:
         (2, PLAN.int(), "plan must be a contiguous int64 tensor"),
         (4, torch.tensor([0, 2, 3, 6]), "offsets must have F[*]B[+]1 entries for F = 2 features, but has 4"),
         (1, [EMPTY], "one entry for each table"),
-        (1, [EMPTY, EMPTY], r"scale_bias must be a contiguous float16 tensor of shape \[7, 2\]"),
+        (1, [EMPTY, EMPTY], r"scale_bias must be a float16 tensor of shape \[7, 2\] with contiguous rows"),
         (7, torch.int32, "dtype must be a floating point tensor"),
+        (7, torch.float64, "float64 tables need a float64 output and can't be mixed with others"),
+        (0, [args[0][0].double(), args[0][1]], "float64 tables need a float64 output and can't be mixed with others"),
     ):
         with pytest.raises(RuntimeError, match=match):
             kernels.embedding_bag_collection(*args[:at], value, *args[at + 1 :])

@@ -34,6 +34,8 @@ def _accumulator(*dtypes: torch.dtype) -> torch.dtype:
 def _launch(kernel: Any, grid: tuple[int, ...], device: torch.device, *args: Any, **constants: Any) -> None:
     if min(grid) == 0:
         return
+    if torch.version.hip is not None:
+        constants.pop("maxnreg", None)  # an option of NVIDIA's assembler
     if device.type == "cuda" and device.index != torch.cuda.current_device():
         with torch.cuda.device(device):
             kernel[grid](*args, **constants)
@@ -41,21 +43,23 @@ def _launch(kernel: Any, grid: tuple[int, ...], device: torch.device, *args: Any
         kernel[grid](*args, **constants)
 
 
-# Elements of a tile a thread holds: 64 bytes of 4-byte rows and 32 of shorter ones, whose sums take as many registers.
+# Elements of a tile a thread holds: 64 bytes of 4-byte and of 2-byte rows, 32 of int8, whose sums take most registers.
 _PER_THREAD = {torch.float64: 8, torch.float32: 16, torch.float16: 32, torch.bfloat16: 32, torch.uint8: 32}
+_MOST_COLUMNS = 128
 
 
-def _blocks(width: int, per_thread: int, num_warps: int | None = None) -> dict[str, int]:
-    """The tile of a program.
+def _blocks(width: int, per_thread: int) -> dict[str, int]:
+    """The tile of a program and how it is compiled.
 
-    One warp up to 128 columns, as a multiprocessor holds 32 programs whatever their size, in 64 registers (32 programs
-    again): 1-2 KiB a warp, 32-64 KiB on a multiprocessor, where 3.4 TB/s at 1 us over 132 of them need 26.
+    Programs are single warps. A multiprocessor holds 32 programs, and ptxas would rather wait for one load after the
+    other than exceed the registers with which it fills one: 64 a thread for one warp, but 32 for two. Tiles with 32
+    sums a thread are told that they may take 96: their loads are then in flight together (20-25 programs). 4-byte rows
+    have 2 KiB in flight a program, 2-byte rows 2, int8 1: on a multiprocessor 64, 50 and 24 KiB, where 3.4 TB/s at 1 us
+    over 132 of them need 26. More columns are programs of their own.
     """
-    block_d = min(512, max(8, triton.next_power_of_2(width)))
-    if num_warps is None:
-        num_warps = max(1, min(4, block_d // 128))
-    block_l = max(1, min(32, per_thread * 32 * num_warps // block_d))
-    return {"BLOCK_L": block_l, "BLOCK_D": block_d, "num_warps": num_warps}
+    block_d = min(_MOST_COLUMNS, max(8, triton.next_power_of_2(width)))
+    blocks = {"BLOCK_L": max(1, min(32, per_thread * 32 // block_d)), "BLOCK_D": block_d, "num_warps": 1}
+    return blocks | {"maxnreg": 96} if per_thread > 16 else blocks
 
 
 def _alignment(*tables: torch.Tensor) -> int:
@@ -190,11 +194,13 @@ def _pool_table(
     dtype = _accumulator(table.dtype, out.dtype)
     unit, out_unit = _alignment(table), _alignment(out)
     per_thread = min(_PER_THREAD[dtype] * 2, _PER_THREAD[table.dtype])
-    blocks = _blocks(table.shape[1], per_thread // 2 if bits == 4 else per_thread)
+    blocks = _blocks(table.shape[1], per_thread)
+    if bits == 4:  # two sums for a byte
+        blocks["BLOCK_L"] = max(1, blocks["BLOCK_L"] // 2)
     grid = (bags.num_bags, triton.cdiv(table.shape[1], blocks["BLOCK_D"]))
     _launch(
-        kernels.bag_kernel, grid, out.device, out, table, scale_bias, bags.indices, bags.offsets, bags.weights,
-        bags.flags, table.shape[0], table.stride(0) // unit, table.stride(1), table.shape[1] // unit,
+        kernels.bag_kernel, grid, out.device, out, table, scale_bias, scale_bias.stride(0), bags.indices, bags.offsets,
+        bags.weights, bags.flags, table.shape[0], table.stride(0) // unit, table.stride(1), table.shape[1] // unit,
         out.shape[1] // out_unit, exponent, *bags.shape, padding_idx, MODE=mode, BITS=bits,
         HAS_PADDING=padding_idx >= 0, ACC=_TRITON_TYPES[dtype], ALIGN=unit, OUT_ALIGN=out_unit, **blocks,
         **bags.options,
@@ -254,8 +260,8 @@ def _check_quantized(weight: torch.Tensor, scale_bias: torch.Tensor, device: tor
     if weight.dtype != torch.uint8:
         raise RuntimeError(f"a quantized weight must be uint8, but is {weight.dtype}")
     shape = (weight.shape[0], 2)
-    if scale_bias.dtype != torch.float16 or scale_bias.shape != shape or not scale_bias.is_contiguous():
-        raise RuntimeError(f"scale_bias must be a contiguous float16 tensor of shape {list(shape)}")
+    if scale_bias.dtype != torch.float16 or scale_bias.shape != shape or scale_bias.stride(1) != 1:
+        raise RuntimeError(f"scale_bias must be a float16 tensor of shape {list(shape)} with contiguous rows")
 
 
 def embedding_bag_max(
@@ -297,9 +303,8 @@ def embedding_bag_backward(
 
     Positions are sorted by row and runs of equal rows summed, so that no row is written twice and none by two programs.
     """
-    if mode == MAX:
-        raise RuntimeError("the gradient of max pooling is not a weighted sum: use argmax")
     _check_float(grad.dtype, "grad")
+    _check_not_max(mode)
     bags = _bags(grad.device, indices, offsets, per_sample_weights, include_last_offset)
     _check_grad(grad, bags.num_bags, grad.shape[1])
     out = grad.new_zeros(num_embeddings, grad.shape[1])
@@ -322,6 +327,11 @@ def embedding_bag_backward(
     if keys.numel() and grad.shape[1]:
         _sum_by_row(out, grad, *torch.sort(keys, stable=True), bag_of, factors if has_factor else None)
     return out
+
+
+def _check_not_max(mode: int) -> None:
+    if mode == MAX:
+        raise RuntimeError("the gradient of max pooling is not a weighted sum: use embedding_bag_max")
 
 
 def _check_grad(grad: torch.Tensor, *shape: int) -> None:
@@ -368,6 +378,7 @@ def embedding_bag_weights_backward(
     include_last_offset: bool,
 ) -> torch.Tensor:
     """Gradient of per_sample_weights, of the shape of ``indices``; zero for padding."""
+    _check_not_max(mode)
     _check_float(weight.dtype, "weight")
     _check_float(grad.dtype, "grad")
     _check_device(weight.device, grad=grad)
@@ -387,11 +398,10 @@ def embedding_bag_weights_backward(
 
 
 class _Tables(NamedTuple):
-    """What the collection's kernel reads about the tables: int64 [tables, 6] on the device."""
+    """What the collection's kernel reads about the tables: int64 [tables, 7] on the device."""
 
     values: torch.Tensor
     variants: tuple[tuple[int, int, int, int], ...]
-    num_warps: int
     blocks: int
 
 
@@ -404,7 +414,7 @@ _MOST_DESCRIBED = 256
 
 def _describe(weights: Sequence[torch.Tensor], scale_bias: Sequence[torch.Tensor], device: torch.device) -> _Tables:
     pairs = zip(weights, scale_bias, strict=True)
-    key = (device, *((w.data_ptr(), s.data_ptr(), w.shape, w.stride(0), w.dtype) for w, s in pairs))
+    key = (device, *((w.data_ptr(), s.data_ptr(), w.shape, w.stride(0), s.stride(0), w.dtype) for w, s in pairs))
     found = _described.get(key)
     if found is None:
         found = _described[key] = _describe_anew(weights, scale_bias, device)
@@ -420,24 +430,23 @@ def _describe_anew(
 ) -> _Tables:
     widths = {_blocks(w.shape[1], 1)["BLOCK_D"] for w in weights}
     # Each width is a copy of the pooling in the kernel: with many of them, some share one.
-    classes = sorted(widths) if len(widths) <= 3 else [32, 128, 512]
-    num_warps = max(1, min(4, classes[-1] // 128))
+    classes = sorted(widths) if len(widths) <= 3 else [32, _MOST_COLUMNS]
     rows, variants, blocks = [], [], 0
     for weight, scale in zip(weights, scale_bias, strict=True):
         size = weight.element_size()
         unit = _alignment(weight) * size
         unit = next(u for u in (16, 4, size) if unit >= u or u == size) // size
-        block_d = next(c for c in classes if c >= min(512, weight.shape[1]))
-        tile = _blocks(block_d, min(16, _PER_THREAD[weight.dtype]), num_warps)
+        block_d = next(c for c in classes if c >= min(_MOST_COLUMNS, weight.shape[1]))
+        tile = _blocks(block_d, min(16, _PER_THREAD[weight.dtype]))
         variant = (_KINDS.index(weight.dtype), max(1, unit), tile["BLOCK_L"], block_d)
         if variant not in variants:
             variants.append(variant)
         blocks = max(blocks, triton.cdiv(weight.shape[1], block_d))
         code = variants.index(variant) + (0x10000 if weight.dtype == torch.uint8 else 0)
         address = [weight.data_ptr(), scale.data_ptr(), weight.shape[0], weight.stride(0), weight.shape[1]]
-        rows.append([code, *address])
-    values = torch.tensor(rows, dtype=torch.int64, device=device).reshape(-1, 6)
-    return _Tables(values, tuple(variants), num_warps, blocks)
+        rows.append([code, *address, scale.stride(0)])
+    values = torch.tensor(rows, dtype=torch.int64, device=device).reshape(-1, 7)
+    return _Tables(values, tuple(variants), blocks)
 
 
 def embedding_bag_collection(
@@ -461,13 +470,15 @@ def embedding_bag_collection(
         raise RuntimeError("plan must be a contiguous int64 tensor of shape [F, 6]")
     scale_bias = scale_bias or [weight.new_empty(0) for weight in weights]
     if len(weights) != len(scale_bias):
-        raise RuntimeError("weights and scale_bias must have one entry for each table")
+        raise RuntimeError("scale_bias must be empty or have one entry for each table")
     for weight, scale in zip(weights, scale_bias, strict=True):
         if weight.dtype == torch.uint8:
             _check_quantized(weight, scale, device)
         else:
             _check_float(weight.dtype, "weights")
             _check_device(device, weights=weight)
+        if (weight.dtype == torch.float64) != (dtype == torch.float64):
+            raise RuntimeError("float64 tables need a float64 output and can't be mixed with others")
     weights = [w if w.stride(1) == 1 or w.shape[1] <= 1 else w.contiguous() for w in weights]
     bags = _bags(device, indices, offsets, per_sample_weights, True)
     features = plan.shape[0]
@@ -479,7 +490,7 @@ def embedding_bag_collection(
         kernels.collection_kernel, (bags.num_bags, tables.blocks), device, out, tables.values, plan, bags.indices,
         bags.offsets, bags.weights, bags.flags, len(weights), out.shape[0], total_dim, bags.num_offsets,
         bags.indices.numel(), VARIANTS=tables.variants, HAS_WEIGHTS=per_sample_weights is not None,
-        ACC=_TRITON_TYPES[_accumulator(dtype, *(w.dtype for w in weights))], num_warps=tables.num_warps,
+        ACC=_TRITON_TYPES[_accumulator(dtype)], num_warps=1,
     )  # fmt: skip
     _check_collection(bags, weights, plan, out.shape[0])
     return out

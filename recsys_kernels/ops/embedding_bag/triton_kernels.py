@@ -27,7 +27,8 @@ _MAX = tl.constexpr(MAX)
 # anew for a batch that happens to be divisible by 16, or to be 1, would gain nothing.
 _VALUES = {
     *("num_rows", "num_bags", "num_offsets", "num_indices", "num_tables", "bag_length", "batch", "total_dim", "count"),
-    *("row_units", "width_units", "dim_units", "grad_units", "grad_stride", "exponent", "padding_idx", "sentinel"),
+    *("row_units", "width_units", "dim_units", "grad_units", "grad_stride", "scale_stride"),
+    *("exponent", "padding_idx", "sentinel"),
 }
 
 
@@ -36,6 +37,8 @@ def _kernel(function: Any) -> Any:
     return triton.jit(function, do_not_specialize=[name for name in names if name in _VALUES])
 
 
+# A parameter a line, as the formatter has them, would be longer than what they are for.
+# fmt: off
 @triton.jit
 def _bounds(bag, offsets, num_offsets, num_indices, bag_length, flags, HAS_OFFSETS, ZERO_START):
     """Where a bag begins and ends; an empty range and a mark in flags[0] when its offsets are wrong."""
@@ -82,8 +85,7 @@ def _tile(table, row, valid, row_stride, col_stride, column, width, ALIGN):
 @triton.jit
 def _add(total, x, valid, weight, mode, HAS_WEIGHTS):
     if mode == _MAX:
-        x = tl.where(valid[:, None], x, -float("inf"))
-        total = tl.maximum(total, x, propagate_nan=tl.PropagateNan.ALL)
+        total = tl.maximum(total, tl.where(valid[:, None], x, -float("inf")))  # passes over NaN
     else:
         if HAS_WEIGHTS:
             x = x * weight[:, None]
@@ -92,17 +94,18 @@ def _add(total, x, valid, weight, mode, HAS_WEIGHTS):
 
 
 @triton.jit
-def _greatest(x):
-    """Maximum over rows; NaN where there is one, as torch.amax has it (a plain reduction drops them)."""
-    is_nan = tl.max((x != x).to(tl.int32), 0) != 0
-    return tl.where(is_nan, float("nan"), tl.max(x, 0)), is_nan
+def _starts_with_nan(table, indices, first, row_stride, col_stride, column, width):
+    """Where a bag's first value is NaN: as in torch, it stays the maximum, and later ones are passed over."""
+    exists = first != NONE
+    row = tl.load(indices + first, mask=exists, other=0).to(tl.int64)
+    x = tl.load(table + row * row_stride + column * col_stride, mask=exists & (column < width), other=0)
+    return x != x
 
 
 @triton.jit
 def _finish(total, count, mode):
     if mode == _MAX:
-        result, _ = _greatest(total)
-        result = tl.where(count > 0, result, 0.0)
+        result = tl.where(count > 0, tl.max(total, 0), 0.0)
     else:
         result = tl.sum(total, 0)
         if mode == _MEAN:
@@ -112,27 +115,8 @@ def _finish(total, count, mode):
 
 @triton.jit
 def _pool(
-    table,
-    scale_bias,
-    exponent,
-    num_rows,
-    row_stride,
-    col_stride,
-    column,
-    width,
-    indices,
-    weights,
-    start,
-    end,
-    padding_idx,
-    mode,
-    flags,
-    BITS,
-    HAS_WEIGHTS,
-    HAS_PADDING,
-    ACC,
-    ALIGN,
-    BLOCK_L,
+    table, scale_bias, scale_stride, exponent, num_rows, row_stride, col_stride, column, width, indices, weights,
+    start, end, padding_idx, mode, flags, BITS, HAS_WEIGHTS, HAS_PADDING, ACC, ALIGN, BLOCK_L,
 ):
     """One bag over a block of stored columns: as many elements, or twice that for int4."""
     slot = tl.arange(0, BLOCK_L).to(tl.int64)
@@ -141,6 +125,7 @@ def _pool(
     odd = total
     used = tl.zeros([BLOCK_L], tl.int32)
     first_wrong = tl.full([BLOCK_L], NONE, tl.int64)
+    first_valid = first_wrong
     weight = tl.zeros([BLOCK_L], ACC)
     scale = weight
     bias = weight
@@ -148,6 +133,7 @@ def _pool(
         position = at + slot
         row, valid, wrong = _rows(indices, position, end, num_rows, padding_idx, HAS_PADDING)
         first_wrong = tl.minimum(first_wrong, tl.where(wrong, position, NONE))
+        first_valid = tl.minimum(first_valid, tl.where(valid, position, NONE))
         used += valid.to(tl.int32)
         if HAS_WEIGHTS:
             weight = tl.load(weights + position, mask=valid, other=0).to(ACC)
@@ -155,8 +141,8 @@ def _pool(
         if BITS == 0:
             total = _add(total, x.to(ACC), valid, weight, mode, HAS_WEIGHTS)
         else:
-            scale = tl.load(scale_bias + row * 2, mask=valid, other=0).to(ACC)
-            bias = tl.load(scale_bias + row * 2 + 1, mask=valid, other=0).to(ACC)
+            scale = tl.load(scale_bias + row * scale_stride, mask=valid, other=0).to(ACC)
+            bias = tl.load(scale_bias + row * scale_stride + 1, mask=valid, other=0).to(ACC)
             if BITS == 8:
                 x = x.to(tl.float32).to(ACC) * scale[:, None] + bias[:, None]
                 total = _add(total, x, valid, weight, mode, HAS_WEIGHTS)
@@ -170,6 +156,10 @@ def _pool(
     if HAS_PADDING:
         count = tl.sum(used, 0)
     result = _finish(total, count, mode)
+    if (mode == _MAX) & (BITS == 0):  # quantized rows are finite
+        first = tl.min(first_valid, 0)
+        is_nan = _starts_with_nan(table, indices, first, row_stride, col_stride, column, width)
+        result = tl.where(is_nan, float("nan"), result)
     if BITS == 4:
         result = tl.interleave(result, _finish(odd, count, mode))
     if BITS != 0:
@@ -180,42 +170,20 @@ def _pool(
 
 @_kernel
 def bag_kernel(
-    out,
-    table,
-    scale_bias,
-    indices,
-    offsets,
-    weights,
-    flags,
-    num_rows,
-    row_units,
-    col_stride,
-    width_units,
-    dim_units,
-    exponent,
-    num_offsets,
-    num_indices,
-    bag_length,
-    padding_idx,
-    MODE: tl.constexpr,
-    BITS: tl.constexpr,
-    HAS_OFFSETS: tl.constexpr,
-    HAS_WEIGHTS: tl.constexpr,
-    HAS_PADDING: tl.constexpr,
-    ACC: tl.constexpr,
-    ALIGN: tl.constexpr,
-    OUT_ALIGN: tl.constexpr,
-    BLOCK_L: tl.constexpr,
-    BLOCK_D: tl.constexpr,
+    out, table, scale_bias, scale_stride, indices, offsets, weights, flags, num_rows, row_units, col_stride,
+    width_units, dim_units, exponent, num_offsets, num_indices, bag_length, padding_idx, MODE: tl.constexpr,
+    BITS: tl.constexpr, HAS_OFFSETS: tl.constexpr, HAS_WEIGHTS: tl.constexpr, HAS_PADDING: tl.constexpr,
+    ACC: tl.constexpr, ALIGN: tl.constexpr, OUT_ALIGN: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_D: tl.constexpr,
 ):
     """One table: a program for each bag and block of columns."""
     bag = tl.program_id(0).to(tl.int64)
     start, end = _bounds(bag, offsets, num_offsets, num_indices, bag_length, flags, HAS_OFFSETS, True)
     column = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     result = _pool(
-        table, scale_bias, exponent, num_rows, row_units.to(tl.int64) * ALIGN, col_stride, column, width_units * ALIGN,
-        indices, weights, start, end, padding_idx, MODE, flags, BITS, HAS_WEIGHTS, HAS_PADDING, ACC, ALIGN, BLOCK_L,
-    )  # fmt: skip
+        table, scale_bias, scale_stride, exponent, num_rows, row_units.to(tl.int64) * ALIGN, col_stride, column,
+        width_units * ALIGN, indices, weights, start, end, padding_idx, MODE, flags, BITS, HAS_WEIGHTS, HAS_PADDING,
+        ACC, ALIGN, BLOCK_L,
+    )
     OUT_D: tl.constexpr = BLOCK_D * 2 if BITS == 4 else BLOCK_D
     column = tl.program_id(1) * OUT_D + tl.arange(0, OUT_D)
     dim = dim_units * OUT_ALIGN
@@ -224,74 +192,48 @@ def bag_kernel(
 
 @_kernel
 def argmax_kernel(
-    out,
-    argmax,
-    table,
-    indices,
-    offsets,
-    flags,
-    num_rows,
-    row_units,
-    col_stride,
-    width_units,
-    num_offsets,
-    num_indices,
-    bag_length,
-    padding_idx,
-    HAS_OFFSETS: tl.constexpr,
-    HAS_PADDING: tl.constexpr,
-    ZERO_START: tl.constexpr,
-    ACC: tl.constexpr,
-    ALIGN: tl.constexpr,
-    BLOCK_L: tl.constexpr,
-    BLOCK_D: tl.constexpr,
+    out, argmax, table, indices, offsets, flags, num_rows, row_units, col_stride, width_units, num_offsets,
+    num_indices, bag_length, padding_idx, HAS_OFFSETS: tl.constexpr, HAS_PADDING: tl.constexpr,
+    ZERO_START: tl.constexpr, ACC: tl.constexpr, ALIGN: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_D: tl.constexpr,
 ):
-    """Max pooling and the row of each maximum: of equals the first, and the first NaN before any number."""
+    """Max pooling and the row of each maximum, of equals the first."""
     bag = tl.program_id(0).to(tl.int64)
     start, end = _bounds(bag, offsets, num_offsets, num_indices, bag_length, flags, HAS_OFFSETS, ZERO_START)
     slot = tl.arange(0, BLOCK_L).to(tl.int64)
     column = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    row_stride = row_units.to(tl.int64) * ALIGN
     width = width_units * ALIGN
     best = tl.full([BLOCK_L, BLOCK_D], -float("inf"), ACC)
     place = tl.full([BLOCK_L, BLOCK_D], _UNSET, tl.int32)  # since the bag's start
     first_wrong = tl.full([BLOCK_L], NONE, tl.int64)
+    first_valid = first_wrong
     for at in range(start, end, BLOCK_L):
         position = at + slot
         row, valid, wrong = _rows(indices, position, end, num_rows, padding_idx, HAS_PADDING)
         first_wrong = tl.minimum(first_wrong, tl.where(wrong, position, NONE))
-        x = _tile(table, row, valid, row_units.to(tl.int64) * ALIGN, col_stride, column, width, ALIGN).to(ACC)
-        better = (x > best) | ((x != x) & (best == best)) | (place == _UNSET)
-        better = better & valid[:, None]
-        best = tl.where(better, x, best)
+        first_valid = tl.minimum(first_valid, tl.where(valid, position, NONE))
+        x = _tile(table, row, valid, row_stride, col_stride, column, width, ALIGN).to(ACC)
+        better = valid[:, None] & ((x > best) | (place == _UNSET))
+        best = tl.where(better, tl.where(x == x, x, -float("inf")), best)
         place = tl.where(better, (position - start).to(tl.int32)[:, None], place)
     tl.atomic_min(flags + 1 + slot * 0, first_wrong, mask=first_wrong != NONE, sem="relaxed")
-    top, is_nan = _greatest(best)
-    at_top = (best == top[None, :]) | (is_nan[None, :] & (best != best))
-    first = tl.min(tl.where(at_top, place, _UNSET), 0)
+    top = tl.max(best, 0)
+    chosen = tl.min(tl.where(best == top[None, :], place, _UNSET), 0).to(tl.int64)
+    first = tl.min(first_valid, 0)
+    is_nan = _starts_with_nan(table, indices, first, row_stride, col_stride, column, width)
+    top = tl.where(is_nan, float("nan"), top)
+    chosen = tl.where(is_nan, first - start, chosen)
     inside = column < width
-    found = inside & (first != _UNSET)
+    found = inside & (first != NONE)
     tl.store(out + bag * width + column, tl.where(found, top, 0.0), mask=inside)
-    row = tl.load(indices + start + first, mask=found, other=-1).to(tl.int64)
+    row = tl.load(indices + start + chosen, mask=found, other=-1).to(tl.int64)
     tl.store(argmax + bag * width + column, row, mask=inside)
 
 
 @_kernel
 def collection_kernel(
-    out,
-    tables,
-    plan,
-    indices,
-    offsets,
-    weights,
-    flags,
-    num_tables,
-    batch,
-    total_dim,
-    num_offsets,
-    num_indices,
-    VARIANTS: tl.constexpr,
-    HAS_WEIGHTS: tl.constexpr,
-    ACC: tl.constexpr,
+    out, tables, plan, indices, offsets, weights, flags, num_tables, batch, total_dim, num_offsets, num_indices,
+    VARIANTS: tl.constexpr, HAS_WEIGHTS: tl.constexpr, ACC: tl.constexpr,
 ):
     """All tables: a program for each bag of each feature. VARIANTS are the (kind, ALIGN, BLOCK_L, BLOCK_D) in use."""
     bag = tl.program_id(0).to(tl.int64)
@@ -305,7 +247,7 @@ def collection_kernel(
     bits = tl.load(plan + 4)
     exponent = tl.load(plan + 5)
     exists = (number >= 0) & (number < num_tables)
-    tables += tl.where(exists, number, 0) * 6
+    tables += tl.where(exists, number, 0) * 7
     variant = tl.load(tables)
     width = tl.load(tables + 5)
     fits = exists & (dim >= 0) & (to >= 0) & (to + dim <= total_dim) & (mode >= 0) & (mode <= 2)
@@ -320,19 +262,19 @@ def collection_kernel(
         if (variant == v) & (tl.program_id(1) * VARIANTS[v][3] < width):
             if VARIANTS[v][0] != 4:
                 _pool_feature(
-                    out + room, tables, indices, weights, flags, start, end, mode, exponent, dim, room, VARIANTS[v], 0,
-                    HAS_WEIGHTS, ACC,
-                )  # fmt: skip
+                    out + room, tables, indices, weights, flags, start, end, mode, exponent, dim, room, VARIANTS[v][0],
+                    VARIANTS[v][1], VARIANTS[v][2], VARIANTS[v][3], 0, HAS_WEIGHTS, ACC,
+                )
             elif bits == 8:
                 _pool_feature(
-                    out + room, tables, indices, weights, flags, start, end, mode, exponent, dim, room, VARIANTS[v], 8,
-                    HAS_WEIGHTS, ACC,
-                )  # fmt: skip
-            else:
+                    out + room, tables, indices, weights, flags, start, end, mode, exponent, dim, room, VARIANTS[v][0],
+                    VARIANTS[v][1], VARIANTS[v][2], VARIANTS[v][3], 8, HAS_WEIGHTS, ACC,
+                )
+            else:  # int4 has twice the sums, so it takes half the rows
                 _pool_feature(
-                    out + room, tables, indices, weights, flags, start, end, mode, exponent, dim, room, VARIANTS[v], 4,
-                    HAS_WEIGHTS, ACC,
-                )  # fmt: skip
+                    out + room, tables, indices, weights, flags, start, end, mode, exponent, dim, room, VARIANTS[v][0],
+                    VARIANTS[v][1], (VARIANTS[v][2] + 1) // 2, VARIANTS[v][3], 4, HAS_WEIGHTS, ACC,
+                )
 
 
 @triton.jit
@@ -352,24 +294,22 @@ def _table_at(address, KIND):
 
 @triton.jit
 def _pool_feature(
-    out, tables, indices, weights, flags, start, end, mode, exponent, dim, room, VARIANT, BITS, HAS_WEIGHTS, ACC
+    out, tables, indices, weights, flags, start, end, mode, exponent, dim, room, KIND: tl.constexpr,
+    ALIGN: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_D: tl.constexpr, BITS: tl.constexpr, HAS_WEIGHTS: tl.constexpr,
+    ACC: tl.constexpr,
 ):
     """One bag of a collection; ``out`` is its place in the output, ``room`` elements from the output's start."""
-    table = _table_at(tl.load(tables + 1), VARIANT[0])
+    table = _table_at(tl.load(tables + 1), KIND)
     scale_bias = tl.load(tables + 2).to(tl.pointer_type(tl.float16))
     num_rows = tl.load(tables + 3)
-    ALIGN: tl.constexpr = VARIANT[1]
-    BLOCK_D: tl.constexpr = VARIANT[3]
     # Dividing and multiplying again tells the compiler of an alignment that the host has checked.
     row_stride = tl.load(tables + 4) // ALIGN * ALIGN
     width = tl.load(tables + 5) // ALIGN * ALIGN
-    # int4 has twice the sums, so it takes half the rows.
-    BLOCK_L: tl.constexpr = (VARIANT[2] + 1) // 2 if BITS == 4 else VARIANT[2]
     column = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     result = _pool(
-        table, scale_bias, exponent, num_rows, row_stride, 1, column, width, indices, weights, start, end, -1, mode,
-        flags, BITS, HAS_WEIGHTS, False, ACC, ALIGN, BLOCK_L,
-    )  # fmt: skip
+        table, scale_bias, tl.load(tables + 6), exponent, num_rows, row_stride, 1, column, width, indices, weights,
+        start, end, -1, mode, flags, BITS, HAS_WEIGHTS, False, ACC, ALIGN, BLOCK_L,
+    )
     if BITS == 4:
         column = tl.program_id(1) * 2 * BLOCK_D + tl.arange(0, 2 * BLOCK_D)
     wide: tl.constexpr = 128 // out.dtype.element_ty.primitive_bitwidth
@@ -393,23 +333,8 @@ def _count(indices, start, end, num_rows, padding_idx, BLOCK_L):
 
 @_kernel
 def keys_kernel(
-    keys,
-    bags,
-    factors,
-    indices,
-    offsets,
-    weights,
-    flags,
-    num_rows,
-    num_bags,
-    num_offsets,
-    num_indices,
-    bag_length,
-    padding_idx,
-    MODE: tl.constexpr,
-    HAS_OFFSETS: tl.constexpr,
-    HAS_WEIGHTS: tl.constexpr,
-    HAS_PADDING: tl.constexpr,
+    keys, bags, factors, indices, offsets, weights, flags, num_rows, num_bags, num_offsets, num_indices, bag_length,
+    padding_idx, MODE: tl.constexpr, HAS_OFFSETS: tl.constexpr, HAS_WEIGHTS: tl.constexpr, HAS_PADDING: tl.constexpr,
     BLOCK_L: tl.constexpr,
 ):
     """For each position its row (num_rows: none), bag, and factor of the bag's gradient; flags[2:4]: the range."""
@@ -448,26 +373,9 @@ def _real(key):
 
 @_kernel
 def segments_kernel(
-    out,
-    next_keys,
-    partial,
-    keys,
-    order,
-    bags,
-    factors,
-    source,
-    grad_units,
-    col_stride,
-    width_units,
-    count,
-    sentinel,
-    FIRST: tl.constexpr,
-    HAS_FACTOR: tl.constexpr,
-    ACC: tl.constexpr,
-    CHUNK: tl.constexpr,
-    ALIGN: tl.constexpr,
-    BLOCK_L: tl.constexpr,
-    BLOCK_D: tl.constexpr,
+    out, next_keys, partial, keys, order, bags, factors, source, grad_units, col_stride, width_units, count, sentinel,
+    FIRST: tl.constexpr, HAS_FACTOR: tl.constexpr, ACC: tl.constexpr, CHUNK: tl.constexpr, ALIGN: tl.constexpr,
+    BLOCK_L: tl.constexpr, BLOCK_D: tl.constexpr,
 ):
     """Sums runs of equal sorted keys.
 
@@ -523,29 +431,9 @@ def segments_kernel(
 
 @_kernel
 def weights_grad_kernel(
-    out,
-    grad,
-    table,
-    indices,
-    offsets,
-    flags,
-    num_rows,
-    row_units,
-    col_stride,
-    width_units,
-    grad_stride,
-    grad_col_stride,
-    num_offsets,
-    num_indices,
-    bag_length,
-    padding_idx,
-    MODE: tl.constexpr,
-    HAS_OFFSETS: tl.constexpr,
-    HAS_PADDING: tl.constexpr,
-    ACC: tl.constexpr,
-    ALIGN: tl.constexpr,
-    BLOCK_L: tl.constexpr,
-    BLOCK_D: tl.constexpr,
+    out, grad, table, indices, offsets, flags, num_rows, row_units, col_stride, width_units, grad_stride,
+    grad_col_stride, num_offsets, num_indices, bag_length, padding_idx, MODE: tl.constexpr, HAS_OFFSETS: tl.constexpr,
+    HAS_PADDING: tl.constexpr, ACC: tl.constexpr, ALIGN: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_D: tl.constexpr,
 ):
     """Each looked-up row times its bag's gradient."""
     bag = tl.program_id(0).to(tl.int64)

@@ -1,0 +1,96 @@
+"""What each compiled Triton kernel of a case may take: the one table that test_triton_aot.py holds them against."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
+
+
+class Budget(NamedTuple):
+    """Most registers a thread on each of TARGETS, most bytes of shared memory, fewest wide loads (NVIDIA, AMD)."""
+
+    registers: tuple[int, int, int, int]
+    shared: int
+    wide_loads: tuple[int, int]
+
+
+# Registers count in steps: with 64 a multiprocessor runs 32 one-warp programs (all that it takes of them), with 72 it
+# runs 28, with 80 25, with 96 21; a SIMD of gfx942 runs 8 waves with 64. Figures are the larger ones of Triton 3.6.0
+# and 3.8.0, rounded up to 8. Local memory is never allowed: a spill costs more traffic than the rows. Shared memory
+# only changes layouts of a bag's rows and sums.
+#
+# Wide loads are the 16-byte loads of rows into registers of their own, which is what a program has in flight: four for
+# a tile (int8: two, int4: one; half of it on AMD, whose waves have 64 lanes). Where there are fewer, ptxas found the
+# next load's registers busy. Rows that no 16 bytes divide have none.
+BUDGETS: dict[str, dict[str, Budget]] = {
+    "fp32 64": {
+        "bag_kernel": Budget((64, 64, 64, 40), 256, (4, 2)),
+    },
+    "fp32 128": {
+        "bag_kernel": Budget((64, 64, 64, 40), 0, (4, 2)),
+    },
+    "fp32 33": {
+        "bag_kernel": Budget((64, 64, 64, 40), 0, (0, 0)),
+    },
+    "fp32 64 mean of weighted int32 with padding": {
+        "bag_kernel": Budget((64, 64, 64, 40), 256, (3, 2)),
+    },
+    "fp32 64 max": {
+        "bag_kernel": Budget((64, 64, 64, 48), 256, (4, 2)),
+    },
+    "fp16 64": {
+        "bag_kernel": Budget((80, 80, 88, 48), 128, (4, 2)),
+    },
+    "fp16 128 weighted": {
+        "bag_kernel": Budget((88, 88, 96, 56), 256, (4, 2)),
+    },
+    "bf16 128": {
+        "bag_kernel": Budget((80, 80, 88, 56), 256, (4, 2)),
+    },
+    "fp64 64": {
+        "bag_kernel": Budget((64, 64, 64, 40), 0, (4, 2)),
+    },
+    "int8 64": {
+        "bag_kernel": Budget((96, 80, 88, 56), 256, (2, 1)),
+    },
+    "int4 128": {
+        "bag_kernel": Budget((96, 96, 96, 56), 512, (1, 0)),
+    },
+    "argmax fp32 64": {
+        "argmax_kernel": Budget((80, 64, 72, 56), 256, (1, 2)),
+    },
+    "backward fp32 64": {
+        "keys_kernel": Budget((64, 64, 64, 24), 0, (0, 0)),
+        "segments_kernel": Budget((64, 64, 64, 32), 256, (4, 2)),
+    },
+    "backward fp32 128 sum": {
+        "keys_kernel": Budget((48, 48, 48, 24), 0, (0, 0)),
+        "segments_kernel": Budget((56, 64, 64, 32), 0, (4, 2)),
+    },
+    "backward bf16 64": {
+        "keys_kernel": Budget((64, 64, 64, 24), 0, (0, 0)),
+        "segments_kernel": Budget((80, 80, 80, 56), 256, (4, 2)),
+    },
+    "weights backward fp32 64": {
+        "weights_grad_kernel": Budget((72, 64, 64, 56), 256, (4, 2)),
+    },
+    "collection fp32 64": {
+        "collection_kernel": Budget((72, 72, 72, 64), 256, (4, 4)),
+    },
+    "collection fp32 16, 50, 128": {
+        "collection_kernel": Budget((80, 72, 72, 56), 512, (4, 6)),
+    },
+    "collection fp16 64": {
+        "collection_kernel": Budget((72, 64, 64, 64), 256, (2, 3)),
+    },
+    "collection fp64 64": {
+        "collection_kernel": Budget((72, 72, 64, 64), 0, (2, 4)),
+    },
+    "collection int8 or int4 64": {
+        "collection_kernel": Budget((80, 72, 72, 64), 512, (1, 3)),
+    },
+    "collection fp32 64, bf16 128, int8 or int4 64": {
+        "collection_kernel": Budget((96, 80, 80, 64), 512, (4, 6)),
+    },
+}
