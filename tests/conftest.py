@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from hypothesis import settings
 
 import recsys_kernels as rk
 from recsys_kernels._native import ISA_LEVELS, native
@@ -64,3 +65,9 @@ def threads() -> Iterator[None]:
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)
+
+
+# The examples are the same in every run, so that a failure is somebody's and not chance's.
+settings.register_profile("default", max_examples=1050, deadline=None, derandomize=True, database=None)
+settings.register_profile("sanitize", max_examples=150, deadline=None, derandomize=True, database=None)
+settings.load_profile("default")

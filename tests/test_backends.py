@@ -98,7 +98,7 @@ def test_fake_kernels_give_the_shape_and_type_of_the_real_ones(implementation: s
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     for name, args in operator_calls():
-        real = _backends.implementation(name, torch.device("cpu"))(*args)
+        real = _backends.implementation(name, torch.empty(0))(*args)
         with FakeTensorMode() as mode:
             fake_args = torch.utils._pytree.tree_map_only(torch.Tensor, mode.from_tensor, args)
             fake = getattr(ops, name).default(*fake_args)

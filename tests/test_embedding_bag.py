@@ -256,7 +256,7 @@ def test_argmax_names_rows(implementation: str) -> None:
     from recsys_kernels import _backends
 
     weight = torch.tensor([[3.0, 1.0], [2.0, 9.0], [4.0, 0.0]])
-    run = _backends.implementation("embedding_bag_max", weight.device)
+    run = _backends.implementation("embedding_bag_max", weight)
     out, argmax = run(weight, torch.tensor([0, 1, 2, 2]), torch.tensor([0, 2, 2]), -1, False, True)
     assert out.tolist() == [[3.0, 9.0], [0.0, 0.0], [4.0, 0.0]]
     assert argmax.tolist() == [[0, 1], [-1, -1], [2, 2]]
@@ -539,6 +539,16 @@ def test_tables_without_rows_or_columns(implementation: str) -> None:
         out.sum().backward()
         assert wide.grad is not None
         assert wide.grad.shape == (5, 0)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_table_beyond_4_gib(isa: str, mode: str) -> None:
+    """Rows whose place does not fit into 32 bits. Only the pages of two rows are ever touched."""
+    rows, dim = (1 << 20) + 100, 1024
+    weight = torch.empty(rows, dim)
+    weight[0], weight[-1] = 1.0, 5.0
+    out = rk.functional.embedding_bag(torch.tensor([[rows - 1, 0, rows - 1]]), weight, mode=mode)
+    assert_matches(out, torch.full((1, dim), {"sum": 11.0, "mean": 11.0 / 3, "max": 5.0}[mode]))
 
 
 # ---- as a module ------------------------------------------------------------------------------------------------
