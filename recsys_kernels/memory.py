@@ -100,14 +100,16 @@ def empty_quantized(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Uninitialized quantized rows and their scales and biases, on 2 MiB pages, laid out for this machine.
 
-    With an array of their own for the scales (see :func:`keeps_scales_apart`) the rows are aligned so that they cross
-    as few cache lines as they can: to the largest power of two up to 64 bytes that costs at most an eighth more
-    memory. Else each pair stands behind its row, on the same or the next line.
+    With an array of their own for the scales (see :func:`keeps_scales_apart`; also on a GPU, whose kernels read rows
+    in 16-byte pieces) the rows are aligned so that they cross as few cache lines as they can: to the largest power of
+    two up to 64 bytes that costs at most an eighth more memory. Else each pair stands behind its row, on the same or
+    the next line.
 
     Returns:
         uint8 [num_rows, row_bytes] and float16 [num_rows, 2]; both can be views with gaps between rows.
     """
-    if keeps_scales_apart(num_rows):
+    device = torch.empty(0, device=device).device  # None can mean any default
+    if device.type != "cpu" or keeps_scales_apart(num_rows):
         alignment = _CACHE_LINE
         while -(-row_bytes // alignment) * alignment * 8 > row_bytes * 9:
             alignment //= 2

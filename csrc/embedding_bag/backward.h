@@ -72,7 +72,8 @@ void reduce_rows(const Matrix& grad, const Contribution* list, int64_t count, co
   char* base = static_cast<char*>(out.data);
   const int64_t stride = out.stride * size;
   const auto clear = [&](int64_t from, int64_t to) {
-    if (to > from) std::memset(base + from * stride, 0, static_cast<size_t>((to - from) * stride));
+    if (to > from && stride > 0)
+      std::memset(base + from * stride, 0, static_cast<size_t>((to - from) * stride));
   };
   int64_t next_row = first_row;
   for (int64_t i = 0; i < count;) {

@@ -302,5 +302,8 @@ class EmbeddingBagCollection(torch.nn.Module):
         self._refresh_plan()
         return self
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_known": None}
+
     def extra_repr(self) -> str:
         return f"features={len(self.feature_names)}, output_dim={self.output_dim}, nbytes={self.nbytes:,}"
