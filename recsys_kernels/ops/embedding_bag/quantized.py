@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from typing import Any
 
@@ -123,9 +124,16 @@ class _Quantized(torch.nn.Module):
             self._lay_out()
         return self
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Quantized:
+        new = type(self).__new__(type(self))
+        memo[id(self)] = new
+        new.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        memory.use_huge_pages(new.weight)
+        return new
+
     def __getstate__(self) -> dict[str, Any]:
-        # Copies and files hold the table in its canonical form: rows and scales can share memory here, which neither
-        # pickle nor torch.save keep.
+        # Files hold the table in its canonical form: rows and scales can share memory here, which pickle does not keep
+        # and torch.save refuses.
         state = self.__dict__.copy()
         state["_buffers"] = {k: b if b is None else _canonical(b) for k, b in self._buffers.items()}
         return state
