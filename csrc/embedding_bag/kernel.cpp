@@ -23,6 +23,7 @@ void pool_registers(const Table& t, const Bags& b, const Matrix& out, int64_t fi
                     Fault* fault) {
   const int64_t unit = T == RowType::u4 ? (t.dim + 1) / 2 : t.dim;
   const int tail = static_cast<int>(unit - (T == RowType::u4 ? N / 2 - 1 : N - 1) * lanes);
+  constexpr int most_lines = static_cast<int>((row_bytes(T, N * lanes) + 63) / 64);
   int64_t pos = offset_at(b, first);
   Lookahead ahead(t, b, pos, offset_at(b, last));
   const Factors<T> factors(t, b);
@@ -35,6 +36,7 @@ void pool_registers(const Table& t, const Bags& b, const Matrix& out, int64_t fi
     int64_t count = 0;
     for (; pos < end; ++pos) {
       const uint8_t* row = ahead.row(pos);
+      if constexpr (most_lines <= 4) ahead.template approach<most_lines>(pos);
       if (row == nullptr) continue;
       const vf w = simd::broadcast(factors(row, pos, sum));
       // Worth a fifth where rows come from a cache.
