@@ -163,7 +163,14 @@ class PlatformWheel(bdist_wheel):
 
 
 setup(
-    ext_modules=[Extension("recsys_kernels._C", sources=[])],
+    # The sources are named for the sdist; BuildNative compiles them in its own way.
+    ext_modules=[
+        Extension(
+            "recsys_kernels._C",
+            sources=sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").glob("*/*.cpp")),
+            depends=sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").glob("*/*.h")),
+        )
+    ],
     cmdclass={"build_ext": BuildNative, "bdist_wheel": PlatformWheel},
     # Only asked for when the target environment has no torch; brings one into the build.
     setup_requires=[TORCH_REQUIREMENT] if compiler() and torch_root() is None else [],
