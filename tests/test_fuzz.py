@@ -174,15 +174,16 @@ def test_hostile_indices_and_offsets(threads: None) -> None:
     finally:
         native.select_isa(before)
     print(dict(seen))
-    if settings.get_current_profile_name() == "default":
-        assert seen["cases"] >= CASES
-    share = seen["cases"] // 10
+    if settings.get_current_profile_name() != "default":
+        return  # fewer cases, which are not meant to be a fair mix
+    assert seen["cases"] >= CASES
+    share = CASES // 10
     assert seen["result"] > 3 * share
     assert seen["IndexError"] > share / 2
     assert seen["RuntimeError"] > share
     for name in _OPERATORS:
-        assert seen[f"{name} result"] > share / 20, name
-        assert seen[f"{name} error"] > share / 20, name
+        assert seen[f"{name} result"] > share / 5, name
+        assert seen[f"{name} error"] > share / 5, name
 
 
 @pytest.mark.parametrize("operator", _OPERATORS)
