@@ -426,12 +426,17 @@ rk.doctor()
 """
 
 
-@pytest.mark.parametrize("library", [None, b"not a library", b"", b"\x7fELF" + bytes(range(256)) * 40])
-def test_without_a_library_the_references_serve(library: bytes | None, tmp_path: Path) -> None:
+@pytest.mark.parametrize("library", [None, b"not a library", b"", b"\x7fELF" + bytes(range(256)) * 40, "truncated"])
+def test_without_a_library_the_references_serve(library: bytes | str | None, tmp_path: Path) -> None:
+    if library == "truncated":  # as a full disk leaves it
+        assert native.path is not None
+        whole = native.path.read_bytes()
+        library = whole[: len(whole) // 3]
+    assert not isinstance(library, str)
     copied_package(tmp_path, library)
     script = _EVERYTHING.replace("sys.argv[1]", repr(str(tmp_path)))
     done = run_python(script, tmp_path)
-    assert done.returncode == 0, done.stderr + done.stdout
+    assert done.returncode == 0, f"exit status {done.returncode}: {done.stderr}{done.stdout}"
     reason = done.stdout.splitlines()[0]
     assert "not built" in reason if library is None else "_C.so does not load" in reason
     assert "IndexError: index 50 at position 0" in done.stdout
@@ -465,6 +470,28 @@ def test_missing_library_is_said_in_one_warning(tmp_path: Path) -> None:
     assert "RuntimeWarning: recsys_kernels runs on its PyTorch references" in done.stderr
     assert "not built: no C++ compiler was found" in done.stderr
     assert not run_python("import recsys_kernels").stderr
+
+
+def test_doctor_prints_and_returns_what_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    facts = rk.doctor()
+    printed = capsys.readouterr().out
+    assert facts["isa"]
+    assert str(native.isa()) in str(facts["isa"])
+    assert facts["versions"]["torch"] == torch.__version__
+    assert facts["backends"]["reference"] is None
+    assert facts["backends"]["cpu"] is None
+    assert str(native.path) in str(facts["library"])
+    for text in (torch.__version__, str(native.isa()), str(native.path), "huge pages", "embedding_bag", "max_norm"):
+        assert text in printed
+    with rk.backend("reference"):
+        assert "reference" in str(rk.doctor()["operators"])
+
+
+def test_doctor_says_why_something_is_missing(tmp_path: Path) -> None:
+    done = run_python("import recsys_kernels as rk\nrk.doctor()", copied_package(tmp_path, b"not a library"))
+    assert done.returncode == 0, done.stderr
+    assert "_C.so does not load" in done.stdout
+    assert "file too short" in done.stdout or "invalid ELF header" in done.stdout
 
 
 def test_importing_is_cheap() -> None:

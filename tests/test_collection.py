@@ -6,6 +6,7 @@ import copy
 import io
 import pickle
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -440,6 +441,24 @@ def test_one_bag_in_two_places_adds_up_its_gradient() -> None:
     grad = collection.table("a").grad
     assert grad is not None
     assert grad[:, 0].tolist() == [0, 3, 0, 1, 0]
+
+
+def test_calls_from_several_threads_at_once() -> None:
+    """Also while what is prepared for all calls is being prepared again."""
+    collection, inputs = make(), features()
+    wanted = collection(inputs)
+
+    def serve(number: int) -> bool:
+        for step in range(60):
+            if number == 0 and step % 3 == 0:
+                table = collection.embedding_bags["item"]
+                table.weight = torch.nn.Parameter(table.weight.detach().clone())
+            if not torch.equal(collection(inputs), wanted):
+                return False
+        return True
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(serve, range(4)))
 
 
 # ---- errors -------------------------------------------------------------------------------------------------------

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
+import inspect
 import itertools
+import resource
+import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -549,6 +555,59 @@ def test_table_beyond_4_gib(isa: str, mode: str) -> None:
     weight[0], weight[-1] = 1.0, 5.0
     out = rk.functional.embedding_bag(torch.tensor([[rows - 1, 0, rows - 1]]), weight, mode=mode)
     assert_matches(out, torch.full((1, dim), {"sum": 11.0, "mean": 11.0 / 3, "max": 5.0}[mode]))
+
+
+def test_signatures_are_those_of_torch() -> None:
+    for ours, theirs in (
+        (rk.functional.embedding_bag, F.embedding_bag),
+        (rk.EmbeddingBag.__init__, torch.nn.EmbeddingBag.__init__),
+        (rk.EmbeddingBag.forward, torch.nn.EmbeddingBag.forward),
+    ):
+        got, wanted = (list(inspect.signature(f).parameters.values()) for f in (ours, theirs))
+        assert [(p.name, p.default, p.kind) for p in got] == [(p.name, p.default, p.kind) for p in wanted]
+
+
+def test_second_derivatives_are_refused(implementation: str) -> None:
+    """As torch refuses them; a silent zero would make a gradient penalty do nothing."""
+    for mode in MODES:
+        weight = torch.randn(6, 4, requires_grad=True)
+        out = rk.functional.embedding_bag(torch.tensor([[1, 2]]), weight, mode=mode)
+        (grad,) = torch.autograd.grad(out.square().sum(), weight, create_graph=True)
+        with pytest.raises(RuntimeError, match="twice"):
+            grad.square().sum().backward()
+
+
+def test_calls_from_several_threads_at_once(isa: str) -> None:
+    """A server answers requests from a pool of threads; the kernels run without the interpreter's lock."""
+    bag, ids = rk.EmbeddingBag(2000, 48, mode="sum"), [torch.randint(0, 2000, (40, 30)) for _ in range(4)]
+    wanted = [bag(i) for i in ids]
+
+    def serve(number: int) -> bool:
+        return all(torch.equal(bag(ids[number]), wanted[number]) for _ in range(50))
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(serve, range(4)))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_memory_is_given_back_after_results_and_errors(isa: str) -> None:
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+    weight, good = torch.randn(1000, 256), torch.randint(0, 1000, (1000, 2))
+    bad = good.clone()
+    bad[-1, -1] = 1000
+
+    def calls(count: int) -> None:
+        for _ in range(count):
+            ops.embedding_bag(weight, good, None, None, 0, -1, False)
+            with contextlib.suppress(IndexError):
+                ops.embedding_bag(weight, bad, None, None, 0, -1, False)
+
+    calls(20)
+    before = resident()
+    calls(300)  # of a megabyte each
+    assert resident() - before < 50 << 20
 
 
 # ---- as a module ------------------------------------------------------------------------------------------------
