@@ -37,7 +37,7 @@ BUDGETS: dict[str, dict[str, Budget]] = {
         "bag_kernel": Budget((64, 64, 64, 40), 256, (3, 2)),
     },
     "fp32 64 max": {
-        "bag_kernel": Budget((64, 64, 64, 48), 256, (4, 2)),
+        "bag_kernel": Budget((64, 64, 64, 40), 256, (4, 2)),
     },
     "fp16 64": {
         "bag_kernel": Budget((80, 80, 88, 48), 128, (4, 2)),
@@ -76,19 +76,19 @@ BUDGETS: dict[str, dict[str, Budget]] = {
         "weights_grad_kernel": Budget((72, 64, 64, 56), 256, (4, 2)),
     },
     "collection fp32 64": {
-        "collection_kernel": Budget((72, 72, 72, 64), 256, (4, 4)),
+        "collection_kernel": Budget((72, 72, 72, 56), 256, (4, 4)),
     },
     "collection fp32 16, 50, 128": {
-        "collection_kernel": Budget((80, 72, 72, 56), 512, (4, 6)),
+        "collection_kernel": Budget((80, 72, 80, 56), 512, (4, 6)),
     },
     "collection fp16 64": {
-        "collection_kernel": Budget((72, 64, 64, 64), 256, (2, 3)),
+        "collection_kernel": Budget((72, 72, 72, 64), 256, (2, 3)),
     },
     "collection fp64 64": {
-        "collection_kernel": Budget((72, 72, 64, 64), 0, (2, 4)),
+        "collection_kernel": Budget((72, 72, 72, 64), 0, (4, 4)),
     },
     "collection int8 or int4 64": {
-        "collection_kernel": Budget((80, 72, 72, 64), 512, (1, 3)),
+        "collection_kernel": Budget((80, 80, 80, 64), 512, (1, 3)),
     },
     "collection fp32 64, bf16 128, int8 or int4 64": {
         "collection_kernel": Budget((96, 80, 80, 64), 512, (4, 6)),

@@ -24,7 +24,7 @@ from recsys_kernels.testing import (
 )
 
 SAMPLES = {dtype: embedding_bag_samples(dtype, small=True) for dtype in FLOAT_DTYPES}
-# The gradients of these types are the same code but for the type: a sample of each kind.
+# The other types are the same code but for the type: a sample of each kind.
 FEW = ("width-33", "int32-int64", "matrix", "padding-0", "strided-indices", "last-offset-b", "only-empty")
 
 
@@ -59,11 +59,7 @@ def grad_like(sample: BagSample) -> torch.Tensor:
 # ---- forward -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "sample",
-    [*SAMPLES[torch.float32], *SAMPLES[torch.bfloat16], *all_samples(lambda s: True, (torch.float16, torch.float64))],
-    ids=lambda s: f"{s}-{str(s.weight.dtype)[6:]}",
-)
+@pytest.mark.parametrize("sample", all_samples(lambda s: True))
 def test_forward(sample: BagSample) -> None:
     out = kernels.embedding_bag(*sample.args)
     assert out.dtype == sample.weight.dtype
@@ -106,7 +102,7 @@ def test_max_of_equal_and_odd_values() -> None:
     assert pooled.isnan().equal(out.isnan())
 
 
-@pytest.mark.parametrize("dim", [300, 515, 1030])
+@pytest.mark.parametrize("dim", [130, 300])
 @pytest.mark.parametrize("mode", [SUM, MEAN, MAX])
 def test_more_columns_than_a_block(dim: int, mode: int) -> None:
     weight = torch.randn(6, dim, generator=torch.Generator().manual_seed(1))
@@ -158,7 +154,7 @@ def test_quantized_output_types(dtype: torch.dtype, bits: int) -> None:
 
 
 @pytest.mark.parametrize("bits", [8, 4])
-@pytest.mark.parametrize("dim", [64, 1030])
+@pytest.mark.parametrize("dim", [64, 300])
 def test_quantized_rows_with_their_scales_behind_them(dim: int, bits: int) -> None:
     sample = BagSample("", torch.zeros(9, dim), torch.tensor([[8, 0], [3, 3]]), None)
     (weight, scale_bias, *rest), exact = quantized(sample, bits)
@@ -200,7 +196,7 @@ def mixed_collection() -> tuple[tuple[Any, ...], torch.Tensor]:
     """Every type of row and every pooling in one call, with more widths than the kernel holds copies for."""
     rng = torch.Generator().manual_seed(5)
     kinds = [torch.float32, 8, torch.float16, 4, torch.bfloat16, 8, 4, torch.float32]
-    dims, modes, batch, rows = [16, 48, 5, 33, 200, 520, 1, 64], [0, 1, 2, 1, 0, 2, 0, 1], 3, 11
+    dims, modes, batch, rows = [16, 48, 5, 33, 130, 150, 1, 64], [0, 1, 2, 1, 0, 2, 0, 1], 3, 11
     weights, scales, plan, exact, column = [], [], [], [], 0
     for table, (kind, dim, mode) in enumerate(zip(kinds, dims, modes, strict=True)):
         values = torch.randn(rows, dim, generator=rng)
@@ -261,7 +257,14 @@ def test_plan_that_does_not_fit(change: tuple[int, int]) -> None:
 # ---- gradients ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("sample", all_samples(lambda s: s.mode != MAX and not s.name.endswith("mean-weighted")))
+# Left out: what differs in the table alone, and a row of 200 indices that the chunks below share out in less time.
+ELSEWHERE = ("strided-table", "transposed-table", "same-index")
+
+
+@pytest.mark.parametrize(
+    "sample",
+    all_samples(lambda s: s.mode != MAX and not s.name.endswith("mean-weighted") and not s.name.startswith(ELSEWHERE)),
+)
 def test_backward(sample: BagSample) -> None:
     grad = grad_like(sample)
     out = kernels.embedding_bag_backward(grad, *sample.bag_args, sample.weight.shape[0])
