@@ -5,16 +5,10 @@ from collections.abc import Iterator
 import pytest
 import torch
 from hypothesis import settings
+from support import isa_levels
 
 import recsys_kernels as rk
-from recsys_kernels._native import ISA_LEVELS, native
-
-
-def isa_levels() -> tuple[str, ...]:
-    """The instruction-set levels of this machine and build, lowest first."""
-    highest = native.isa_supported()
-    return () if highest is None else ISA_LEVELS[: ISA_LEVELS.index(highest) + 1]
-
+from recsys_kernels._native import native
 
 IMPLEMENTATIONS = ("reference", *isa_levels())
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import isa_levels
+from support import isa_levels
 
 import recsys_kernels as rk
 from recsys_kernels._native import ISA_LEVELS, native

@@ -1,0 +1,21 @@
+"""What several test files use."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from recsys_kernels._native import ISA_LEVELS, native
+
+
+def isa_levels() -> tuple[str, ...]:
+    """The instruction-set levels of this machine and build, lowest first."""
+    highest = native.isa_supported()
+    return () if highest is None else ISA_LEVELS[: ISA_LEVELS.index(highest) + 1]
+
+
+@contextmanager
+def named(sample: object) -> Iterator[None]:
+    """Says in which sample an assertion failed: thousands of tests of a millisecond each would take minutes."""
+    try:
+        yield
+    except Exception as error:
+        raise AssertionError(f"{sample}: {type(error).__name__}: {error}") from error
