@@ -76,9 +76,12 @@ def empty(*size: int, dtype: torch.dtype, device: torch.device | str | None = No
 def _last_level_cache() -> int:
     """Bytes of the largest cache of the first CPU; 0 when the system does not say."""
     sizes = [0]
-    for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
-        text = path.read_text().strip()  # "32768K"
-        sizes.append(int(text.rstrip("KMG")) << {"K": 10, "M": 20, "G": 30}.get(text[-1:], 0))
+    try:
+        for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
+            text = path.read_text().strip()  # "32768K"
+            sizes.append(int(text.rstrip("KMG")) << {"K": 10, "M": 20, "G": 30}.get(text[-1:], 0))
+    except (OSError, ValueError):
+        return 0
     return max(sizes)
 
 

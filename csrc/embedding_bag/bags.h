@@ -62,6 +62,7 @@ class Lookahead {
     const uintptr_t address = reinterpret_cast<uintptr_t>(t.rows) | static_cast<uintptr_t>(t.row_stride) | 64;
     const int64_t alignment = static_cast<int64_t>(address & (~address + 1));
     lines_ = (64 - alignment + bytes_ + 63) / 64;
+    if (lines_ < 1) lines_ = 1;  // a table without columns
     // Far enough that a row has arrived when it is needed, near enough that L2 still holds it.
     const int64_t by_bytes = max_bytes / (lines_ * 64);
     const int64_t distance = by_bytes < min_rows ? min_rows : by_bytes > max_rows ? max_rows : by_bytes;
@@ -72,9 +73,11 @@ class Lookahead {
   // for longer ones the instructions cost more.
   template <int Lines>
   void approach(int64_t pos) const {
-    const uint8_t* p = row_[(pos + near_rows) & (capacity - 1)];
+    // An address, not a pointer: that of padding is null.
+    const uintptr_t p = reinterpret_cast<uintptr_t>(row_[(pos + near_rows) & (capacity - 1)]);
 #pragma GCC unroll 4
-    for (int l = 0; l < Lines; ++l) simd::prefetch_l1(p + 64 * l);
+    for (int l = 0; l < Lines; ++l)
+      simd::prefetch_l1(reinterpret_cast<const void*>(p + 64 * static_cast<uintptr_t>(l)));
   }
 
   bool ok() const { return fault_.kind == FaultKind::none; }

@@ -90,3 +90,8 @@ class EmbeddingBag(torch.nn.EmbeddingBag):
         if self.weight.data_ptr() != before:
             memory.use_huge_pages(self.weight)
         return self
+
+    def __setstate__(self, state: Any) -> None:
+        # Copies and loaded modules, too, come on 4 KiB pages.
+        super().__setstate__(state)
+        memory.use_huge_pages(self.weight)
