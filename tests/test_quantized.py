@@ -69,7 +69,7 @@ def assert_same_table(one: Quantized, two: Quantized) -> None:
     assert list(ours) == list(theirs) == ["weight", "scale_bias", "exponent"]
     for name in ours:
         assert torch.equal(ours[name], theirs[name]), name
-    assert one._exponent == two._exponent == int(ours["exponent"])
+    assert one.host_exponent() == two.host_exponent() == int(ours["exponent"])
     assert one.dtype == two.dtype
     assert (one.weight.stride(), one.scale_bias.stride()) == (two.weight.stride(), two.scale_bias.stride())
 
@@ -114,7 +114,7 @@ def _strided(table: torch.Tensor) -> torch.Tensor:
 
 def quantized_parts(table: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor, int]:
     module = quantize(table, bits)
-    return module.weight, module.scale_bias, module._exponent
+    return module.weight, module.scale_bias, module.host_exponent()
 
 
 @pytest.mark.parametrize("bits", [8, 4])
@@ -144,7 +144,7 @@ def test_error_is_at_most_half_a_step(dtype: torch.dtype, bits: int) -> None:
         # A step is the range over the levels, but for the rounding of scale and bias to 11 bits.
         spread = exact.amax(1, keepdim=True) - exact.amin(1, keepdim=True)
         magnitude = exact.abs().amax(1, keepdim=True)
-        smallest = 2.0 ** (module._exponent - 24)
+        smallest = 2.0 ** (module.host_exponent() - 24)
         assert (step <= (spread + magnitude * 2.0**-10) / levels * (1 + 2.0**-10) + 2 * smallest).all(), name
 
 

@@ -101,7 +101,7 @@ def _with_table_of(other: Any, module: Any) -> Any:
     else:
         new = QuantizedEmbedding(*sizes, **rest)
     new.weight, new.scale_bias, new.exponent = other.weight, other.scale_bias, other.exponent
-    new._exponent = other._exponent
+    new.host_exponent()  # compiled code takes it from the last look
     return new.train(module.training)
 
 

@@ -61,12 +61,13 @@ class EmbeddingBagConfig:
 
 
 class _Operands(NamedTuple):
-    """The tensors of a call, and where they came from."""
+    """The tensors of a call, and what tells whether they are still those of the tables."""
 
-    kinds: list[str]
     weights: list[torch.Tensor]
-    marks: list[tuple[torch.dtype, int]]
-    scales: list[torch.Tensor]
+    scales: list[torch.Tensor]  # empty when every table is float
+    own_scales: list[torch.Tensor]
+    dtypes: list[torch.dtype]
+    exponents: list[int | None]  # None for a float table
     dtype: torch.dtype
 
 
@@ -122,10 +123,10 @@ class EmbeddingBagCollection(torch.nn.Module):
         self.register_load_state_dict_post_hook(_refresh_after_load)
 
     def _refresh_plan(self) -> None:
-        """Writes down what each feature reads and where its columns go; again whenever exponents may have changed."""
+        """Writes down what each feature reads and where its columns go; again whenever a table has changed."""
         features, column = [], 0
         for number, (config, bag) in enumerate(zip(self.tables, self._bags(), strict=True)):
-            bits, exponent = (bag.bits, bag._exponent) if isinstance(bag, QuantizedEmbeddingBag) else (0, 0)
+            bits, exponent = (bag.bits, bag.host_exponent()) if isinstance(bag, QuantizedEmbeddingBag) else (0, 0)
             for _ in config.features:
                 dim = config.embedding_dim
                 features.append(op.FeaturePlan(number, dim, column, MODES[config.pooling], bits, exponent))
@@ -218,44 +219,58 @@ class EmbeddingBagCollection(torch.nn.Module):
     def _lookup(
         self, indices: torch.Tensor, offsets: torch.Tensor, per_sample_weights: torch.Tensor | None
     ) -> torch.Tensor:
-        _, weights, _, scales, dtype = self._operands()
+        operands = self._operands()
         plan = cast(torch.Tensor, self._buffers["_plan"])
         return op.embedding_bag_collection(
-            weights, scales, plan, self._features, indices, offsets, per_sample_weights, self.output_dim, dtype
+            operands.weights,
+            operands.scales,
+            plan,
+            self._features,
+            indices,
+            offsets,
+            per_sample_weights,
+            self.output_dim,
+            operands.dtype,
         )
 
     def _operands(self) -> _Operands:
-        """The tensors of a call, gathered anew only when a table was replaced: that took longer than a request."""
+        """The tensors of a call, gathered anew only when a table has changed: that took longer than a request."""
+        if torch.compiler.is_compiling():
+            return self._gather()
         known = self._known
-        if known is not None and not torch.compiler.is_compiling():
-            if all(self._is_known(known)):
-                return known
+        if known is None or not all(self._is_known(known)):
             self._refresh_plan()
-        bags = self._bags()
-        quantized = [isinstance(bag, QuantizedEmbeddingBag) for bag in bags]
-        dtypes = {bag.dtype if isinstance(bag, QuantizedEmbeddingBag) else bag.weight.dtype for bag in bags}
-        scales = [bag.scale_bias if isinstance(bag, QuantizedEmbeddingBag) else self._empty for bag in bags]
-        known = _Operands(
-            ["_buffers" if q else "_parameters" for q in quantized],
-            [bag.weight for bag in bags],
-            [(b.dtype, b._exponent) if isinstance(b, QuantizedEmbeddingBag) else (b.weight.dtype, 0) for b in bags],
-            scales if any(quantized) else [],
-            dtypes.pop() if len(dtypes) == 1 else torch.float32,
-        )
-        if not torch.compiler.is_compiling():
-            self._known = known
+            self._known = known = self._gather()
         return known
 
+    def _gather(self) -> _Operands:
+        bags = self._bags()
+        quantized = [isinstance(bag, QuantizedEmbeddingBag) for bag in bags]
+        dtypes = [bag.dtype if isinstance(bag, QuantizedEmbeddingBag) else bag.weight.dtype for bag in bags]
+        scales = [bag.scale_bias if isinstance(bag, QuantizedEmbeddingBag) else self._empty for bag in bags]
+        exponents = [bag.host_exponent() if isinstance(bag, QuantizedEmbeddingBag) else None for bag in bags]
+        return _Operands(
+            [bag.weight for bag in bags],
+            scales if any(quantized) else [],
+            scales,
+            dtypes,
+            exponents,
+            dtypes[0] if len(set(dtypes)) == 1 else torch.float32,
+        )
+
     def _is_known(self, known: _Operands) -> list[bool]:
-        """For each table whether it still is what `known` holds: the same tensor, output type and exponent."""
+        """For each table whether it still is what ``known`` holds: the same tensors, output type and exponent."""
         modules = cast("Iterable[Any]", self.embedding_bags._modules.values())
-        parts = zip(modules, known.kinds, known.weights, known.marks, strict=True)
+        parts = zip(modules, known.weights, known.own_scales, known.dtypes, known.exponents, strict=True)
+        # Straight from the dicts: nn.Module's attribute access would double a request over many tables.
         return [
-            getattr(bag, kind).get("weight") is weight
-            and (
-                weight.dtype is mark[0] if kind == "_parameters" else bag.dtype is mark[0] and bag._exponent == mark[1]
-            )
-            for bag, kind, weight, mark in parts
+            bag._parameters.get("weight") is weight and weight.dtype is dtype
+            if exponent is None
+            else bag._buffers.get("weight") is weight
+            and bag._buffers["scale_bias"] is scale
+            and bag.dtype is dtype
+            and bag.host_exponent() == exponent
+            for bag, weight, scale, dtype, exponent in parts
         ]
 
     def _with_names(self, message: str) -> str:
@@ -284,18 +299,42 @@ class EmbeddingBagCollection(torch.nn.Module):
                 offsets = torch.arange(own.shape[0], device=own.device) * own.shape[1]
             elif own.dim() != 1 or offsets.dim() != 1:
                 raise ValueError(f"indices and offsets of feature {name!r} must be 1-D")
-            elif include_last_offset:
-                offsets = offsets[:-1]
+            else:
+                own, offsets = self._cut(name, own, offsets, include_last_offset)
             if starts and offsets.shape[0] != starts[0].shape[0]:
                 raise ValueError(
                     f"feature {name!r} has {offsets.shape[0]} bags, but feature {self.feature_names[0]!r} has "
                     f"{starts[0].shape[0]}"
                 )
             ids.append(own.reshape(-1))
-            starts.append(offsets + before)
+            starts.append(offsets.long() + before)
             before += own.numel()
         starts.append(starts[0].new_full((1,), before))
         return torch.cat(ids), torch.cat(starts)
+
+    @staticmethod
+    def _cut(
+        name: str, indices: torch.Tensor, offsets: torch.Tensor, include_last_offset: bool
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The indices that belong to the bags, and where these begin: joined features must not run into each other."""
+        if torch.compiler.is_compiling():
+            torch._assert_async(torch.all(offsets[:1] == 0), f"offsets of feature {name!r} must start at 0")
+            if include_last_offset:
+                torch._assert_async(torch.all(offsets[-1:] == indices.shape[0]), f"offsets of {name!r} end too early")
+                offsets = offsets[:-1]
+            return indices, offsets
+        if offsets.shape[0] and int(offsets[0]) != 0:
+            raise RuntimeError(f"offsets of feature {name!r} must start at 0, but start at {int(offsets[0])}")
+        if not include_last_offset:
+            return (indices, offsets) if offsets.shape[0] else (indices[:0], offsets)
+        if offsets.shape[0] == 0:
+            raise RuntimeError(f"include_last_offset needs at least one offset of feature {name!r}")
+        end = int(offsets[-1])
+        if not 0 <= end <= indices.shape[0]:
+            raise RuntimeError(
+                f"offsets of feature {name!r} must not exceed its {indices.shape[0]} indices, but end at {end}"
+            )
+        return indices[:end], offsets[:-1]
 
     def _apply(self, fn: Any, recurse: bool = True) -> EmbeddingBagCollection:
         super()._apply(fn, recurse)

@@ -303,15 +303,17 @@ def _quantized_weights_backward(
 ) -> torch.Tensor:
     """Gradient of per_sample_weights over quantized rows: the rows in use become a small float table of their own."""
     run = _backends.implementation("quantized_embedding_bag", indices)
-    rows = run(*table, indices.reshape(-1, 1), None, None, 0, -1, False, grad.dtype)
+    rows = run(*table, indices.reshape(-1, 1), None, None, 0, -1, False, torch.float32)
     position = torch.arange(indices.numel(), device=indices.device).reshape(indices.shape)
     run = _backends.implementation("embedding_bag_weights_backward", indices)
-    out = run(grad, rows, position, offsets, 0, -1, spec.include_last_offset)
+    out = run(grad.float(), rows, position, offsets, 0, -1, spec.include_last_offset).reshape(-1)
     bags = reference.split_bags(indices, offsets, spec.padding_idx, spec.include_last_offset, table.weight.shape[0])
-    factor = torch.zeros(indices.numel(), dtype=grad.dtype, device=grad.device)
-    one = (1.0 / bags.counts.clamp(min=1)).to(grad.dtype)[bags.bag] if spec.mode == MEAN else 1.0
-    factor[bags.position] = one
-    return out * factor.reshape(indices.shape)
+    values = out[bags.position]
+    if spec.mode == MEAN:
+        values = values / bags.counts.clamp(min=1)[bags.bag]
+    result = torch.zeros_like(out)
+    result[bags.position] = values
+    return result.to(grad.dtype).reshape(indices.shape)
 
 
 def quantized_embedding_bag(
@@ -364,7 +366,12 @@ class _Collection(torch.autograd.Function):
         *weights: torch.Tensor,
     ) -> torch.Tensor:
         ctx.features, ctx.scale_bias = features, scale_bias
-        ctx.save_for_backward(indices, offsets, per_sample_weights, *weights)
+        ctx.tables = [(w.shape[0], w.dtype) for w in weights]
+        # Only what the backward reads: a table that it does not read may change before, as in torch.
+        all_read = per_sample_weights is not None and per_sample_weights.requires_grad
+        read = {f.table for f in features if all_read or f.mode == MAX}
+        kept = [w if number in read else None for number, w in enumerate(weights)]
+        ctx.save_for_backward(indices, offsets, per_sample_weights, *kept)
         run = _backends.implementation("embedding_bag_collection", indices)
         return run(list(weights), scale_bias, plan, indices, offsets, per_sample_weights, total_dim, dtype)
 
@@ -374,19 +381,24 @@ class _Collection(torch.autograd.Function):
         indices, offsets, per_sample_weights, *weights = ctx.saved_tensors
         batch = grad.shape[0]
         grads: list[torch.Tensor | None] = [None] * len(weights)
+        starts = _feature_starts(offsets, batch, len(ctx.features))
         for f, (table, dim, column, mode, *_) in enumerate(ctx.features):
             if not ctx.needs_input_grad[8 + table]:
                 continue
-            weight = weights[table]
-            part = grad[:, column : column + dim].to(weight.dtype)
+            num_rows, dtype = ctx.tables[table]
+            part = grad[:, column : column + dim].to(dtype)
             bounds = offsets[f * batch : (f + 1) * batch + 1]
+            own, samples = indices, per_sample_weights
+            if starts is not None:  # every feature would read all indices, were they not cut
+                bounds, cut = bounds - starts[f], slice(starts[f], starts[f + 1])
+                own, samples = own[cut], None if samples is None else samples[cut]
             if mode == MAX:
                 run = _backends.implementation("embedding_bag_max", grad)
-                _, argmax = run(weight, indices, bounds, -1, True, False)
-                one = _max_backward(part, argmax, weight.shape[0])
+                _, argmax = run(weights[table], own, bounds, -1, True, False)
+                one = _max_backward(part, argmax, num_rows)
             else:
                 run = _backends.implementation("embedding_bag_backward", grad)
-                one = run(part, indices, bounds, per_sample_weights, mode, -1, True, weight.shape[0])
+                one = run(part, own, bounds, samples, mode, -1, True, num_rows)
             so_far = grads[table]
             grads[table] = one if so_far is None else so_far.add_(one)
         grad_samples = None
@@ -395,6 +407,13 @@ class _Collection(torch.autograd.Function):
                 grad, ctx.features, ctx.scale_bias, indices, offsets, per_sample_weights, weights
             )
         return None, None, None, None, None, None, None, grad_samples, *grads
+
+
+def _feature_starts(offsets: torch.Tensor, batch: int, num_features: int) -> list[int] | None:
+    """Where each feature's indices begin, and the last one's end; None while a graph is traced, which has no values."""
+    if torch.compiler.is_compiling() or isinstance(offsets, torch._subclasses.FakeTensor):
+        return None
+    return offsets[::batch].tolist() if batch else [0] * (num_features + 1)
 
 
 def _collection_weights_backward(
@@ -408,7 +427,9 @@ def _collection_weights_backward(
 ) -> torch.Tensor:
     out = torch.zeros_like(per_sample_weights)
     batch = grad.shape[0]
-    starts = offsets[::batch].tolist() if batch else [0] * (len(features) + 1)
+    starts = _feature_starts(offsets, batch, len(features))
+    if starts is None:
+        raise NotImplementedError("gradients of a collection's per_sample_weights can't be compiled yet")
     for f, (table, dim, column, mode, bits, exponent) in enumerate(features):
         if mode == MAX:  # takes no weights
             continue

@@ -8,11 +8,13 @@ from typing import Any
 
 import torch
 
-from ... import _backends, functional, memory
+from ... import _backends, memory
+from . import drop_in
 from .bag import EmbeddingBag
 from .op import BagSpec, QuantizedTable, quantized_embedding_bag
 
 _BITS = (8, 4)
+_MAX_EXPONENT = 126
 # Rows dequantized at a time by to_float.
 _BLOCK_ROWS = 1 << 18
 
@@ -29,13 +31,13 @@ def _table_exponent(weight: torch.Tensor) -> int:
     largest = max(abs(low.item()), abs(high.item()))
     if largest == 0.0 or not math.isfinite(largest):
         return 0
-    return min(126, max(-126, math.frexp(largest)[1] - 14))
+    return min(_MAX_EXPONENT, max(-_MAX_EXPONENT, math.frexp(largest)[1] - 14))
 
 
 def _canonical(tensor: torch.Tensor) -> torch.Tensor:
     """The tensor alone in its memory, without gaps. (A view of a single row counts as contiguous.)"""
     alone = tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.nbytes
-    return tensor if alone else tensor.clone(memory_format=torch.contiguous_format)
+    return tensor if alone or tensor.is_meta else tensor.clone(memory_format=torch.contiguous_format)
 
 
 class _Quantized(torch.nn.Module):
@@ -65,15 +67,34 @@ class _Quantized(torch.nn.Module):
         rows, scale_bias = memory.empty_quantized(num_embeddings, columns, device=device)
         self.register_buffer("weight", rows)
         self.register_buffer("scale_bias", scale_bias)
-        self.register_buffer("exponent", torch.zeros((), dtype=torch.int64, device="cpu"))
-        self._exponent = 0
+        with torch.inference_mode(False):  # an inference tensor would not say when it was written to
+            self.register_buffer("exponent", torch.zeros((), dtype=torch.int64, device="cpu"))
+        self._seen_exponent: tuple[torch.Tensor | None, int, int] = (None, 0, 0)
 
     def _quantize(self, weight: torch.Tensor) -> None:
         weight = weight.detach()
-        self._exponent = _table_exponent(weight)
-        self.exponent.fill_(self._exponent)
+        exponent = _table_exponent(weight)
+        self.exponent.fill_(exponent)
         run = _backends.implementation("quantize_rowwise", weight)
-        run(weight, self.bits, self._exponent, self.weight, self.scale_bias)
+        run(weight, self.bits, exponent, self.weight, self.scale_bias)
+        self.host_exponent()
+
+    def host_exponent(self) -> int:
+        """The buffer ``exponent`` as an int, read anew only when the buffer was replaced or written to.
+
+        Compiled code takes what was last seen outside of it, since reading a tensor would break the graph.
+        """
+        if torch.compiler.is_compiling():
+            return self._seen_exponent[2]
+        buffer = self._buffers["exponent"]
+        assert buffer is not None
+        known, version, value = self._seen_exponent
+        inference = buffer.is_inference()
+        if known is buffer and not inference and buffer._version == version:
+            return value
+        value = int(buffer)
+        self._seen_exponent = (buffer, 0 if inference else buffer._version, value)
+        return value
 
     @property
     def table(self) -> QuantizedTable:
@@ -83,7 +104,7 @@ class _Quantized(torch.nn.Module):
         weight, scale_bias = buffers["weight"], buffers["scale_bias"]
         assert weight is not None
         assert scale_bias is not None
-        return QuantizedTable(weight, scale_bias, self._exponent, self.embedding_dim, self.bits)
+        return QuantizedTable(weight, scale_bias, self.host_exponent(), self.embedding_dim, self.bits)
 
     @property
     def nbytes(self) -> int:
@@ -108,9 +129,28 @@ class _Quantized(torch.nn.Module):
         for name in ("weight", "scale_bias"):
             destination[prefix + name] = _canonical(destination[prefix + name])
 
-    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
-        super()._load_from_state_dict(state_dict, prefix, *args)
-        self._exponent = int(self.exponent)
+    def _load_from_state_dict(
+        self,
+        state_dict: Any,
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,
+        missing: Any,
+        unexpected: Any,
+        errors: Any,
+    ) -> None:
+        # A float table would be cast to meaningless integers, and without strict loading nobody would know.
+        for name, buffer in self._buffers.items():
+            given = state_dict.get(prefix + name)
+            if buffer is not None and isinstance(given, torch.Tensor) and given.dtype != buffer.dtype:
+                errors.append(f"{prefix}{name} must be {buffer.dtype}, but is {given.dtype} in the state_dict")
+                return
+        exponent = state_dict.get(prefix + "exponent")
+        if isinstance(exponent, torch.Tensor) and not exponent.is_meta and abs(int(exponent)) > _MAX_EXPONENT:
+            errors.append(f"{prefix}exponent must be within {_MAX_EXPONENT}, but is {int(exponent)} in the state_dict")
+            return
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)
+        self.host_exponent()
 
     def _apply(self, fn: Any, recurse: bool = True) -> _Quantized:
         # .half() and .to(dtype) choose the type of the output; the stored table has its own types. Moving to another
@@ -118,8 +158,11 @@ class _Quantized(torch.nn.Module):
         before, exponent, scale_bias = self.weight.data_ptr(), self.exponent, self.scale_bias
         super()._apply(fn, recurse)
         self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
-        self.exponent = exponent
-        self.scale_bias = scale_bias.to(self.weight.device)
+        self.exponent = torch.zeros_like(exponent, device="cpu") if exponent.is_meta else exponent
+        device = self.weight.device
+        # Off the meta device there is nothing to copy from.
+        moves = not scale_bias.is_meta or device.type == "meta"
+        self.scale_bias = scale_bias.to(device) if moves else torch.empty_like(scale_bias, device=device)
         if self.weight.data_ptr() != before:
             self._lay_out()
         return self
@@ -135,7 +178,9 @@ class _Quantized(torch.nn.Module):
         # Files hold the table in its canonical form: rows and scales can share memory here, which pickle does not keep
         # and torch.save refuses.
         state = self.__dict__.copy()
-        state["_buffers"] = {k: b if b is None else _canonical(b) for k, b in self._buffers.items()}
+        if not self.weight.is_shared():  # a process that gets shared memory must get that, not a copy
+            state["_buffers"] = {k: b if b is None else _canonical(b) for k, b in self._buffers.items()}
+        state["_seen_exponent"] = (None, 0, self._seen_exponent[2])
         return state
 
     def __setstate__(self, state: Any) -> None:
@@ -144,7 +189,7 @@ class _Quantized(torch.nn.Module):
 
     def _lay_out(self) -> None:
         """Moves a table that was copied or loaded as a whole into the layout of this machine."""
-        if self.weight.device.type != "cpu":
+        if self.weight.device.type != "cpu" or self.weight.is_shared():  # shared memory stays where others see it
             return
         rows, scale_bias = memory.empty_quantized(self.num_embeddings, self.weight.shape[1])
         if (rows.stride(), scale_bias.stride()) == (self.weight.stride(), self.scale_bias.stride()):
@@ -192,7 +237,7 @@ class QuantizedEmbeddingBag(_Quantized):
         dtype: torch.dtype = torch.float32,
         device: torch.device | str | None = None,
     ) -> None:
-        spec = functional.bag_spec(mode, padding_idx, include_last_offset, num_embeddings)
+        spec = drop_in.bag_spec(mode, padding_idx, include_last_offset, num_embeddings)
         padding_idx = None if padding_idx is None else spec.padding_idx
         super().__init__(num_embeddings, embedding_dim, bits, padding_idx, dtype, device)
         self._spec = spec
@@ -243,7 +288,7 @@ class QuantizedEmbeddingBag(_Quantized):
 
         Errors are those of :func:`recsys_kernels.functional.embedding_bag`.
         """
-        functional.check_bags(input, offsets, per_sample_weights)
+        drop_in.check_bags(input, offsets, per_sample_weights)
         if per_sample_weights is not None and self.mode == "max":
             raise NotImplementedError("embedding_bag: per_sample_weights need mode 'sum' or 'mean', not 'max'")
         return quantized_embedding_bag(self.table, input, offsets, per_sample_weights, self._spec, self.dtype)
