@@ -67,7 +67,7 @@ class _Operands(NamedTuple):
     scales: list[torch.Tensor]  # empty when every table is float
     own_scales: list[torch.Tensor]
     dtypes: list[torch.dtype]
-    exponents: list[int | None]  # None for a float table
+    exponents: list[tuple[torch.Tensor, int] | None]  # buffer and its version; None for a float table
     dtype: torch.dtype
 
 
@@ -248,7 +248,7 @@ class EmbeddingBagCollection(torch.nn.Module):
         quantized = [isinstance(bag, QuantizedEmbeddingBag) for bag in bags]
         dtypes = [bag.dtype if isinstance(bag, QuantizedEmbeddingBag) else bag.weight.dtype for bag in bags]
         scales = [bag.scale_bias if isinstance(bag, QuantizedEmbeddingBag) else self._empty for bag in bags]
-        exponents = [bag.host_exponent() if isinstance(bag, QuantizedEmbeddingBag) else None for bag in bags]
+        exponents = [bag.exponent_mark() if isinstance(bag, QuantizedEmbeddingBag) else None for bag in bags]
         return _Operands(
             [bag.weight for bag in bags],
             scales if any(quantized) else [],
@@ -269,7 +269,8 @@ class EmbeddingBagCollection(torch.nn.Module):
             else bag._buffers.get("weight") is weight
             and bag._buffers["scale_bias"] is scale
             and bag.dtype is dtype
-            and bag.host_exponent() == exponent
+            and bag._buffers["exponent"] is exponent[0]
+            and exponent[0]._version == exponent[1]
             for bag, weight, scale, dtype, exponent in parts
         ]
 

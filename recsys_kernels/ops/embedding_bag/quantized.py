@@ -89,12 +89,19 @@ class _Quantized(torch.nn.Module):
         buffer = self._buffers["exponent"]
         assert buffer is not None
         known, version, value = self._seen_exponent
-        inference = buffer.is_inference()
-        if known is buffer and not inference and buffer._version == version:
-            return value
-        value = int(buffer)
-        self._seen_exponent = (buffer, 0 if inference else buffer._version, value)
+        if known is not buffer or buffer.is_inference() or buffer._version != version:
+            buffer, version = self.exponent_mark()
+            value = int(buffer)
+            self._seen_exponent = (buffer, version, value)
         return value
+
+    def exponent_mark(self) -> tuple[torch.Tensor, int]:
+        """The buffer ``exponent`` and its version, by which a change can be seen later."""
+        if not torch.compiler.is_compiling() and self.exponent.is_inference():
+            # An inference tensor has no version.
+            with torch.inference_mode(False):
+                self.exponent = self.exponent.clone()
+        return self.exponent, 0 if torch.compiler.is_compiling() else self.exponent._version
 
     @property
     def table(self) -> QuantizedTable:

@@ -73,6 +73,11 @@ def _alignment(*tables: torch.Tensor) -> int:
     return unit
 
 
+def _near_columns(table: torch.Tensor) -> torch.Tensor:
+    """The table, copied if its columns stand so far apart (a transposed one) that their distance exceeds 32 bits."""
+    return table if table.stride(1) * table.shape[1] < 1 << 31 else table.contiguous()
+
+
 class _Bags(NamedTuple):
     """Checked arguments; what is absent is stood in for by ``indices``, which is then not read."""
 
@@ -220,6 +225,7 @@ def embedding_bag(
 ) -> torch.Tensor:
     """Lookup and pooling over one float table; sums in float32 (float64 tables: float64)."""
     _check_float(weight.dtype, "weight")
+    weight = _near_columns(weight)
     bags = _bags(weight.device, indices, offsets, per_sample_weights, include_last_offset)
     out = weight.new_empty(bags.num_bags, weight.shape[1])
     return _pool_table(out, weight, None, bags, mode, padding_idx)
@@ -274,6 +280,7 @@ def embedding_bag_max(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Max pooling and the row that each column came from (the first of equals; -1 for an empty bag)."""
     _check_float(weight.dtype, "weight")
+    weight = _near_columns(weight)
     bags = _bags(weight.device, indices, offsets, None, include_last_offset)
     out = weight.new_empty(bags.num_bags, weight.shape[1])
     argmax = torch.empty_like(out, dtype=torch.int64)
@@ -380,6 +387,7 @@ def embedding_bag_weights_backward(
     """Gradient of per_sample_weights, of the shape of ``indices``; zero for padding."""
     _check_not_max(mode)
     _check_float(weight.dtype, "weight")
+    weight = _near_columns(weight)
     _check_float(grad.dtype, "grad")
     _check_device(weight.device, grad=grad)
     bags = _bags(weight.device, indices, offsets, None, include_last_offset)
