@@ -3,11 +3,26 @@
 from __future__ import annotations
 
 import ctypes
+import struct
 from pathlib import Path
 
 import torch
 
 ISA_LEVELS = ("generic", "avx2", "avx512", "avx512_vnni")
+
+
+def _truncated(path: Path) -> bool:
+    """Whether a 64-bit ELF file ends before its section headers, which linkers put last.
+
+    The loader maps such a file without complaint, and the process dies of SIGBUS where the pages are missing.
+    """
+    with path.open("rb") as file:
+        header = file.read(64)
+    if len(header) < 64 or not header.startswith(b"\x7fELF\x02\x01"):
+        return False  # not such a file: the loader says what is wrong with it
+    (offset,) = struct.unpack_from("<q", header, 0x28)
+    size, count = struct.unpack_from("<HH", header, 0x3A)
+    return bool(offset + size * count > path.stat().st_size)
 
 
 class NativeLibrary:
@@ -28,13 +43,18 @@ class NativeLibrary:
         here = Path(__file__).parent
         found = [path for path in (here / "_C.so", here / "_C.dylib") if path.exists()]
         if not found:
-            self.reason = "not built: no C++ compiler was found when recsys_kernels was installed"
+            self.reason = (
+                "not built (no C++ compiler when recsys_kernels was installed, or a platform without native kernels)"
+            )
             return
         try:
+            if _truncated(found[0]):
+                raise OSError("the file is truncated")
             torch.ops.load_library(str(found[0]))
             self._functions = ctypes.CDLL(str(found[0]))
         except (OSError, RuntimeError) as error:
-            self.reason = f"{found[0].name} does not load: {error}"
+            # torch's own message only names the file; what the loader said is the cause.
+            self.reason = f"{found[0].name} does not load: {error.__cause__ or error}"
             return
         self.path = found[0]
 
