@@ -8,6 +8,7 @@ import importlib.util
 import os
 import platform
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -55,14 +56,26 @@ def torch_root() -> Path | None:
 
 
 def compiler() -> str | None:
-    """The C++ compiler of the environment, or None."""
-    commands = [os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "c++", "clang++"]
-    # A command can have several words: "ccache g++".
-    return next((command for command in commands if shutil.which(command.split()[0])), None)
+    """The C++ compiler that CXX names, whether it exists or not; else the first one on the PATH, or None."""
+    return os.environ.get("CXX", "").strip() or next(filter(shutil.which, ["g++", "c++", "clang++"]), None)
+
+
+def builds_kernels() -> bool:
+    return sys.platform != "win32" and compiler() is not None
 
 
 def levels() -> dict[str, list[str]]:
     return X86_LEVELS if platform.machine().lower() in ("x86_64", "amd64") else {"generic": []}
+
+
+def ninja_path(path: Path) -> str:
+    """A path in a build statement of ninja."""
+    return re.sub(r"([$ :])", r"$\1", str(path))
+
+
+def ninja_argument(argument: str) -> str:
+    """One argument of a command, which ninja hands to a shell."""
+    return shlex.quote(argument).replace("$", "$$")
 
 
 def ninja_file(cxx: str, torch_dir: Path, target: Path, extra: list[str]) -> str:
@@ -71,8 +84,9 @@ def ninja_file(cxx: str, torch_dir: Path, target: Path, extra: list[str]) -> str
     if sys.platform == "darwin":
         link = "-dynamiclib -undefined dynamic_lookup"
     else:
-        link = f"-shared -L{lib} -Wl,--no-as-needed -ltorch -ltorch_cpu -Wl,--exclude-libs,ALL"
-    includes = [f"-I{ROOT / 'csrc'}", f"-isystem {torch_dir / 'include'}"]
+        link = f"-shared {ninja_argument(f'-L{lib}')} -Wl,--no-as-needed -ltorch -ltorch_cpu -Wl,--exclude-libs,ALL"
+    includes = [ninja_argument(f"-I{ROOT / 'csrc'}"), "-isystem", ninja_argument(str(torch_dir / "include"))]
+    cxx = cxx.replace("$", "$$")
     highest = f"-DRK_HIGHEST_ISA={len(levels()) - 1}"
     flags = " ".join([*COMMON_FLAGS, *DEFINES, highest, *includes, *extra])
     lines = [
@@ -89,7 +103,7 @@ def ninja_file(cxx: str, torch_dir: Path, target: Path, extra: list[str]) -> str
 
     def add(source: Path, suffix: str = "", flags: str = "") -> None:
         out = f"{source.relative_to(ROOT / 'csrc').with_suffix('').as_posix().replace('/', '_')}{suffix}.o"
-        lines.extend([f"build {out}: cxx {source}", f"  flags = {flags}"])
+        lines.extend([f"build {out}: cxx {ninja_path(source)}", f"  flags = {flags}"])
         objects.append(out)
 
     for source in sorted((ROOT / "csrc").glob("*/*.cpp")):
@@ -98,7 +112,7 @@ def ninja_file(cxx: str, torch_dir: Path, target: Path, extra: list[str]) -> str
                 add(source, f"_{name}", " ".join([f"-DRK_ISA={name}", *KERNEL_FLAGS, *isa_flags]))
         else:
             add(source)
-    lines.extend([f"build {target}: link {' '.join(objects)}", ""])
+    lines.extend([f"build {ninja_path(target)}: link {' '.join(objects)}", ""])
     return "\n".join(lines)
 
 
@@ -119,10 +133,17 @@ class BuildNative(build_ext):
 
     def build_extension(self, ext: Extension) -> None:
         cxx = compiler()
-        if cxx is None or sys.platform == "win32":
-            reason = "no C++ compiler found" if cxx is None else "native kernels are not built on Windows"
+        if cxx is None or not builds_kernels():
+            windows = sys.platform == "win32"
+            reason = "native kernels are not built on Windows" if windows else "no C++ compiler found"
             self.warn(f"recsys_kernels: {reason}; installing without native kernels (references will be used)")
             return
+        # A command can have several words: "ccache g++".
+        if not shutil.which(shlex.split(cxx)[0]):
+            sys.exit(f"recsys_kernels: the C++ compiler that CXX names does not exist: {cxx}")
+        ninja = shutil.which("ninja") or shutil.which("ninja", path=sysconfig.get_path("scripts"))
+        if ninja is None:
+            sys.exit("recsys_kernels: ninja was not found, which runs the compiler; run `pip install ninja` first")
         torch_dir = torch_root()
         if torch_dir is None:
             sys.exit(f"recsys_kernels: torch's headers were not found; run `pip install {TORCH_REQUIREMENT}` first")
@@ -137,7 +158,6 @@ class BuildNative(build_ext):
         sanitizers = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-Og", "-g1"]
         extra = sanitizers if self.sanitize else []
         (work / "build.ninja").write_text(ninja_file(cxx, torch_dir, target, extra))
-        ninja = shutil.which("ninja") or str(Path(sysconfig.get_path("scripts")) / "ninja")
         if subprocess.run([ninja, "-C", str(work)]).returncode:
             sys.exit("recsys_kernels: compiling the native kernels failed; the compiler's message is above")
 
@@ -159,7 +179,10 @@ class PlatformWheel(bdist_wheel):
     """One wheel for every Python 3: `py3-none-<platform>`, or `py3-none-any` when nothing was compiled."""
 
     def get_tag(self) -> tuple[str, str, str]:
-        return "py3", "none", super().get_tag()[2] if compiler() else "any"
+        if not builds_kernels():
+            return "py3", "none", "any"
+        # A Python for both kinds of Macs does not make the compiler build for both.
+        return "py3", "none", super().get_tag()[2].replace("universal2", platform.machine())
 
 
 setup(
@@ -173,5 +196,5 @@ setup(
     ],
     cmdclass={"build_ext": BuildNative, "bdist_wheel": PlatformWheel},
     # Only asked for when the target environment has no torch; brings one into the build.
-    setup_requires=[TORCH_REQUIREMENT] if compiler() and torch_root() is None else [],
+    setup_requires=[TORCH_REQUIREMENT] if builds_kernels() and torch_root() is None else [],
 )

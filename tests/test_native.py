@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import sysconfig
 import zipfile
 from pathlib import Path
 
@@ -218,22 +219,84 @@ def test_wheel_serves_every_python(build: Path) -> None:
     assert "recsys-kernels = recsys_kernels.cli:main" in entry_points
 
 
-def test_without_a_compiler_the_build_says_so(tmp_path: Path) -> None:
-    environment = {**os.environ, "CXX": "no-such-compiler"}
+def build_without(name: str, tmp_path: Path, *command: str | Path, **environment: str) -> str:
+    """Runs setup.py where PATH and the interpreter's scripts hold a compiler and ninja, but for the one named."""
+    checked(sys.executable, "-m", "venv", "--without-pip", tmp_path / "venv")
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    for tool in {"g++", "ninja"} - {name}:
+        (tools / tool).symlink_to(shutil.which(tool) or "/nowhere")
+    # setuptools and torch come from here; scripts do not.
+    libraries = os.pathsep.join(dict.fromkeys((sysconfig.get_path("purelib"), sysconfig.get_path("platlib"))))
+    clean = {key: value for key, value in os.environ.items() if key != "CXX"}
     done = run(
-        *(sys.executable, "setup.py", "-q", "egg_info", "--egg-base", tmp_path),
-        *("build", "--build-base", tmp_path / "build", "bdist_wheel", "--dist-dir", tmp_path),
-        *("--bdist-dir", tmp_path / "bdist"),
+        *(tmp_path / "venv" / "bin" / "python", "setup.py", "-q", "egg_info", "--egg-base", tmp_path),
+        *("build", "--build-base", tmp_path / "build", *command),
         cwd=ROOT,
-        env=environment,
+        env={**clean, "PATH": str(tools), "PYTHONPATH": libraries, **environment},
     )
-    assert done.returncode == 0, done.stderr
-    said = [line for line in (done.stdout + done.stderr).splitlines() if "no C++ compiler found" in line]
+    assert not list((tmp_path / "build").rglob("*.so"))
+    return f"exit status {done.returncode}\n{done.stdout}\n{done.stderr}"
+
+
+def test_without_a_compiler_the_build_says_so(tmp_path: Path) -> None:
+    wheel_options = ("bdist_wheel", "--dist-dir", tmp_path, "--bdist-dir", tmp_path / "bdist")
+    output = build_without("g++", tmp_path, *wheel_options)
+    assert output.startswith("exit status 0\n"), output
+    said = [line for line in output.splitlines() if "no C++ compiler found" in line]
     assert len(set(said)) == 1
     assert "references will be used" in said[0]
-    assert not list(tmp_path.rglob("*.so"))
     (wheel,) = tmp_path.glob("*.whl")
     assert wheel.name.endswith("-py3-none-any.whl")
+
+
+def test_compiler_that_was_asked_for_but_does_not_exist_is_an_error(tmp_path: Path) -> None:
+    output = build_without("", tmp_path, CXX="ccache-of-mine g++")
+    assert output.startswith("exit status 1\n"), output
+    assert "recsys_kernels: the C++ compiler that CXX names does not exist: ccache-of-mine g++" in output
+
+
+def test_without_ninja_the_build_says_what_to_install(tmp_path: Path) -> None:
+    output = build_without("ninja", tmp_path)
+    assert output.startswith("exit status 1\n"), output
+    assert "recsys_kernels: ninja was not found" in output
+    assert "pip install ninja" in output
+    assert "Traceback" not in output
+
+
+def test_checkout_may_have_any_name(tmp_path: Path) -> None:
+    """Folders' names with what ninja and shells treat in their own ways."""
+    root = tmp_path / "it's a $HOME: (of mine)"
+    root.mkdir()
+    shutil.copytree(PACKAGE, root / "recsys_kernels", ignore=shutil.ignore_patterns("_C.*", "__pycache__"))
+    # The kernels of all levels take long to compile, and their paths are like those of the others.
+    shutil.copytree(ROOT / "csrc", root / "csrc", ignore=shutil.ignore_patterns("kernel.cpp"))
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, root)
+    command = (sys.executable, "setup.py", "build_ext", "--inplace")
+    checked(*command, cwd=root)
+    assert (root / "recsys_kernels" / "_C.so").exists()
+    assert "no work to do" in checked(*command, cwd=root)
+    (root / "csrc" / "common" / "isa.h").touch()
+    assert "no work to do" not in checked(*command, cwd=root), "ninja did not learn which headers were read"
+
+
+@pytest.mark.parametrize(
+    ("system", "machine", "tag"),
+    [("win32", "AMD64", "any"), ("darwin", "arm64", "macosx_11_0_arm64"), ("darwin", "x86_64", "macosx_11_0_x86_64")],
+)
+def test_wheel_is_named_after_what_is_built(system: str, machine: str, tag: str) -> None:
+    script = f"""
+import platform, sys
+from setuptools.command.bdist_wheel import bdist_wheel
+from distutils.core import run_setup
+distribution = run_setup("setup.py", stop_after="init")
+bdist_wheel.get_tag = lambda self: ("cp312", "cp312", "macosx_11_0_universal2")
+sys.platform, platform.machine = {system!r}, lambda: {machine!r}
+print(*distribution.get_command_obj("bdist_wheel").get_tag())
+"""
+    printed = checked(sys.executable, "-c", script, cwd=ROOT, env={**os.environ, "CXX": compiler()})
+    assert printed.split() == ["py3", "none", tag]
 
 
 def test_failing_compiler_is_an_error(tmp_path: Path) -> None:
