@@ -205,7 +205,7 @@ def test_wheel_serves_every_python(build: Path) -> None:
         tags = email.message_from_bytes(archive.read(wheel_name))
         (entry_points,) = [archive.read(name).decode() for name in names if name.endswith("entry_points.txt")]
     assert [name for name in names if name.endswith((".so", ".pyd"))] == ["recsys_kernels/_C.so"]
-    assert "recsys_kernels/py.typed" in names
+    assert {"recsys_kernels/py.typed", "recsys_kernels/compress/report.html"} <= set(names)
     assert not [name for name in names if name.startswith(("tests", "bench", "csrc"))]
     for source in PACKAGE.rglob("*.py"):
         assert source.relative_to(PACKAGE.parent).as_posix() in names
@@ -215,8 +215,16 @@ def test_wheel_serves_every_python(build: Path) -> None:
     core = {re.match(r"[\w.-]+", line)[0] for line in required if "extra ==" not in line}  # type: ignore[index]
     assert core == {"torch", "numpy"}
     assert set(metadata.get_all("Provides-Extra") or []) >= {"demo", "triton", "test", "bench"}
+    assert metadata["Version"] == rk.__version__
     assert metadata["Requires-Python"] == ">=3.10"
     assert "recsys-kernels = recsys_kernels.cli:main" in entry_points
+
+
+def test_version_is_read_without_torch(tmp_path: Path) -> None:
+    """As in pip's isolated builds, which have no torch."""
+    (tmp_path / "torch.py").write_text("raise ImportError('no torch here')")
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    assert checked(sys.executable, "setup.py", "--version", cwd=ROOT, env=environment).split()[-1] == rk.__version__
 
 
 def build_without(name: str, tmp_path: Path, *command: str | Path, **environment: str) -> str:
