@@ -28,13 +28,12 @@ class Tolerance:
 
 # Against float64 results rounded to the type, over all samples, ISA levels and backends.
 TOLERANCES = {
-    torch.float64: Tolerance(1e-14, 4.0e-16),
-    # Forward of float tables: 5e-7. Gradients of a row that occurs hundreds of times and int4 sums, whose parts cancel,
-    # are the worst.
-    torch.float32: Tolerance(6e-6, 4.4e-6),
+    torch.float64: Tolerance(1e-14, 2.3e-15),
+    # Lookups: 1.4e-6; the gradient of a row that occurs hundreds of times is the worst.
+    torch.float32: Tolerance(6e-6, 3.9e-6),
     # Sums are taken in float32 and rounded once: half a unit in the last place, 2^-11 and 2^-8.
     torch.float16: Tolerance(1e-3, 4.9e-4),
-    torch.bfloat16: Tolerance(8e-3, 3.9e-3),
+    torch.bfloat16: Tolerance(8e-3, 5.0e-3),
 }
 
 
@@ -109,7 +108,7 @@ class BagSample:
 
 # One column, below and above one vector of every level, two to sixteen of them, and more than registers hold.
 WIDTHS = (1, 2, 3, 7, 8, 15, 16, 17, 31, 33, 50, 64, 100, 127, 128, 200, 255, 256, 257, 300, 515)
-_SMALL_WIDTHS = (1, 5, 16, 33)
+_SMALL_WIDTHS = (1, 7, 16, 33)
 
 
 def _base_samples(dtype: torch.dtype, rng: torch.Generator) -> Iterator[BagSample]:
@@ -137,6 +136,7 @@ def _base_samples(dtype: torch.dtype, rng: torch.Generator) -> Iterator[BagSampl
     yield BagSample("long-bag", table(300, 36), ids(300, 1000), torch.tensor([0, 1, 999]))
     yield BagSample("many-bags", table(300, 8), ids(300, 999), torch.arange(0, 999, 3))
     yield BagSample("strided-table", table(30, 40)[::2, 3:33], ids(15, 40), offsets)
+    yield BagSample("no-columns", table(16, 32)[:, :0], ids(16, 40), offsets)
     yield BagSample("transposed-table", table(20, 15).t(), ids(15, 40), offsets)
     yield BagSample("strided-indices", table(30, 20), ids(30, 80)[::2], offsets.repeat_interleave(2)[::2])
     yield BagSample("transposed-matrix", table(30, 20), ids(30, 7, 5).t(), None)

@@ -95,3 +95,11 @@ class EmbeddingBag(torch.nn.EmbeddingBag):
         # Copies and loaded modules, too, come on 4 KiB pages.
         super().__setstate__(state)
         memory.use_huge_pages(self.weight)
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        # torch would cast the integers of a quantized table to floats, and without strict loading nobody would know.
+        given = state_dict.get(prefix + "weight")
+        if isinstance(given, torch.Tensor) and not given.is_floating_point():
+            args[-1].append(f"{prefix}weight must hold floats, but is {given.dtype} in the state_dict")
+            return
+        super()._load_from_state_dict(state_dict, prefix, *args)

@@ -218,7 +218,8 @@ class QuantizedEmbeddingBag(_Quantized):
 
     Each row has a scale and a bias of its own (row-wise asymmetric quantization, as in FBGEMM and in Guan et al.,
     "Post-Training 4-bit Quantization on Embedding Tables", 2019), kept as float16 relative to a power of two for the
-    whole table. The error of an element is at most half a step of its row: range / 510 (int8) or / 30 (int4).
+    whole table. The error of an element is at most half a step of its row: range / 510 (int8) or / 30 (int4), and a
+    little more where a row's values lie far from zero for their range, as the bias has the 11 bits of a float16.
 
     ``weight`` holds integers: code that reads the ``weight`` of an embedding as floats can't use this module.
 
@@ -255,9 +256,12 @@ class QuantizedEmbeddingBag(_Quantized):
         """Quantizes a float bag, without a second float copy of its table. The bag itself is not changed.
 
         Raises:
+            TypeError: not such a module.
             ValueError: ``bits`` is not 8 or 4, or a row holds NaN or infinity (named).
             NotImplementedError: the bag has ``max_norm``, which would change rows at every lookup.
         """
+        if not isinstance(bag, torch.nn.EmbeddingBag):
+            raise TypeError(f"bag must be a torch.nn.EmbeddingBag, but is a {type(bag).__name__}")
         if bag.max_norm is not None:
             raise NotImplementedError("a bag with max_norm changes its rows at every lookup and can't be quantized")
         weight = bag.weight
@@ -326,9 +330,12 @@ class QuantizedEmbedding(_Quantized):
         """Quantizes a float embedding, without a second float copy of its table.
 
         Raises:
+            TypeError: not such a module.
             ValueError: ``bits`` is not 8 or 4, or a row holds NaN or infinity (named).
             NotImplementedError: the embedding has ``max_norm``.
         """
+        if not isinstance(embedding, torch.nn.Embedding):
+            raise TypeError(f"embedding must be a torch.nn.Embedding, but is a {type(embedding).__name__}")
         if embedding.max_norm is not None:
             raise NotImplementedError("an embedding with max_norm changes its rows at every lookup")
         weight = embedding.weight
