@@ -55,6 +55,7 @@ class Lookahead {
         scale_bias_stride_ = t.scale_bias_stride;
       }
     }
+    if (bytes_ < 1) bytes_ = 1;  // a table without columns
     // The rest of a long row is a stream that the hardware sees.
     if (bytes_ > max_row_bytes) bytes_ = max_row_bytes;
     // The most lines that a row can touch, given how its address is aligned: all but the last are prefetched
@@ -62,7 +63,6 @@ class Lookahead {
     const uintptr_t address = reinterpret_cast<uintptr_t>(t.rows) | static_cast<uintptr_t>(t.row_stride) | 64;
     const int64_t alignment = static_cast<int64_t>(address & (~address + 1));
     lines_ = (64 - alignment + bytes_ + 63) / 64;
-    if (lines_ < 1) lines_ = 1;  // a table without columns
     // Far enough that a row has arrived when it is needed, near enough that L2 still holds it.
     const int64_t by_bytes = max_bytes / (lines_ * 64);
     const int64_t distance = by_bytes < min_rows ? min_rows : by_bytes > max_rows ? max_rows : by_bytes;
