@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import platform
 import time
 from collections.abc import Callable
@@ -11,6 +12,8 @@ from typing import Any
 
 import torch
 
+from recsys_kernels import __version__, _backends
+from recsys_kernels._native import native
 from recsys_kernels.data.examples import Dataset
 from recsys_kernels.data.load import load_dataset
 from recsys_kernels.models.dlrm import DLRM, DLRMConfig
@@ -54,6 +57,7 @@ class JobResult:
         models: name -> model; `BASELINE` and every variant.
         epochs: the training's progress.
         quality: test quality by model name.
+        without_tables: test quality of the uncompressed model with every table zeroed: what the tables are worth.
         validation: validation AUC by model name, which `chosen` goes by.
         cost: cost of the trained models by name.
         grown: cost with tables of `settings.rows` rows, random weights; empty if not asked for.
@@ -66,6 +70,7 @@ class JobResult:
     models: dict[str, Any]
     epochs: list[Epoch]
     quality: dict[str, Quality]
+    without_tables: Quality
     validation: dict[str, float]
     cost: dict[str, Cost]
     grown: dict[str, Cost]
@@ -127,12 +132,22 @@ def _run(settings: JobSettings, clock: _Clock, on_step: Callable[[int, int], Non
         models=models,
         epochs=epochs,
         quality=quality,
+        without_tables=evaluate(_without_tables(model), data, "test"),
         validation=validation,
         cost=cost,
         grown=grown,
         chosen=_choose(validation, cost),
         seconds=clock.finish(),
     )
+
+
+def _without_tables(model: DLRM) -> DLRM:
+    """The model with zeros in every table, to see how much of its quality the tables carry."""
+    copied = copy.deepcopy(model)
+    with torch.no_grad():
+        for weight in copied.embeddings.parameters():
+            weight.zero_()
+    return copied
 
 
 def to_json(result: JobResult) -> dict[str, Any]:
@@ -165,6 +180,7 @@ def to_json(result: JobResult) -> dict[str, Any]:
         "auc_tolerance": TOLERANCE,
         "chosen": result.chosen,
         "variants": variants,
+        "without_tables": asdict(result.without_tables),
         "seconds": result.seconds,
         "machine": machine(),
     }
@@ -178,7 +194,15 @@ def machine() -> dict[str, str]:
         name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), name)
     except OSError:
         pass
-    return {"cpu": name, "system": platform.system(), "python": platform.python_version(), "torch": torch.__version__}
+    return {
+        "cpu": name,
+        "system": platform.system(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "recsys_kernels": __version__,
+        "backend": _backends.chosen("embedding_bag_collection", "cpu"),
+        "isa": native.isa() or "none",
+    }
 
 
 def _grown_cost(config: DLRMConfig, data: Dataset, settings: JobSettings, clock: _Clock) -> dict[str, Cost]:

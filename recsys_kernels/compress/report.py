@@ -61,6 +61,8 @@ def render(report: dict[str, Any], folder: Path, example: str) -> str:
         unit=unit,
         size=lambda count: f"{count / scale:,.{0 if unit == 'kB' else 1}f}",
         micros=lambda value: f"{value:,.0f}" if value >= 100 else f"{value:.1f}",
+        worth=report["variants"][0]["auc"] - report["without_tables"]["auc"],
+        online="user_mean" in report["data"]["dense"],
         saved=report["saved"],
         saved_title=saved["title"],
         plots={
@@ -125,6 +127,7 @@ def _setup(report: dict[str, Any]) -> list[tuple[str, str]]:
         ("Training", f"epochs: {report['training']['epochs']}, seed: {report['training']['seed']}"),
         ("Timing", f"one process, forms in turn on the same batches, threads: {report['threads']}"),
         ("Machine", f"{machine['cpu']}, {machine['system']}, torch {machine['torch']}"),
+        ("Kernels", f"recsys_kernels {machine['recsys_kernels']}, {machine['backend']}, ISA level {machine['isa']}"),
         ("Whole run", f"{report['seconds']['total']:.0f} s"),
     ]
 

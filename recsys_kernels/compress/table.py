@@ -15,7 +15,8 @@ def summary(result: JobResult) -> Group:
     rows = result.data.rows("test")
     quality = Table(
         title=f"{result.data.name}: quality on {len(rows):,} later examples, and size",
-        caption="AUC: higher is better; log loss: lower is better",
+        caption="AUC: higher is better; log loss: lower is better\n"
+        f"with every table zeroed the AUC is {result.without_tables.auc:.4f}: what the tables are worth",
     )
     for name in ("form of the model", "AUC", "change", "log loss", "tables, kB", "all, kB"):
         quality.add_column(name, justify="left" if name == "form of the model" else "right")

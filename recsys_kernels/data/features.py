@@ -105,15 +105,14 @@ def _dense_fields(log: RatingLog, train: slice) -> dict[str, np.ndarray]:
     # What the user's ratings say beyond the items' own level: a strict rater of good films is still strict.
     beyond = residual - item_mean
     _, user_beyond = past_counts(log.users, times, beyond)
-    _, item_beyond = past_counts(log.items, times, residual - user_mean)
     fields = {
         "user_mean": user_mean + overall,
         "user_count": user_count,
         "user_bias": user_beyond / (user_count + PRIOR),
         "user_days": (times - first_time(log.users, times)) / _DAY,
-        "item_mean": item_mean + overall,
+        # Not the item's mean rating: with it the model hardly needs its tables (with all of them zeroed the test AUC on
+        # MovieLens 100k fell from 0.765 to 0.763; without it from 0.757 to 0.708), and compressing them shows nothing.
         "item_count": item_count,
-        "item_bias": item_beyond / (item_count + PRIOR),
     }
     if log.genres is not None:
         fields["genre_bias"] = _genre_bias(log, beyond)
