@@ -130,6 +130,10 @@ BAD: dict[str, tuple[Callable[[Path], list[object]], str]] = {
     "too many threads": (lambda folder: ["--threads", 10**6], r"this machine has \d+ cores"),
     "too wide": (lambda folder: ["--data", folder, "--dim", 10**13], "not enough memory"),
     "too few left": (lambda folder: ["--data", folder, "--limit", 2], "cannot be split by time"),
+    "out is empty": (lambda folder: ["--out", ""], "--out: is empty; name a folder"),
+    "out is the current folder": (lambda folder: ["--out", "."], r"\.: is the current folder"),
+    "out is the current folder's name": (lambda folder: ["--out", Path.cwd()], "is the current folder"),
+    "out is a mount point": (lambda folder: ["--out", "/"], "/: is a mount point.*name a folder inside it"),
     "out under a file": (lambda folder: ["--out", folder / "u.data" / "out"], "u.data"),
 }
 
@@ -277,7 +281,9 @@ def test_grown_ids_are_skewed_and_in_range() -> None:
 def test_movielens_keeps_its_auc() -> None:
     result = job.run(job.JobSettings(training=TrainSettings(epochs=2)))
     assert len(result.data) == 100_000
-    assert result.quality[BASELINE].auc > 0.755
+    assert result.quality[BASELINE].auc > 0.735
+    # The tables matter, or keeping the AUC would say nothing about them.
+    assert result.quality[BASELINE].auc - result.without_tables.auc > 0.02
     assert abs(result.auc_change("fp32")) < 1e-5
     assert abs(result.auc_change("int8")) < 0.001
     assert result.chosen in ("int8", "int4")
