@@ -102,9 +102,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     cost.add_argument("--threads", type=_positive, default=1, metavar="N", help="torch threads (default: 1)")
     out = compress.add_argument_group("output")
-    out.add_argument(
-        "--out", type=Path, metavar="DIR", help="write report.html, report.json, overview.png and the model here"
-    )
+    out.add_argument("--out", metavar="DIR", help="write report.html, report.json, overview.png and the model here")
     out.add_argument(
         "--save",
         metavar="FORM",
@@ -153,14 +151,17 @@ def _compress(options: argparse.Namespace) -> int:
         return _fail("--save: needs --out DIR")
     if options.threads > (os.cpu_count() or 1):
         return _fail(f"--threads {options.threads}: this machine has {os.cpu_count()} cores")
+    if options.out == "":
+        return _fail("--out: is empty; name a folder")
+    out = None if options.out is None else Path(options.out)
     try:
-        if options.out is not None:
-            models.files.check_out(options.out, report.FILES)
+        if out is not None:
+            models.files.check_out(out, report.FILES)
         result = _run_with_progress(_settings(options))
         _print_table(table.summary(result))
-        if options.out is not None:
-            report.write_report(result, options.out, options.save or result.chosen)
-            print(f"report: {options.out / report.PAGE}")
+        if out is not None:
+            report.write_report(result, out, options.save or result.chosen)
+            print(f"report: {out / report.PAGE}")
     except data.DataError as error:
         return _fail(str(error))
     except (MemoryError, RuntimeError) as error:

@@ -258,6 +258,41 @@ def test_a_folder_with_other_files_is_left_alone(tmp_path: Path) -> None:
     assert (tmp_path / "thesis.txt").read_text() == "precious"
 
 
+@pytest.mark.parametrize("part", ["out", "."])
+def test_a_folder_without_write_permission_is_refused_at_once(
+    part: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "out").mkdir()
+    locked = (tmp_path / part).resolve()
+    # Not by chmod: an administrator may write anywhere.
+    monkeypatch.setattr(files.os, "access", lambda path, mode: Path(path) != locked)
+    with pytest.raises(PermissionError, match="no permission to write") as caught:
+        files.check_out(tmp_path / "out", OURS)
+    assert caught.value.filename == str(locked)
+
+
+def test_what_a_link_leads_to_is_replaced(tmp_path: Path) -> None:
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "disk" / "out")
+    for text in ("first", "second"):
+        with files.new_folder(tmp_path / "link", OURS) as scratch:
+            (scratch / files.CONFIG).write_text(text)
+        assert (tmp_path / "link").is_symlink()
+        assert (tmp_path / "disk" / "out" / files.CONFIG).read_text() == text
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    with pytest.raises(OSError, match="loop"):
+        files.check_out(tmp_path / "loop", OURS)
+
+
+def test_the_current_folder_is_refused_under_any_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "here").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "here")
+    monkeypatch.chdir(tmp_path / "here")
+    for name in (".", "../here", "../link", tmp_path / "here"):
+        with pytest.raises(OSError, match="is the current folder"):
+            files.check_out(Path(name), OURS)
+
+
 def test_disk_full_while_writing_weights_is_an_oserror(
     data: Dataset, model: DLRM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

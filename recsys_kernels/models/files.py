@@ -107,7 +107,7 @@ def load_model(folder: str | os.PathLike[str]) -> RankingModel:
         >>> model = rk.load_model("out")                                           # doctest: +SKIP
         >>> model.predict([                                                        # doctest: +SKIP
         ...     {"user": "196", "item": "242", "gender": "M", "genres": ["Comedy"],
-        ...      "liked_items": ["302", "377"], "user_mean": 3.6, "item_mean": 4.0, "item_count": 117}
+        ...      "liked_items": ["302", "377"], "user_mean": 3.6, "item_count": 117}
         ... ])
         tensor([0.71])
     """
@@ -131,16 +131,40 @@ def load_model(folder: str | os.PathLike[str]) -> RankingModel:
 
 
 def check_out(folder: Path, ours: frozenset[str]) -> None:
-    """Raises OSError if `new_folder` could not put a folder there without losing somebody's files."""
-    if folder.exists():
-        if not folder.is_dir():
-            raise NotADirectoryError(errno.ENOTDIR, "is not a folder", str(folder))
-        foreign = sorted(entry.name for entry in folder.iterdir() if entry.name not in ours)
-        if foreign:
-            raise FileExistsError(errno.EEXIST, f"holds other files ({foreign[0]}); name a new folder", str(folder))
-    folder.absolute().parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.absolute().parent, prefix=f".{folder.name}-"):
+    """Raises OSError if `new_folder` could not put a folder there without losing somebody's files.
+
+    A folder is replaced by renaming, so it must be one that can be renamed: not the current folder (whoever
+    stands in it would be left in the old one) and not a mount point.
+    """
+    place = _place(folder)
+    if place.exists():
+        _check_replaceable(place, folder, ours)
+    elif place.is_symlink():  # links that lead to each other
+        raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), str(folder))
+    place.parent.mkdir(parents=True, exist_ok=True)
+    if not os.access(place.parent, os.W_OK | os.X_OK):
+        raise PermissionError(errno.EACCES, "no permission to write into this folder", str(place.parent))
+    with tempfile.TemporaryDirectory(dir=place.parent, prefix=f".{place.name}-"):
         pass
+
+
+def _place(folder: Path) -> Path:
+    """Where a folder really is: what a link leads to is replaced, not the link."""
+    return Path(os.path.realpath(folder))
+
+
+def _check_replaceable(place: Path, folder: Path, ours: frozenset[str]) -> None:
+    if not place.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, "is not a folder", str(folder))
+    if os.path.ismount(place):
+        raise OSError(errno.EBUSY, "is a mount point, which cannot be replaced; name a folder inside it", str(folder))
+    if os.path.samefile(place, os.curdir):
+        raise OSError(errno.EBUSY, "is the current folder, which cannot be replaced; name another one", str(folder))
+    if not os.access(place, os.R_OK | os.W_OK | os.X_OK):
+        raise PermissionError(errno.EACCES, "no permission to write into this folder", str(folder))
+    foreign = sorted(entry.name for entry in place.iterdir() if entry.name not in ours)
+    if foreign:
+        raise FileExistsError(errno.EEXIST, f"holds other files ({foreign[0]}); name a new folder", str(folder))
 
 
 @contextmanager
@@ -155,8 +179,8 @@ def new_folder(folder: Path, ours: frozenset[str]) -> Iterator[Path]:
         OSError: see `check_out`; and whatever the block raises, after which `folder` is as it was.
     """
     check_out(folder, ours)
-    parent = folder.absolute().parent
-    scratch = Path(tempfile.mkdtemp(dir=parent, prefix=f".{folder.name}-"))
+    place = _place(folder)
+    scratch = Path(tempfile.mkdtemp(dir=place.parent, prefix=f".{place.name}-"))
     try:
         made = scratch / "new"
         made.mkdir()
@@ -164,7 +188,7 @@ def new_folder(folder: Path, ours: frozenset[str]) -> Iterator[Path]:
         for path in made.iterdir():
             with open(path, "rb") as file:
                 os.fsync(file.fileno())
-        _replace(made, folder, scratch / "old")
+        _replace(made, place, scratch / "old")
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 
