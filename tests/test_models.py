@@ -7,8 +7,10 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from sklearn.metrics import roc_auc_score
@@ -17,8 +19,18 @@ from torch import nn
 
 import recsys_kernels as rk
 from recsys_kernels.compress.variants import VARIANTS
-from recsys_kernels.data import Dataset
-from recsys_kernels.models import DLRM, DLRMConfig, ModelFileError, PlainDLRM, files, load_model, save_model
+from recsys_kernels.data import Dataset, Schema, Vocabulary
+from recsys_kernels.models import (
+    DLRM,
+    DLRMConfig,
+    ModelFileError,
+    PlainDLRM,
+    RankingModel,
+    files,
+    load_model,
+    save_model,
+)
+from recsys_kernels.models.requests import normalize
 from recsys_kernels.models.train import TrainSettings, evaluate, predict, train
 
 OURS = frozenset({files.WEIGHTS, files.CONFIG, files.VOCABULARIES})
@@ -155,6 +167,59 @@ def test_save_and_load_are_bit_identical(variant: object, data: Dataset, model: 
     assert served.predict(examples).equal(made(*encoded[:3]).detach().sigmoid())
     with pytest.raises(KeyError, match="unknown feature 'colour'"):
         served.predict([{"colour": "red"}])
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=lambda variant: variant.name)
+def test_an_empty_batch_has_an_empty_answer(variant: object, data: Dataset, model: DLRM) -> None:
+    made = variant.make(model)  # type: ignore[attr-defined]
+    assert RankingModel(made, data.schema).predict([]).shape == (0,)
+    batch = data.batch(np.array([], np.int64))
+    assert made(*batch[:3]).shape == (0,)
+    plain = PlainDLRM(model)
+    assert plain(*plain.prepare(batch)).shape == (0,)
+
+
+def test_predict_takes_what_callers_have(data: Dataset, model: DLRM) -> None:
+    served = RankingModel(model, data.schema)
+    expected = served.predict([{"user": "3", "liked_items": ["1", "2"], "user_age": 30.0}])
+    assert not expected.equal(served.predict([{"user": "4", "liked_items": ["1", "2"], "user_age": 30.0}]))
+    assert not expected.equal(served.predict([{"user": "3", "liked_items": ["1", "3"], "user_age": 30.0}]))
+    assert not expected.equal(served.predict([{"user": "3", "liked_items": ["1", "2"], "user_age": 31.0}]))
+    for user in (3, 3.0, np.int32(3), np.float32(3), np.array(3), np.str_("3"), torch.tensor(3)):
+        for bag in ((1, 2), np.array([1, 2]), np.array([1.0, 2.0]), np.array(["1", "2"]), pd.Series([1, 2])):
+            for age in (30, np.float32(30), np.array(30), torch.tensor(30.0)):
+                example = {"user": user, "liked_items": bag, "user_age": age, "item": None, "item_count": np.nan}
+                assert served.predict(iter([example])).equal(expected), example
+    frame = pd.DataFrame({"user": [3, None], "liked_items": [["1", "2"], None], "user_age": [30, None]})
+    records = served.predict(frame.to_dict("records"))
+    torch.testing.assert_close(records, torch.cat((expected, served.predict([{}]))))
+    # An id that is written as a fraction stays one, also where the fraction is whole.
+    schema = Schema([], [("price", "price")], {"price": Vocabulary(["2.0", "2", "2.5"])})
+    encoded = schema.encode(normalize([{"price": [2.0, 2, 2.5, 7.0]}], schema))
+    assert encoded.indices.tolist() == [1, 2, 3, 0]
+
+
+@pytest.mark.parametrize(
+    ("examples", "message"),
+    [
+        ("user", "an iterable of dicts, one an example, not a str"),
+        (None, "an iterable of dicts, one an example, not None"),
+        ({"user": "3"}, "not a dict: put a single example into a list"),
+        (pd.DataFrame({"user": ["3"]}), r'not a DataFrame: give the DataFrame\'s \.to_dict\("records"\)'),
+        ([{}, "user"], "but number 1 is a str"),
+        ([{"user_age": "old"}], r"feature 'user_age' takes a number, not a str \('old'\)"),
+        ([{"user_age": [30]}], "feature 'user_age' takes a number, not a list"),
+        ([{"user_age": np.array([30.0])}], "feature 'user_age' takes a number, not a ndarray"),
+        ([{"user_age": 1j}], "feature 'user_age' takes a number, not a complex"),
+        ([{"liked_items": [["1"]]}], "feature 'liked_items' takes an id or a list of ids, not a list"),
+        ([{"liked_items": np.ones((2, 2))}], "feature 'liked_items' takes an id or a list of ids"),
+        ([{"user": b"3"}], "feature 'user' takes an id or a list of ids, not a bytes"),
+        ([{"user": {"id": 3}}], "feature 'user' takes an id or a list of ids, not a dict"),
+    ],
+)
+def test_predict_says_what_is_wrong(examples: Any, message: str, data: Dataset, model: DLRM) -> None:
+    with pytest.raises(TypeError, match=message):
+        RankingModel(model, data.schema).predict(examples)
 
 
 def _cut(path: Path) -> None:

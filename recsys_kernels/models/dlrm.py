@@ -142,16 +142,16 @@ class Head(nn.Module):
     def __init__(self, config: DLRMConfig) -> None:
         super().__init__()
         self.dim = config.dim
+        self.vectors = len(config.feature_names) + 1
         self.bottom = mlp(config.num_dense, (*config.bottom, config.dim))
-        vectors = len(config.feature_names) + 1
-        count = vectors * (vectors - 1) // 2
+        count = self.vectors * (self.vectors - 1) // 2
         self.top = mlp(config.dim + count, (*config.top, 1), dropout=config.dropout, last_relu=False)
-        rows, columns = torch.tril_indices(vectors, vectors, offset=-1)
-        self.register_buffer("pairs", rows * vectors + columns, persistent=False)
+        rows, columns = torch.tril_indices(self.vectors, self.vectors, offset=-1)
+        self.register_buffer("pairs", rows * self.vectors + columns, persistent=False)
 
     def forward(self, dense: torch.Tensor, pooled: torch.Tensor) -> torch.Tensor:
         bottom = self.bottom(dense)
-        vectors = torch.cat((bottom, pooled), dim=1).view(len(dense), -1, self.dim)
+        vectors = torch.cat((bottom, pooled), dim=1).view(-1, self.vectors, self.dim)
         products = torch.bmm(vectors, vectors.transpose(1, 2)).flatten(1)
         return self.top(torch.cat((bottom, products.index_select(1, self.pairs)), dim=1)).squeeze(1)
 

@@ -12,7 +12,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from recsys_kernels.data.checksum import sha256
 from recsys_kernels.data.examples import Schema
 
 from .dlrm import DLRM, DLRMConfig, empty_tables
+from .requests import normalize
 
 FORMAT = 1
 WEIGHTS, CONFIG, VOCABULARIES = "model.safetensors", "model.json", "vocabularies.json"
@@ -53,13 +54,19 @@ class RankingModel(nn.Module):
         """Logits [B] float32 of an encoded batch (see `DLRM.forward`)."""
         return self.model(dense, indices, offsets)
 
-    def predict(self, examples: Sequence[Mapping[str, Any]]) -> torch.Tensor:
-        """Probabilities [B] float32 of raw examples (see `Schema.encode`).
+    def predict(self, examples: Iterable[Mapping[str, Any]]) -> torch.Tensor:
+        """Probabilities [B] float32 of raw examples.
+
+        Args:
+            examples: dicts, one an example (`frame.to_dict("records")` of a DataFrame): a dense feature's name
+                to a number; a categorical one's to an id (a string or a whole number) or to a list or array of
+                them. What is missing, None or NaN is unknown.
 
         Raises:
             KeyError: an example has a field that the model does not read.
+            TypeError: the examples are something else, or a value is; the message names the feature.
         """
-        batch = self.schema.encode(examples)
+        batch = self.schema.encode(normalize(examples, self.schema))
         with torch.inference_mode():
             return self(batch.dense, batch.indices, batch.offsets).sigmoid()
 

@@ -1,0 +1,85 @@
+"""Raw examples as callers have them (ids as numbers, arrays as bags) in the form that `Schema` reads."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+
+from recsys_kernels.data.examples import UNKNOWN, Schema, Vocabulary
+
+_SHAPE = "examples must be an iterable of dicts, one an example"
+
+
+def normalize(examples: Iterable[Mapping[str, Any]], schema: Schema) -> list[dict[str, Any]]:
+    """Examples with floats for dense features, tokens or lists of tokens for categorical ones.
+
+    Names that the schema does not have stay, for `Schema.encode` to refuse. None and NaN are left out: unknown.
+
+    Raises:
+        TypeError: not an iterable of mappings, or a value of a type that its feature cannot have; names the feature.
+    """
+    dense = {feature.name for feature in schema.dense}
+    vocabularies = {name: schema.vocabularies[table] for name, table in schema.features}
+    out = []
+    for example in _rows(examples):
+        normal: dict[str, Any] = {}
+        for name, value in example.items():
+            if value is None or (isinstance(value, float) and value != value):
+                continue
+            if name in dense:
+                normal[name] = _number(name, value)
+            elif name in vocabularies:
+                normal[name] = _tokens(name, value, vocabularies[name])
+            else:
+                normal[name] = value
+        out.append(normal)
+    return out
+
+
+def _rows(examples: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    if isinstance(examples, Mapping):
+        raise TypeError(f"{_SHAPE}, not a {type(examples).__name__}: put a single example into a list")
+    if hasattr(examples, "to_dict"):  # pandas, which need not be installed
+        raise TypeError(f'{_SHAPE}, not a {type(examples).__name__}: give the DataFrame\'s .to_dict("records")')
+    if isinstance(examples, (str, bytes)) or not isinstance(examples, Iterable):
+        raise TypeError(f"{_SHAPE}, not {_kind(examples)}")
+    rows = list(examples)
+    for number, row in enumerate(rows):
+        if not isinstance(row, Mapping):
+            raise TypeError(f"{_SHAPE}, but number {number} is {_kind(row)}")
+    return rows
+
+
+def _number(name: str, value: Any) -> float:
+    if not isinstance(value, (str, bytes)) and np.ndim(value) == 0:
+        try:
+            return float(value)
+        except (TypeError, ValueError, OverflowError):
+            pass  # said below
+    raise TypeError(f"feature {name!r} takes a number, not {_kind(value)} ({value!r:.60})")
+
+
+def _tokens(name: str, value: Any, vocabulary: Vocabulary) -> str | list[str]:
+    if hasattr(value, "tolist"):  # numpy, torch and pandas: Python's own numbers, or lists of them
+        value = value.tolist()
+    if isinstance(value, Iterable) and not isinstance(value, (str, bytes, Mapping)):
+        return [_token(name, item, vocabulary) for item in value]
+    return _token(name, value, vocabulary)
+
+
+def _token(name: str, value: Any, vocabulary: Vocabulary) -> str:
+    if hasattr(value, "tolist"):
+        value = value.tolist()
+    if not isinstance(value, str) and isinstance(value, (bytes, Iterable)):
+        raise TypeError(f"feature {name!r} takes an id or a list of ids, not {_kind(value)} ({value!r:.60})")
+    if value is None or (isinstance(value, float) and value != value):
+        return ""  # what encoding takes for a missing token
+    if isinstance(value, float) and value.is_integer() and vocabulary.row(value) == UNKNOWN:
+        value = int(value)  # a column of ids with gaps is one of floats in pandas
+    return str(value)
+
+
+def _kind(value: object) -> str:
+    return "None" if value is None else f"a {type(value).__name__}"
