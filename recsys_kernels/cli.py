@@ -137,6 +137,8 @@ def _doctor() -> int:
 
 def _compress(options: argparse.Namespace) -> int:
     try:
+        import safetensors  # noqa: F401 - the package imports it at first use: when the model is saved
+
         from . import data, models
         from .compress import report, table, variants
     except ImportError as error:

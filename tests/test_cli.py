@@ -220,7 +220,7 @@ def test_signals_stop_cleanly(number: signal.Signals, code: int, folder: Path, t
     assert [path.name for path in tmp_path.iterdir()] == ["ml"]
 
 
-@pytest.mark.parametrize("module", ["pandas", "matplotlib"])
+@pytest.mark.parametrize("module", ["pandas", "matplotlib", "safetensors"])
 def test_missing_extra_is_named(module: str) -> None:
     code = (
         f"import sys; sys.modules['{module}'] = None; from recsys_kernels.cli import main; sys.exit(main(['compress']))"
@@ -240,7 +240,25 @@ def test_import_does_not_touch_the_extra() -> None:
     assert done.returncode == 0, done.stderr
     package, serving = (set(line.split()) & set(cli.DEMO_MODULES) - {"jinja2"} for line in done.stdout.splitlines())
     assert not package  # torch brings jinja2 itself
-    assert serving == {"safetensors"}
+    assert not serving
+
+
+def test_serving_needs_only_safetensors(folder: Path, tmp_path: Path) -> None:
+    assert compress("--data", folder, "--out", tmp_path / "out") == 0
+    code = (
+        "import sys\n"
+        "for name in sys.argv[2].split(): sys.modules[name] = None\n"
+        "from recsys_kernels import *\n"
+        "print(float(load_model(sys.argv[1]).predict([{'user': '3', 'item': 5.0}])))"
+    )
+    others = set(cli.DEMO_MODULES) - {"jinja2", "safetensors"}
+    done = python(code, tmp_path / "out", " ".join(others))
+    assert done.returncode == 0, done.stderr
+    assert 0 < float(done.stdout) < 1
+    done = python(code, tmp_path / "out", "safetensors")
+    assert done.returncode == 1
+    last = done.stderr.splitlines()[-1]
+    assert last == 'ModuleNotFoundError: model files need safetensors: pip install "recsys_kernels[demo]"'
 
 
 def test_module_is_the_same_command() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import errno
 import json
 import os
@@ -12,6 +13,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+import safetensors.torch
 import torch
 from sklearn.metrics import roc_auc_score
 from small_data import tiny_dataset
@@ -222,6 +224,27 @@ def test_predict_says_what_is_wrong(examples: Any, message: str, data: Dataset, 
         RankingModel(model, data.schema).predict(examples)
 
 
+@pytest.mark.parametrize("form", ["int8", "int4"])
+def test_an_optimized_model_is_saved_as_what_it_is(form: str, data: Dataset, model: DLRM, tmp_path: Path) -> None:
+    small, _ = rk.optimize(model, embedding=form)
+    assert isinstance(small, DLRM)
+    save_model(small, data.schema, tmp_path)
+    served = rk.load_model(tmp_path)
+    assert served.model.config.embedding == form
+    batch = data.batch(data.rows("test"))
+    assert served(*batch[:3]).equal(small(*batch[:3]))
+
+
+def test_tables_of_two_forms_are_not_saved(data: Dataset, model: DLRM, tmp_path: Path) -> None:
+    mixed, _ = rk.optimize(model, embedding="int8", skip="embeddings.embedding_bags.user")
+    with pytest.raises(ValueError, match=r"but has .*float32: user(;|$)") as caught:
+        save_model(mixed, data.schema, tmp_path)
+    assert "int8: " in str(caught.value)
+    with pytest.raises(ValueError, match="but has float64: "):
+        save_model(copy.deepcopy(model).double(), data.schema, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
 def _cut(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-9])
 
@@ -362,9 +385,9 @@ def test_disk_full_while_writing_weights_is_an_oserror(
     data: Dataset, model: DLRM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(*args: object) -> None:
-        raise files.SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+        raise safetensors.SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
-    monkeypatch.setattr(files.safetensors.torch, "save_file", full)
+    monkeypatch.setattr(safetensors.torch, "save_file", full)
     with pytest.raises(OSError, match="No space left on device") as caught:
         save_model(model, data.schema, tmp_path)
     assert caught.value.errno == errno.ENOSPC

@@ -1,6 +1,6 @@
 """Ranking models built on the library's modules, and their files.
 
-Needs safetensors; training (`recsys_kernels.models.train`) needs the extra `demo`.
+Model files need safetensors, training (`recsys_kernels.models.train`) also scikit-learn: the extra `demo`.
 """
 
 from .dlrm import DLRM, DLRMConfig, Table

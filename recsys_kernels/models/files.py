@@ -14,16 +14,17 @@ import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
-import safetensors.torch
 import torch
-from safetensors import SafetensorError
 from torch import nn
 
 from recsys_kernels.data.checksum import sha256
 from recsys_kernels.data.examples import Schema
+from recsys_kernels.ops.embedding_bag import QuantizedEmbeddingBag
 
 from .dlrm import DLRM, DLRMConfig, empty_tables
 from .requests import normalize
@@ -76,11 +77,15 @@ def save_model(model: DLRM, schema: Schema, folder: Path) -> None:
 
     Raises:
         OSError: the disk is full, or the folder cannot be written.
+        ModuleNotFoundError: safetensors is not installed.
+        ValueError: the tables are not all of one form: float32, int8 or int4.
     """
+    config = replace(model.config, embedding=_form(model))  # what `rk.optimize` changed is not in `model.config`
     state = {name: tensor.detach().contiguous() for name, tensor in model.state_dict().items()}
+    safetensors = _safetensors()
     try:
         safetensors.torch.save_file(state, folder / WEIGHTS)
-    except SafetensorError as error:  # an I/O error of its Rust writer, which carries no errno of its own
+    except safetensors.SafetensorError as error:  # an I/O error of its Rust writer, which carries no errno of its own
         code = errno.ENOSPC if "os error 28" in str(error) else errno.EIO
         raise OSError(code, " ".join(str(error).split()), str(folder / WEIGHTS)) from error
     (folder / WEIGHTS).chmod(0o666 & ~_umask())  # safetensors writes for the owner alone
@@ -89,12 +94,27 @@ def save_model(model: DLRM, schema: Schema, folder: Path) -> None:
     body = {
         "format": FORMAT,
         "kind": "dlrm",
-        "config": model.config.to_json(),
+        "config": config.to_json(),
         "schema": schema.to_json(),
         "sha256": {name: sha256(folder / name) for name in (WEIGHTS, VOCABULARIES)},
     }
     body["self_sha256"] = _digest(body)
     (folder / CONFIG).write_text(json.dumps(body, indent=1), encoding="utf-8")
+
+
+def _form(model: DLRM) -> str:
+    """The one form that all tables of a model have, as `DLRMConfig.embedding` names it."""
+    forms: dict[str, list[str]] = {}
+    for name, bag in model.embeddings.embedding_bags.items():
+        if isinstance(bag, QuantizedEmbeddingBag):
+            form = f"int{bag.bits}"
+        else:
+            form = str(bag.weight.dtype).removeprefix("torch.")
+        forms.setdefault(form, []).append(name)
+    if len(forms) == 1 and forms.keys() <= {"float32", "int8", "int4"}:
+        return next(iter(forms))
+    found = "; ".join(f"{form}: {', '.join(names)}" for form, names in forms.items())
+    raise ValueError(f"a model is saved with tables of one form, float32, int8 or int4, but has {found}")
 
 
 def load_model(folder: str | os.PathLike[str]) -> RankingModel:
@@ -108,6 +128,7 @@ def load_model(folder: str | os.PathLike[str]) -> RankingModel:
 
     Raises:
         FileNotFoundError: there is no model in the folder.
+        ModuleNotFoundError: safetensors is not installed.
         ModelFileError: a file was cut short, altered, or written by a newer version.
 
     Example:
@@ -118,6 +139,7 @@ def load_model(folder: str | os.PathLike[str]) -> RankingModel:
         ... ])
         tensor([0.71])
     """
+    safetensors = _safetensors()
     place = Path(folder)
     for name in (CONFIG, WEIGHTS, VOCABULARIES):
         if not (place / name).is_file():
@@ -211,6 +233,19 @@ def _replace(made: Path, folder: Path, aside: Path) -> None:
         if existed and not folder.exists():
             os.rename(aside, folder)
         raise
+
+
+def _safetensors() -> ModuleType:
+    """Imported at first use, so that `from recsys_kernels import *` works without it."""
+    try:
+        import safetensors.torch
+    except ModuleNotFoundError as error:
+        if (error.name or "").split(".")[0] != "safetensors":
+            raise
+        raise ModuleNotFoundError(
+            'model files need safetensors: pip install "recsys_kernels[demo]"', name="safetensors"
+        ) from None
+    return safetensors
 
 
 def _umask() -> int:
