@@ -1,4 +1,4 @@
-"""Latency and bytes of models that do the same work, alternating between them in one process."""
+"""Latency and bytes of models that do the same work, taking turns in random order in one process."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def model_bytes(model: DLRM | PlainDLRM) -> tuple[int, int]:
 
 
 def measure(sides: Mapping[str, DLRM | PlainDLRM], pools: Mapping[int, Sequence[Batch]]) -> dict[str, Cost]:
-    """Measures every side on the same batches, one call each in turn, each round starting with another side.
+    """Measures every side on the same batches, one call each a round, in an order drawn anew each round.
 
     Args:
         sides: name -> model in eval mode; `BASELINE` is a `PlainDLRM`, the one that others are compared with.
@@ -170,12 +170,17 @@ def _coprime(rows: int) -> int:
 def _alternate(
     sides: Mapping[str, Callable[..., Any]], inputs: Mapping[str, Sequence[tuple[Any, ...]]], rounds: int
 ) -> dict[str, np.ndarray]:
-    """Nanoseconds of each call, int64 [rounds] a side."""
+    """Nanoseconds of each call, int64 [rounds] a side.
+
+    A fixed order, or one that only rotates, would time a side mostly behind the same other one, in the caches that
+    this one leaves. The seed is fixed: runs differ in what is measured, not in how.
+    """
     names = list(sides)
+    random = np.random.default_rng(0)
     out = {name: np.zeros(rounds, np.int64) for name in names}
     for number in range(-WARM_UP, rounds):
-        turn = number % len(names)
-        for name in names[turn:] + names[:turn]:
+        for place in random.permutation(len(names)):
+            name = names[place]
             model, arguments = sides[name], inputs[name][number % POOL]
             start = time.perf_counter_ns()
             model(*arguments)
