@@ -12,12 +12,17 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
+from . import __version__
+
 if TYPE_CHECKING:
     from .compress.job import JobResult, JobSettings
 
 BAD_INPUT, INTERRUPTED, TERMINATED = 2, 130, 143
 # What the extra `demo` brings; anything else that cannot be imported is a fault of this package.
 DEMO_MODULES = ("jinja2", "matplotlib", "pandas", "platformdirs", "pyarrow", "rich", "safetensors", "sklearn")
+
+# What the RuntimeErrors of torch's allocators say.
+_OUT_OF_MEMORY = ("allocate memory", "could not be allocated")
 
 _COMPRESS_HELP = """\
 Trains a ranking model (a DLRM), compresses its embedding tables to 8 and 4 bits, and reports for each
@@ -43,26 +48,53 @@ then, in Python:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit code: 0, 2 for bad input, 130 or 143 when stopped.
 
+    Where argparse has the last word (`--help`, `--version`, wrong usage) it raises SystemExit instead.
+
     Args:
         arguments: without the program's name; `sys.argv[1:]` by default.
     """
-    options = _parser().parse_args(arguments)
+    try:
+        return _run(_parser(), arguments)
+    finally:
+        _print("")  # what argparse printed, too, meets a closed pipe here and not at exit
+
+
+def _run(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> int:
+    options = parser.parse_args(arguments)
+    if options.command is None:
+        parser.print_help(sys.stderr)
+        return BAD_INPUT
     if options.command == "doctor":
         return _doctor()
+    out = Path(options.out) if options.out else None
+    before = _identity(out)
     with _stop_on_sigterm():
         try:
             return _compress(options)
         except KeyboardInterrupt:
-            return _fail("interrupted; nothing was written", INTERRUPTED)
+            return _fail(f"interrupted; {_left(out, before)}", INTERRUPTED)
         except _TerminatedError:
-            return _fail("terminated; nothing was written", TERMINATED)
+            return _fail(f"terminated; {_left(out, before)}", TERMINATED)
+
+
+def _identity(folder: Path | None) -> tuple[int, int] | None:
+    """Which folder stands at a path now; a report comes in a new one, which takes the old one's place."""
+    if folder is None or not folder.exists():
+        return None
+    found = folder.stat()
+    return found.st_dev, found.st_ino
+
+
+def _left(out: Path | None, before: tuple[int, int] | None) -> str:
+    return "nothing was written" if _identity(out) == before else f"the report in {out} is complete"
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="recsys-kernels", description="Fused kernels that make recommender models cheap to run."
     )
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     commands.add_parser("doctor", help="what this machine has, and what each operator will run on")
     compress = commands.add_parser(
         "compress",
@@ -131,7 +163,10 @@ _positive.__name__ = _natural.__name__ = "number"  # argparse then says: invalid
 def _doctor() -> int:
     from .doctor import doctor
 
-    doctor()
+    try:
+        doctor()
+    except BrokenPipeError:
+        _mute()
     return 0
 
 
@@ -163,11 +198,11 @@ def _compress(options: argparse.Namespace) -> int:
         _print_table(table.summary(result))
         if out is not None:
             report.write_report(result, out, options.save or result.chosen)
-            print(f"report: {out / report.PAGE}")
+            _print(f"report: {out / report.PAGE}\n")
     except data.DataError as error:
         return _fail(str(error))
     except (MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "allocate memory" not in str(error):  # what torch raises
+        if isinstance(error, RuntimeError) and not any(text in str(error) for text in _OUT_OF_MEMORY):
             raise
         return _fail("not enough memory; try --limit N, or a smaller --dim or --rows")
     except OSError as error:
@@ -224,7 +259,24 @@ def _print_table(summary: Any) -> None:
     console = Console()
     if not console.is_terminal:
         console.width = 100  # a pipe has no width of its own
-    console.print(summary)
+    with console.capture() as text:  # rich would exit on a closed pipe, before the report is written
+        console.print(summary)
+    _print(text.get())
+
+
+def _print(text: str) -> None:
+    """Prints and flushes; a reader who has gone (`| head`) neither stops the job nor is worth an error."""
+    try:
+        print(text, end="", flush=True)
+    except BrokenPipeError:
+        _mute()
+
+
+def _mute() -> None:
+    """Sends what else is printed nowhere; Python would complain at exit about what it cannot flush."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, sys.stdout.fileno())
+    os.close(nowhere)
 
 
 def _fail(message: str, code: int = BAD_INPUT) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import json
 import os
 import re
@@ -10,6 +11,7 @@ import resource
 import signal
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,7 @@ import recsys_kernels as rk
 from recsys_kernels import cli
 from recsys_kernels.compress import cost, job, plots, report
 from recsys_kernels.compress.variants import BASELINE, VARIANTS
+from recsys_kernels.models import files
 from recsys_kernels.models.files import WEIGHTS
 from recsys_kernels.models.train import TrainSettings
 
@@ -147,12 +150,66 @@ def test_bad_input_is_one_line_and_exit_code_2(case: str, folder: Path, capsys: 
     assert printed.out == ""
 
 
-@pytest.mark.parametrize("arguments", [[], ["shrink"], ["compress", "--rows", "-1"], ["compress", "--epochs", "many"]])
+@pytest.mark.parametrize("arguments", [["shrink"], ["compress", "--rows", "-1"], ["compress", "--epochs", "many"]])
 def test_wrong_usage_is_exit_code_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         cli.main(arguments)
     assert caught.value.code == 2
     assert "usage: recsys-kernels" in capsys.readouterr().err
+
+
+def test_no_arguments_print_the_help(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main([]) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert all(text in printed.err for text in ("usage: recsys-kernels", "compress", "doctor", "--version"))
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["--version"])
+    assert caught.value.code == 0
+    assert capsys.readouterr().out == f"recsys-kernels {rk.__version__}\n"
+
+
+@pytest.mark.parametrize("command", ["doctor", "--help", "compress"])
+def test_a_reader_who_has_gone_is_no_error(command: str, folder: Path, tmp_path: Path) -> None:
+    code = (
+        "import sys; from recsys_kernels.cli import main; from recsys_kernels.compress import cost\n"
+        "cost.ROUNDS = 4; sys.exit(main(sys.argv[1:]))"
+    )
+    out = tmp_path / "out"
+    arguments = ["--data", str(folder), "--epochs", "1", "--out", str(out)] if command == "compress" else []
+    read, write = os.pipe()
+    os.close(read)
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", code, command, *arguments],
+            stdout=write,
+            stderr=subprocess.PIPE,
+            cwd=ROOT,
+            timeout=60,
+        )
+    finally:
+        os.close(write)
+    assert done.stderr == b""
+    assert done.returncode == 0
+    assert command != "compress" or {path.name for path in out.iterdir()} == report.FILES
+
+
+@pytest.mark.parametrize("text", ["DefaultCPUAllocator: can't allocate memory: tried 8", "could not be allocated"])
+def test_out_of_memory_is_one_line(
+    text: str, folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*args: object) -> None:
+        raise RuntimeError(text)
+
+    monkeypatch.setattr(job, "run", fail)
+    assert compress("--data", folder) == 2
+    assert "not enough memory" in one_line(capsys.readouterr().err)
+    text = "shapes differ"
+    with pytest.raises(RuntimeError, match="shapes differ"):
+        compress("--data", folder)
 
 
 def test_disk_full_leaves_nothing(
@@ -177,6 +234,26 @@ def test_interrupt_while_writing_leaves_nothing(
     assert compress("--data", folder, "--out", tmp_path / "out") == 130
     assert "nothing was written" in one_line(capsys.readouterr().err)
     assert [path.name for path in tmp_path.iterdir()] == ["ml"]
+
+
+@pytest.mark.parametrize("existed", [False, True])
+def test_interrupt_after_writing_says_that_the_report_is_there(
+    existed: bool, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    assert not existed or compress("--data", folder, "--out", out) == 0
+
+    rename = os.rename
+
+    def interrupt(source: Path, place: Path) -> None:
+        rename(source, place)
+        if place == out:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(files.os, "rename", interrupt)
+    assert compress("--data", folder, "--out", out) == 130
+    assert one_line(capsys.readouterr().err) == f"recsys-kernels: interrupted; the report in {out} is complete"
+    assert {path.name for path in out.iterdir()} == report.FILES
 
 
 def test_write_beyond_the_file_size_limit(folder: Path, tmp_path: Path) -> None:
@@ -281,6 +358,23 @@ def test_help_names_every_option(capsys: pytest.CaptureFixture[str]) -> None:
 def test_doctor_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["doctor"]) == 0
     assert torch.__version__ in capsys.readouterr().out
+
+
+def test_every_side_follows_every_other_one() -> None:
+    calls: list[str] = []
+    sides = {name: lambda name=name: calls.append(name) for name in "abcd"}
+    times = cost._alternate(sides, dict.fromkeys(sides, [()] * cost.POOL), 600)
+    assert {name: len(taken) for name, taken in times.items()} == dict.fromkeys("abcd", 600)
+    rounds = [calls[start : start + 4] for start in range(0, len(calls), 4)]
+    assert all(sorted(turn) == list("abcd") for turn in rounds)
+    pairs = Counter(pair for turn in rounds for pair in itertools.pairwise(turn))
+    # Each of the 12 ordered pairs is next to each other in a quarter of the 601 rounds.
+    assert len(pairs) == 12
+    assert all(100 < count < 200 for count in pairs.values())
+    first = calls.copy()
+    calls.clear()
+    cost._alternate(sides, dict.fromkeys(sides, [()] * cost.POOL), 600)
+    assert calls == first
 
 
 def test_grown_ids_are_skewed_and_in_range() -> None:
