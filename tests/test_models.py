@@ -196,7 +196,7 @@ def test_predict_takes_what_callers_have(data: Dataset, model: DLRM) -> None:
     records = served.predict(frame.to_dict("records"))
     torch.testing.assert_close(records, torch.cat((expected, served.predict([{}]))))
     # An id that is written as a fraction stays one, also where the fraction is whole.
-    schema = Schema([], [("price", "price")], {"price": Vocabulary(["2.0", "2", "2.5"])})
+    schema = Schema([], [("price", "price")], {"price": Vocabulary(["2.0", "2", "2.5"])}, frozenset({"price"}))
     encoded = schema.encode(normalize([{"price": [2.0, 2, 2.5, 7.0]}], schema))
     assert encoded.indices.tolist() == [1, 2, 3, 0]
 
@@ -391,3 +391,17 @@ def test_disk_full_while_writing_weights_is_an_oserror(
     with pytest.raises(OSError, match="No space left on device") as caught:
         save_model(model, data.schema, tmp_path)
     assert caught.value.errno == errno.ENOSPC
+
+
+def test_missing_bags_are_empty_and_single_features_take_one_value() -> None:
+    vocabulary = Vocabulary(["a", "b"])
+    schema = Schema(
+        [], [("user", "user"), ("liked", "liked")], {"user": vocabulary, "liked": vocabulary}, frozenset({"liked"})
+    )
+    batch = schema.encode([{}, {"user": "b", "liked": ["a", "b"]}])
+    assert batch.indices.tolist() == [0, 2, 1, 2]  # the unknown user, b; no liked item, then two
+    assert batch.offsets.tolist() == [0, 1, 2, 2, 4]
+    with pytest.raises(TypeError, match="'user' takes one value"):
+        schema.encode([{"user": ["a", "b"]}])
+    again = Schema.from_json(schema.to_json(), {"user": ["a", "b"], "liked": ["a", "b"]})
+    assert again.bags == schema.bags

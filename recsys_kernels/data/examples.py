@@ -80,22 +80,25 @@ class Schema:
         dense: the dense features in order.
         features: (feature, table) in the order of the batch; features that share a table are neighbours.
         vocabularies: the tokens of each table.
+        bags: the features that hold any number of tokens; the others hold one.
     """
 
     dense: list[DenseFeature]
     features: list[tuple[str, str]]
     vocabularies: dict[str, Vocabulary]
+    bags: frozenset[str] = frozenset()
 
     def encode(self, examples: Sequence[Mapping[str, Any]]) -> Batch:
         """Turns raw examples into a batch (labels 0).
 
         Args:
             examples: one mapping an example: a dense feature's name to a number, a categorical
-                feature's name to a token or a list of tokens. What is missing is unknown: the training
-                mean, the unknown row for a single token, an empty bag for a list.
+                feature's name to a token or, if it is one of `bags`, a list of tokens. What is missing is
+                unknown: the training mean, the unknown row for a single token, an empty bag for a list.
 
         Raises:
             KeyError: a name that the model does not have.
+            TypeError: a list for a feature that holds one token.
         """
         known = {feature.name for feature in self.dense} | {name for name, _ in self.features}
         for example in examples:
@@ -112,7 +115,9 @@ class Schema:
         for name, table in self.features:
             vocabulary = self.vocabularies[table]
             for example in examples:
-                value = example.get(name, "")
+                value = example.get(name, [] if name in self.bags else "")
+                if isinstance(value, (list, tuple)) and name not in self.bags:
+                    raise TypeError(f"feature {name!r} takes one value, not a list ({value!r:.60})")
                 tokens = value if isinstance(value, (list, tuple)) else [value]
                 indices.extend(vocabulary.row(token) for token in tokens)
                 offsets.append(len(indices))
@@ -126,14 +131,15 @@ class Schema:
     def to_json(self) -> dict[str, Any]:
         """Everything but the vocabularies' tokens, as plain JSON values."""
         dense = [{"name": f.name, "log": f.log, "mean": f.mean, "std": f.std} for f in self.dense]
-        return {"dense": dense, "features": [list(pair) for pair in self.features]}
+        return {"dense": dense, "features": [list(pair) for pair in self.features], "bags": sorted(self.bags)}
 
     @classmethod
     def from_json(cls, state: Mapping[str, Any], tokens: Mapping[str, Sequence[str]]) -> Schema:
         """Inverse of `to_json`, with the tokens of each table."""
         dense = [DenseFeature(**entry) for entry in state["dense"]]
         features = [(name, table) for name, table in state["features"]]
-        return cls(dense, features, {table: Vocabulary(tokens[table]) for _, table in features})
+        vocabularies = {table: Vocabulary(tokens[table]) for _, table in features}
+        return cls(dense, features, vocabularies, frozenset(state["bags"]))
 
 
 @dataclass

@@ -42,7 +42,12 @@ def rating_dataset(log: RatingLog, limit: int | None = None, shares: tuple[float
     bags, tables, vocabularies = _bags(log, train)
     return Dataset(
         name=log.name,
-        schema=Schema(dense, [(name, tables[name]) for name in bags], vocabularies),
+        schema=Schema(
+            dense,
+            [(name, tables[name]) for name in bags],
+            vocabularies,
+            frozenset(name for name, bag in bags.items() if bag.starts is not None),
+        ),
         dense=scaled,
         bags=bags,
         labels=labels,
