@@ -161,7 +161,7 @@ void weights_gradient_rows(const Table& t, const Bags& b, const Matrix& grad, co
 
 void weights_gradient(const Table& t, const Bags& b, const Matrix& grad, const Matrix& out, int64_t first,
                       int64_t last, Fault* fault) {
-  if (!offsets_good(b, first, last, fault)) return;
+  if (first >= last || !offsets_good(b, first, last, fault)) return;
   switch (t.type) {
     case RowType::f64:
       return weights_gradient_rows<RowType::f64>(t, b, grad, out, first, last, fault);

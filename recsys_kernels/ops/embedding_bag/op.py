@@ -28,26 +28,19 @@ def _num_bags(indices: torch.Tensor, offsets: torch.Tensor | None, include_last_
     return offsets.shape[0] - 1 if include_last_offset else offsets.shape[0]
 
 
+# Shape functions: they name only the arguments that decide the result. The schemas below name all of them.
+
+
 def _fake_embedding_bag(
-    weight: torch.Tensor,
-    indices: torch.Tensor,
-    offsets: torch.Tensor | None,
-    per_sample_weights: torch.Tensor | None,
-    mode: int,
-    padding_idx: int,
-    include_last_offset: bool,
+    weight: torch.Tensor, indices: torch.Tensor, offsets: torch.Tensor | None, *rest: Any
 ) -> torch.Tensor:
-    return weight.new_empty(_num_bags(indices, offsets, include_last_offset), weight.shape[1])
+    return weight.new_empty(_num_bags(indices, offsets, rest[-1]), weight.shape[1])
 
 
 def _fake_embedding_bag_max(
-    weight: torch.Tensor,
-    indices: torch.Tensor,
-    offsets: torch.Tensor | None,
-    padding_idx: int,
-    include_last_offset: bool,
-    zero_start: bool,
+    weight: torch.Tensor, indices: torch.Tensor, offsets: torch.Tensor | None, *rest: Any
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    _, include_last_offset, _ = rest
     shape = (_num_bags(indices, offsets, include_last_offset), weight.shape[1])
     return weight.new_empty(shape), weight.new_empty(shape, dtype=torch.int64)
 
@@ -60,33 +53,13 @@ def _fake_weights_backward(grad: torch.Tensor, weight: torch.Tensor, indices: to
     return grad.new_empty(indices.shape)
 
 
-def _fake_quantized_embedding_bag(
-    weight: torch.Tensor,
-    scale_bias: torch.Tensor,
-    exponent: int,
-    embedding_dim: int,
-    bits: int,
-    indices: torch.Tensor,
-    offsets: torch.Tensor | None,
-    per_sample_weights: torch.Tensor | None,
-    mode: int,
-    padding_idx: int,
-    include_last_offset: bool,
-    dtype: torch.dtype,
-) -> torch.Tensor:
+def _fake_quantized_embedding_bag(*args: Any) -> torch.Tensor:
+    weight, _, _, embedding_dim, _, indices, offsets, *_, include_last_offset, dtype = args
     return weight.new_empty(_num_bags(indices, offsets, include_last_offset), embedding_dim, dtype=dtype)
 
 
-def _fake_collection(
-    weights: list[torch.Tensor],
-    scale_bias: list[torch.Tensor],
-    plan: torch.Tensor,
-    indices: torch.Tensor,
-    offsets: torch.Tensor,
-    per_sample_weights: torch.Tensor | None,
-    total_dim: int,
-    dtype: torch.dtype,
-) -> torch.Tensor:
+def _fake_collection(*args: Any) -> torch.Tensor:
+    _, _, plan, indices, offsets, _, total_dim, dtype = args
     return indices.new_empty((offsets.shape[0] - 1) // plan.shape[0], total_dim, dtype=dtype)
 
 
