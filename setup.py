@@ -1,5 +1,8 @@
 """Builds the native library: one small build.ninja, every kernel compiled once per instruction-set level.
 
+Where a CUDA toolkit is found, its compiler adds the kernels for NVIDIA GPUs to the same library, which then still loads
+beside a torch without CUDA: the runtime is linked statically, and no GPU or driver is asked for at build time.
+
 torch's own extension helpers are not used: they need a GPU toolkit that matches torch, bind the library to one
 torch release, and know nothing of several instruction-set levels in one library.
 """
@@ -13,8 +16,9 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Iterator
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
@@ -41,6 +45,81 @@ X86_LEVELS = {
     "avx512": AVX512,
     "avx512_vnni": [*AVX512, "-mavx512vnni"],
 }
+
+# sm_90 is what the kernels are tuned for. A GPU runs the code of its own generation (12.0 also serves 12.1, 10.0 also
+# 10.3), and later ones compile the newest one's PTX when the library is first used. A toolkit that is too old for some
+# of them builds the others.
+GPU_ARCHITECTURES = (90, 75, 80, 86, 89, 100, 120)
+TOOLKIT_FOLDERS = (Path("/usr/local/cuda"), Path("/opt/cuda"))
+
+
+class Toolkit(NamedTuple):
+    """A CUDA toolkit: its compiler, release, the folder with the static runtime, and what it can build of the above."""
+
+    nvcc: Path
+    release: tuple[int, int]
+    runtime: Path
+    architectures: tuple[int, ...]
+
+
+def said_by(command: list[str]) -> str:
+    """What a program prints, or nothing when it can't be run."""
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+
+
+def toolkit_at(root: Path) -> Toolkit | None:
+    """The toolkit in a folder if it has what the build needs; a folder can hold a runtime and no compiler."""
+    nvcc = root / "bin" / "nvcc"
+    places = [*root.glob("lib*"), *root.glob("targets/*/lib"), *Path("/usr/lib").glob("*-linux-gnu")]
+    runtime = next((place for place in places if (place / "libcudart_static.a").is_file()), None)
+    release = re.search(r"release (\d+)\.(\d+)", said_by([str(nvcc), "--version"]))
+    if runtime is None or release is None:
+        return None
+    known = re.findall(r"sm_(\d+)\b", said_by([str(nvcc), "--list-gpu-code"]))
+    buildable = tuple(number for number in GPU_ARCHITECTURES if str(number) in known)
+    return Toolkit(nvcc, (int(release[1]), int(release[2])), runtime, buildable) if buildable else None
+
+
+def toolkit_roots() -> Iterator[Path]:
+    """Where a toolkit may be: pip's packages in the target environment, the PATH, the usual folders."""
+    for folder in dict.fromkeys([sysconfig.get_paths()["purelib"], *sys.path]):
+        yield from sorted(Path(folder).glob("nvidia/cu1[0-9]"), reverse=True)
+    on_path = shutil.which("nvcc")
+    if on_path:
+        # Not the folder of the file: it can be a script that calls the real one. What it would run names its root.
+        plan = subprocess.run([on_path, "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True).stderr
+        top = re.search(r"^#\$ TOP=(.+)$", plan, re.MULTILINE)
+        if top:
+            yield Path(top[1]).resolve()
+    yield from TOOLKIT_FOLDERS
+
+
+def cuda_toolkit() -> Toolkit | None:
+    """The CUDA toolkit to build with, or None. One that CUDA_HOME names has to be there."""
+    asked_for = os.environ.get("CUDA_HOME", "").strip()
+    if not asked_for:
+        return next(filter(None, map(toolkit_at, toolkit_roots())), None)
+    found = toolkit_at(Path(asked_for))
+    if found is None:
+        sys.exit(f"recsys_kernels: CUDA_HOME names no CUDA toolkit with nvcc and a static runtime: {asked_for}")
+    return found
+
+
+def nvcc_flags(architectures: tuple[int, ...]) -> list[str]:
+    """What every .cu file is compiled with, but for the folders of headers."""
+    code = [f"-gencode=arch=compute_{number},code=sm_{number}" for number in architectures]
+    newest = max(architectures)
+    code.append(f"-gencode=arch=compute_{newest},code=compute_{newest}")
+    return ["-std=c++17", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall,-Werror=return-type", *DEFINES, *code]
+
+
+def host_compiler(cxx: str) -> str:
+    """The compiler in a command like "ccache g++ -m64", which nvcc takes only as the path of a program."""
+    words = shlex.split(cxx)
+    return words[1] if len(words) > 1 and Path(words[0]).name in ("ccache", "sccache", "distcc") else words[0]
 
 
 def torch_root() -> Path | None:
@@ -78,38 +157,57 @@ def ninja_argument(argument: str) -> str:
     return shlex.quote(argument).replace("$", "$$")
 
 
-def ninja_file(cxx: str, torch_dir: Path, target: Path, extra: list[str]) -> str:
+def ninja_file(cxx: str, torch_dir: Path, target: Path, extra: list[str], cuda: Toolkit | None) -> str:
     """The text of build.ninja: kernel.cpp once per level, everything else once, one shared library."""
     lib = torch_dir / "lib"
     if sys.platform == "darwin":
         link = "-dynamiclib -undefined dynamic_lookup"
     else:
+        # Both of torch's libraries, used or not: through them a weak symbol of a CUDA torch is found, if there is one.
         link = f"-shared {ninja_argument(f'-L{lib}')} -Wl,--no-as-needed -ltorch -ltorch_cpu -Wl,--exclude-libs,ALL"
-    includes = [ninja_argument(f"-I{ROOT / 'csrc'}"), "-isystem", ninja_argument(str(torch_dir / "include"))]
-    cxx = cxx.replace("$", "$$")
-    highest = f"-DRK_HIGHEST_ISA={len(levels()) - 1}"
-    flags = " ".join([*COMMON_FLAGS, *DEFINES, highest, *includes, *extra])
+    includes = " ".join([ninja_argument(f"-I{ROOT / 'csrc'}"), "-isystem", ninja_argument(str(torch_dir / "include"))])
+    common = [f"-DRK_HIGHEST_ISA={len(levels()) - 1}"]
+    if cuda is not None:
+        # The runtime asks the loader for its thread-local storage; the system's libraries are needed where it is used.
+        link += f" {ninja_argument(str(cuda.runtime / 'libcudart_static.a'))} -Wl,--as-needed -lpthread -ldl -lrt"
+        built_for = "_".join(map(str, sorted(cuda.architectures)))
+        common += [f"-DRK_CUDA_RELEASE={cuda.release[0]}{cuda.release[1]:02}", f"-DRK_CUDA_ARCHITECTURES={built_for}"]
+    flags = " ".join([*COMMON_FLAGS, *DEFINES, *common, includes, *extra])
+    command = cxx.replace("$", "$$")
     lines = [
         "ninja_required_version = 1.5",
         "rule cxx",
-        f"  command = {cxx} -MMD -MF $out.d {flags} $flags -c $in -o $out",
+        f"  command = {command} -MMD -MF $out.d {flags} $flags -c $in -o $out",
         "  depfile = $out.d",
         "  deps = gcc",
         "rule link",
-        f"  command = {cxx} {' '.join(extra)} $in {link} -o $out",
-        "",
+        f"  command = {command} {' '.join(extra)} $in {link} -o $out",
     ]
+    if cuda is not None:
+        nvcc, host = ninja_argument(str(cuda.nvcc)), ninja_argument(f"-ccbin={host_compiler(cxx)}")
+        options = " ".join([host, *nvcc_flags(cuda.architectures), includes])
+        # Each architecture reads all headers anew (1.5 s with torch's), so that a file is worth several threads.
+        lines += [
+            "rule nvcc",
+            f"  command = {nvcc} --threads {os.cpu_count() or 1} -MMD -MF $out.d {options} -c $in -o $out",
+            "  depfile = $out.d",
+            "  deps = gcc",
+        ]
+    lines.append("")
     objects = []
 
-    def add(source: Path, suffix: str = "", flags: str = "") -> None:
+    def add(source: Path, rule: str = "cxx", suffix: str = "", flags: str = "") -> None:
         out = f"{source.relative_to(ROOT / 'csrc').with_suffix('').as_posix().replace('/', '_')}{suffix}.o"
-        lines.extend([f"build {out}: cxx {ninja_path(source)}", f"  flags = {flags}"])
+        lines.extend([f"build {out}: {rule} {ninja_path(source)}", f"  flags = {flags}"])
         objects.append(out)
 
+    # First what takes longest.
+    for source in sorted((ROOT / "csrc").glob("*/*.cu")) if cuda else ():
+        add(source, "nvcc")
     for source in sorted((ROOT / "csrc").glob("*/*.cpp")):
         if source.stem == "kernel":
             for name, isa_flags in levels().items():
-                add(source, f"_{name}", " ".join([f"-DRK_ISA={name}", *KERNEL_FLAGS, *isa_flags]))
+                add(source, "cxx", f"_{name}", " ".join([f"-DRK_ISA={name}", *KERNEL_FLAGS, *isa_flags]))
         else:
             add(source)
     lines.extend([f"build {ninja_path(target)}: link {' '.join(objects)}", ""])
@@ -157,9 +255,23 @@ class BuildNative(build_ext):
         # Optimized, the instrumented kernels take 95 s to compile instead of 15.
         sanitizers = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-Og", "-g1"]
         extra = sanitizers if self.sanitize else []
-        (work / "build.ninja").write_text(ninja_file(cxx, torch_dir, target, extra))
+        cuda = self.toolkit()
+        (work / "build.ninja").write_text(ninja_file(cxx, torch_dir, target, extra, cuda))
         if subprocess.run([ninja, "-C", str(work)]).returncode:
             sys.exit("recsys_kernels: compiling the native kernels failed; the compiler's message is above")
+
+    def toolkit(self) -> Toolkit | None:
+        """The CUDA toolkit of this build; says in one line what that means for CUDA tensors."""
+        if self.sanitize or sys.platform != "linux":
+            return None
+        found = cuda_toolkit()
+        if found is None:
+            self.warn("recsys_kernels: no CUDA toolkit with nvcc found; building the CPU kernels (GPUs: Triton)")
+        else:
+            targets = " ".join(f"sm_{number}" for number in sorted(found.architectures))
+            release = ".".join(map(str, found.release))
+            self.announce(f"recsys_kernels: CUDA kernels by nvcc {release} ({found.nvcc}) for {targets}", level=2)
+        return found
 
     def get_outputs(self) -> list[str]:
         return [path for path in super().get_outputs() if os.path.exists(path)]
@@ -185,16 +297,15 @@ class PlatformWheel(bdist_wheel):
         return "py3", "none", super().get_tag()[2].replace("universal2", platform.machine())
 
 
-setup(
-    # The sources are named for the sdist; BuildNative compiles them in its own way.
-    ext_modules=[
-        Extension(
-            "recsys_kernels._C",
-            sources=sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").glob("*/*.cpp")),
-            depends=sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").glob("*/*.h")),
-        )
-    ],
-    cmdclass={"build_ext": BuildNative, "bdist_wheel": PlatformWheel},
-    # Only asked for when the target environment has no torch; brings one into the build.
-    setup_requires=[TORCH_REQUIREMENT] if builds_kernels() and torch_root() is None else [],
-)
+def files(*suffixes: str) -> list[str]:
+    return sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").glob("*/*") if path.suffix in suffixes)
+
+
+if __name__ == "__main__":  # tests import this file for its parts
+    setup(
+        # The sources are named for the sdist; BuildNative compiles them in its own way.
+        ext_modules=[Extension("recsys_kernels._C", sources=files(".cpp", ".cu"), depends=files(".h", ".cuh"))],
+        cmdclass={"build_ext": BuildNative, "bdist_wheel": PlatformWheel},
+        # Only asked for when the target environment has no torch; brings one into the build.
+        setup_requires=[TORCH_REQUIREMENT] if builds_kernels() and torch_root() is None else [],
+    )

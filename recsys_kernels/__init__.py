@@ -1,11 +1,13 @@
 """Fused recommender kernels for PyTorch."""
 
+import os
+import sys
 import warnings
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from . import _backends, functional
-from ._backends import backend
+from ._backends import backend, bounds_check, check_bounds
 from ._native import native as _native_library
 from .memory import use_huge_pages
 from .ops.embedding_bag import (
@@ -30,6 +32,8 @@ __all__ = [
     "QuantizedEmbedding",
     "QuantizedEmbeddingBag",
     "backend",
+    "bounds_check",
+    "check_bounds",
     "doctor",
     "functional",
     "load_model",
@@ -46,7 +50,17 @@ if _native_library.reason is not None:
         RuntimeWarning,
         stacklevel=2,
     )
-_backends.configure_from_environment()
+_backends.connect_gpu_kernels()
+try:
+    _backends.configure_from_environment()
+except (ValueError, RuntimeError) as error:
+    # The command line starts with this import, too, and has no use for a traceback.
+    _program = os.path.basename((sys.argv or [""])[0])
+    _as_module = _program == "-m" and "recsys_kernels" in sys.orig_argv
+    if _program.removesuffix(".exe") != "recsys-kernels" and not _as_module:
+        raise
+    print(f"recsys-kernels: {error}", file=sys.stderr)
+    sys.exit(2)
 
 # Imported at first use: a program that only looks rows up pays nothing for them.
 _LATER = {"optimize": ".compress.optimize", "load_model": ".models", "doctor": ".doctor"}

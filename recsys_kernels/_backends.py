@@ -1,8 +1,9 @@
 """Which implementation of an operator runs, and the one place that reads environment variables.
 
 Every operator is a torch operator (``torch.ops.recsys_kernels.*``). Its schema and reference are defined here, so that
-it exists with the right answer on any machine; torch's dispatcher then picks the native CPU kernel or the CUDA one by
-the device of the tensors. A backend that was asked for by name bypasses the dispatcher.
+it exists with the right answer on any machine; torch's dispatcher then picks the native CPU kernel or the GPU's by the
+device of the tensors. For CUDA tensors that is the CUDA C++ kernel if this build has one that can run here, else the
+Triton kernel. A backend that was asked for by name bypasses the dispatcher.
 """
 
 from __future__ import annotations
@@ -10,13 +11,14 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 
-from ._native import native
+from ._native import BOUNDS_CHECKS, Fault, driver_release, native
 
 BACKENDS = ("reference", "cpu", "triton", "cuda")
 _DEVICES = {"reference": None, "cpu": "cpu", "triton": "cuda", "cuda": "cuda"}
@@ -25,9 +27,11 @@ _DEVICES = {"reference": None, "cpu": "cpu", "triton": "cuda", "cuda": "cuda"}
 library = torch.library.Library("recsys_kernels", "DEF")
 
 _forced: str | None = None
+_bounds_check = "raise"
 _references: dict[str, Callable[..., Any]] = {}
 _dispatched: dict[str, Callable[..., Any]] = {}
 _triton_modules: dict[str, str] = {}
+_cuda_operators: set[str] = set()  # whose CUDA tensors the library's own kernels serve
 
 
 def define(schema: str, reference: Callable[..., Any], fake: Callable[..., Any]) -> None:
@@ -47,8 +51,20 @@ def register_triton(module: str, names: tuple[str, ...]) -> None:
     """
     for name in names:
         _triton_modules[name] = module
-        if _triton_reason() is None:
-            library.impl(name, _lazy(module, name), "CUDA")
+
+
+def connect_gpu_kernels() -> None:
+    """Leaves CUDA tensors to the library's kernels where they can run, else to Triton; called once it has loaded."""
+    usable = _cuda_reason() is None
+    for name in _references:
+        built = native.has_cuda and torch._C._dispatch_has_kernel_for_dispatch_key(f"recsys_kernels::{name}", "CUDA")
+        if built and usable:
+            _cuda_operators.add(name)
+        elif name in _triton_modules and _triton_reason() is None:
+            with warnings.catch_warnings():
+                # torch says that this takes a kernel's place, which is what it is for.
+                warnings.simplefilter("ignore")
+                library.impl(name, _lazy(_triton_modules[name], name), "CUDA")
 
 
 def _lazy(module: str, name: str) -> Callable[..., Any]:
@@ -69,6 +85,43 @@ def _triton_interprets() -> bool:
     return bool(knobs.runtime.interpret)
 
 
+def _release(version: tuple[int, int]) -> str:
+    return f"{version[0]}.{version[1]}"
+
+
+def _cuda_reason() -> str | None:
+    """Why the CUDA C++ kernels serve no tensor of this torch, or None. Asks the driver for no more than its version."""
+    built = native.cuda_release()
+    if native.reason is not None:
+        return f"the native library is missing: {native.reason}"
+    if built is None:
+        return "not built: no CUDA toolkit (nvcc) was found when recsys_kernels was installed"
+    if torch.version.hip is not None:
+        return "this torch is for AMD GPUs"
+    if torch.version.cuda is None:
+        return "this torch is built without CUDA"
+    if int(torch.version.cuda.split(".")[0]) < built[0]:
+        # A driver serves every release with its own first number or a lower one. Where torch runs, that holds for the
+        # releases with the first number of torch's own.
+        served = driver_release()
+        if served is not None and served[0] < built[0]:
+            return f"the GPU's driver serves CUDA {_release(served)}, and the kernels are built with {_release(built)}"
+    return None
+
+
+def _no_gpu_reason() -> str | None:
+    """Why none of the GPUs that torch sees can run the CUDA C++ kernels, or None."""
+    if not torch.cuda.is_available():
+        return "torch sees no GPU"
+    oldest = min(native.cuda_architectures())
+    for device in range(torch.cuda.device_count()):
+        major, minor = torch.cuda.get_device_capability(device)
+        if major * 10 + minor >= oldest:
+            return None
+    name = torch.cuda.get_device_name(0)
+    return f"the kernels are built for sm_{oldest} and newer, and the GPU ({name}) is older"
+
+
 def why_not(backend: str) -> str | None:
     """Why a backend cannot run on this machine, or None when it can."""
     if backend == "reference":
@@ -80,7 +133,7 @@ def why_not(backend: str) -> str | None:
         if reason is None and not torch.cuda.is_available() and not _triton_interprets():
             return "torch sees no GPU (and Triton's interpreter is off)"
         return reason
-    return "this build has no CUDA C++ kernels"
+    return _cuda_reason() or _no_gpu_reason()
 
 
 def implementation(name: str, tensor: torch.Tensor) -> Callable[..., Any]:
@@ -88,17 +141,21 @@ def implementation(name: str, tensor: torch.Tensor) -> Callable[..., Any]:
     if _forced is None:
         return _dispatched[name]
     device = tensor.device
-    if _forced == "reference":
+    if _forced == "reference" or not _has_own(name, _forced):
         return _references[name]
     if _forced == "triton":
-        if name not in _triton_modules:
-            return _references[name]
         if device.type != "cuda" and not _triton_interprets():
             raise RuntimeError(f"backend 'triton' was asked for, but the tensors are on {device}")
         return getattr(importlib.import_module(_triton_modules[name]), name)
     if device.type != _DEVICES[_forced]:
         raise RuntimeError(f"backend {_forced!r} was asked for, but the tensors are on {device}")
     return _dispatched[name]
+
+
+def _has_own(name: str, backend: str) -> bool:
+    """Whether a backend that can run has an implementation of its own of an operator; else the reference serves it."""
+    owned = {"triton": _triton_modules, "cuda": _cuda_operators}.get(backend)
+    return owned is None or name in owned
 
 
 # torch's numbers of the types that operators return.
@@ -113,9 +170,11 @@ def dtype_argument(dtype: torch.dtype) -> Any:
 def chosen(name: str, device_type: str) -> str:
     """The backend that will run an operator for tensors of a device type ("cpu", "cuda")."""
     if _forced is not None:
-        return _forced if _forced != "triton" or name in _triton_modules else "reference"
+        return _forced if _has_own(name, _forced) else "reference"
     if device_type == "cpu":
         return "cpu" if native.reason is None else "reference"
+    if name in _cuda_operators:
+        return "cuda"
     return "triton" if name in _triton_modules and _triton_reason() is None else "reference"
 
 
@@ -148,6 +207,76 @@ def backend(name: str) -> Iterator[None]:
         yield
     finally:
         _forced = previous
+
+
+def bounds_mode() -> str:
+    """What GPU kernels do about wrong indices at present: one of BOUNDS_CHECKS."""
+    return _bounds_check
+
+
+@contextmanager
+def bounds_check(mode: str) -> Iterator[None]:
+    """Chooses what operators on a GPU do about wrong indices and offsets, for the time of a ``with`` block.
+
+    No mode reads or writes memory that is not an argument's, and offsets that are wrong make an empty bag. Holds for
+    the whole process, and for the gradient's operators if they, too, run within the block. On the CPU a wrong index
+    always raises.
+
+    Args:
+        mode: ``"raise"`` (the default): a wrong index counts as absent, and is an error. Triton's operators wait for
+            their kernel and raise it. The CUDA C++ operators do not wait: the next call on the device raises it once
+            the kernel has run, and :func:`check_bounds` waits for it.
+            ``"clamp"``: the nearest row is taken. ``"ignore"``: it counts as absent. Neither waits nor raises.
+
+    Raises:
+        ValueError: no such mode.
+    """
+    global _bounds_check
+    if mode not in BOUNDS_CHECKS:
+        raise ValueError(f"bounds_check must be one of {', '.join(BOUNDS_CHECKS)}, but is {mode!r}")
+    previous, _bounds_check = _bounds_check, mode
+    native.select_bounds_check(mode)
+    try:
+        yield
+    finally:
+        _bounds_check = previous
+        native.select_bounds_check(previous)
+
+
+def check_bounds(device: torch.device | str | int | None = None) -> None:
+    """Waits for a GPU and raises what the CUDA C++ operators found wrong there and no later call has raised yet.
+
+    Args:
+        device: a CUDA device; default: the current one. On the CPU, and without a GPU, nothing can be left over.
+
+    Raises:
+        IndexError: an index out of range; names its position, value and range.
+        RuntimeError: an offset that is negative, decreases or exceeds the number of indices.
+    """
+    if device is None and not torch.cuda.is_available():
+        return
+    chosen_device = torch.device("cuda", device) if isinstance(device, int) else torch.device(device or "cuda")
+    if chosen_device.type != "cuda":
+        return
+    index = torch.cuda.current_device() if chosen_device.index is None else chosen_device.index
+    torch.cuda.synchronize(index)
+    fault = native.take_fault(index)
+    if fault is not None:
+        raise _fault_error(fault)
+
+
+def _fault_error(fault: Fault) -> Exception:
+    """A fault in the words of the CPU's operators."""
+    if fault.kind == 2:
+        return RuntimeError(
+            f"offsets must start at 0, never decrease and not exceed the number of indices ({fault.bound}), "
+            f"but offsets[{fault.position}] is {fault.value}"
+        )
+    table = "a table" if fault.feature < 0 else f"the table of feature #{fault.feature}"
+    return IndexError(
+        f"index {fault.value} at position {fault.position} of indices is out of range for {table} "
+        f"with {fault.bound} rows"
+    )
 
 
 def configure_from_environment() -> None:

@@ -5,10 +5,32 @@ from __future__ import annotations
 import ctypes
 import struct
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
 ISA_LEVELS = ("generic", "avx2", "avx512", "avx512_vnni")
+BOUNDS_CHECKS = ("raise", "clamp", "ignore")
+
+
+class Fault(NamedTuple):
+    """A wrong index or offset that a CUDA kernel met.
+
+    Attributes:
+        kind: 1 for an index, 2 for an offset.
+        feature: the feature of a collection, or -1 for a single table.
+        position: where it stands in ``indices`` or ``offsets``.
+        value: what stands there.
+        bound: the table's rows, or the number of indices.
+        table: the number of the table in a collection.
+    """
+
+    kind: int
+    feature: int
+    position: int
+    value: int
+    bound: int
+    table: int
 
 
 def _truncated(path: Path) -> bool:
@@ -25,8 +47,20 @@ def _truncated(path: Path) -> bool:
     return bool(offset + size * count > path.stat().st_size)
 
 
+def driver_release() -> tuple[int, int] | None:
+    """The newest CUDA release that this machine's GPU driver serves, or None without a driver. Wakes no GPU."""
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return None
+    version = ctypes.c_int()
+    if driver.cuDriverGetVersion(ctypes.byref(version)):
+        return None
+    return version.value // 1000, version.value % 1000 // 10
+
+
 class NativeLibrary:
-    """The shared library with the CPU kernels, or the reason why there is none.
+    """The shared library with the CPU kernels and, if they were built, the CUDA ones; or the reason why there is none.
 
     Attributes:
         path: where it lies, or None.
@@ -79,6 +113,36 @@ class NativeLibrary:
             raise RuntimeError(f"the ISA level {level!r} needs the native library: {self.reason}")
         if self._functions.rk_isa_select(ISA_LEVELS.index(level)):
             raise RuntimeError(f"this machine and build support {self.isa_supported()!r} at most, not {level!r}")
+
+    @property
+    def has_cuda(self) -> bool:
+        """Whether the library holds CUDA kernels, which it does if nvcc was there when it was built."""
+        return self._functions is not None and hasattr(self._functions, "rk_cuda_select_bounds_check")
+
+    def cuda_release(self) -> tuple[int, int] | None:
+        """The release of the CUDA toolkit that built the CUDA kernels, or None without them."""
+        if self._functions is None or not self.has_cuda:
+            return None
+        return divmod(self._functions.rk_cuda_release(), 100)
+
+    def cuda_architectures(self) -> tuple[int, ...]:
+        """The GPU architectures that the library holds code for, ascending: 75, 80, ..."""
+        if self._functions is None or not self.has_cuda:
+            return ()
+        self._functions.rk_cuda_architectures.restype = ctypes.c_char_p
+        return tuple(map(int, self._functions.rk_cuda_architectures().decode().split("_")))
+
+    def select_bounds_check(self, mode: str) -> None:
+        """Tells the CUDA kernels, if there are any, what to do about wrong indices: one of BOUNDS_CHECKS."""
+        if self._functions is not None and self.has_cuda:
+            self._functions.rk_cuda_select_bounds_check(BOUNDS_CHECKS.index(mode))
+
+    def take_fault(self, device: int) -> Fault | None:
+        """What the CUDA kernels of a device found since the last call; the caller has synchronized with them."""
+        record = (ctypes.c_int64 * 6)()
+        if self._functions is None or not self.has_cuda or not self._functions.rk_cuda_take_fault(device, record):
+            return None
+        return Fault(*record)
 
 
 native = NativeLibrary()

@@ -55,16 +55,17 @@ def doctor() -> dict[str, Any]:
 
     Returns:
         The same as a dict: ``versions`` (package to version or None), ``machine``, ``backends`` (name to None when it
-        can run, else the reason), ``isa`` (``in_use``, ``supported``), ``huge_pages``, ``threads``, and ``operators``
-        (operator to the backend for ``"cpu"`` tensors and, where torch sees a GPU, ``"cuda"`` tensors).
+        can run, else the reason), ``isa`` (``in_use``, ``supported``), ``cuda`` (``release`` and ``architectures`` that
+        the CUDA C++ kernels are built with and for, or None), ``huge_pages``, ``threads``, and ``operators`` (operator
+        to the backend for ``"cpu"`` tensors and, where torch sees a GPU, ``"cuda"`` tensors).
     """
-    cuda = torch.version.cuda
+    release = native.cuda_release()
     facts: dict[str, Any] = {
         "versions": {
             "recsys_kernels": __version__,
             "torch": torch.__version__,
             "triton": _version("triton"),
-            "cuda": cuda,
+            "cuda": torch.version.cuda,
             "python": platform.python_version(),
         },
         "machine": {
@@ -74,6 +75,7 @@ def doctor() -> dict[str, Any]:
         },
         "backends": {name: _backends.why_not(name) for name in _backends.BACKENDS},
         "isa": {"in_use": native.isa(), "supported": native.isa_supported()},
+        "cuda": release and {"release": "{}.{}".format(*release), "architectures": native.cuda_architectures()},
         "library": str(native.path) if native.path else None,
         "huge_pages": _huge_pages(),
         "threads": torch.get_num_threads(),
@@ -94,12 +96,17 @@ def _text(facts: dict[str, Any]) -> str:
     versions = ", ".join(f"{name} {version or 'not there'}" for name, version in facts["versions"].items())
     isa = facts["isa"]
     level = f"{isa['in_use']} (this machine and build support {isa['supported']})" if isa["in_use"] else "none"
+    cuda = "not in the library"
+    if facts["cuda"]:
+        targets = " ".join(f"sm_{number}" for number in facts["cuda"]["architectures"])
+        cuda = f"built with {facts['cuda']['release']} for {targets}"
     lines = [
         f"versions    {versions}",
         f"machine     {facts['machine']['cpu']} ({facts['machine']['architecture']}), {facts['threads']} threads",
         f"GPUs        {', '.join(facts['machine']['gpus']) or 'none that torch sees'}",
         f"ISA level   {level}",
         f"library     {facts['library'] or native.reason}",
+        f"CUDA C++    {cuda}",
         f"huge pages  {facts['huge_pages']}",
         "",
         "backend     state",

@@ -1,8 +1,8 @@
 """The embedding-bag operators on Triton kernels, for NVIDIA and AMD GPUs.
 
-Wrong indices and offsets never touch memory that is not ours (see ``triton_kernels.py``). Each operator waits for its
-kernel, reads what it found and raises; while a CUDA graph is captured nothing can be read, and wrong indices then count
-as absent.
+Wrong indices and offsets never touch memory that is not ours (see ``triton_kernels.py``). With bounds_check "raise" an
+operator waits for its kernel, reads what it found and raises; with "clamp" and "ignore" it does not wait. While a CUDA
+graph is captured nothing can be read, and "raise" then does what "ignore" does.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
+from ... import _backends
 from . import triton_kernels as kernels
 from .reference import MAX, MEAN
 
@@ -147,7 +148,7 @@ def _bags(
         num_bags,
         num_offsets,
         length,
-        {"HAS_OFFSETS": offsets is not None, "HAS_WEIGHTS": weights is not None},
+        {"HAS_OFFSETS": offsets is not None, "HAS_WEIGHTS": weights is not None, "CLAMP": _clamp()},
     )
 
 
@@ -155,9 +156,20 @@ def _is_capturing(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
+def _clamp() -> bool:
+    return _backends.bounds_mode() == "clamp"
+
+
+def _skips(padding_idx: int, device: torch.device) -> bool:
+    """Whether the indices that count have to be counted: some may be padding, or wrong and nobody is told."""
+    return padding_idx >= 0 or _backends.bounds_mode() != "raise" or _is_capturing(device)
+
+
 def _read(bags: _Bags) -> list[int] | None:
-    """The flags (waits for the kernel), or None while a CUDA graph is captured."""
-    return None if _is_capturing(bags.flags.device) else bags.flags.tolist()
+    """The flags (waits for the kernel); None if nobody wants to know, or while a CUDA graph is captured."""
+    if _backends.bounds_mode() != "raise" or _is_capturing(bags.flags.device):
+        return None
+    return bags.flags.tolist()
 
 
 def _check(bags: _Bags, num_rows: int) -> list[int] | None:
@@ -207,8 +219,8 @@ def _pool_table(
         kernels.bag_kernel, grid, out.device, out, table, scale_bias, scale_bias.stride(0), bags.indices, bags.offsets,
         bags.weights, bags.flags, table.shape[0], table.stride(0) // unit, table.stride(1), table.shape[1] // unit,
         out.shape[1] // out_unit, exponent, *bags.shape, padding_idx, MODE=mode, BITS=bits,
-        HAS_PADDING=padding_idx >= 0, ACC=_TRITON_TYPES[dtype], ALIGN=unit, OUT_ALIGN=out_unit, **blocks,
-        **bags.options,
+        HAS_PADDING=_skips(padding_idx, out.device), ACC=_TRITON_TYPES[dtype], ALIGN=unit, OUT_ALIGN=out_unit,
+        **blocks, **bags.options,
     )  # fmt: skip
     _check(bags, table.shape[0])
     return out
@@ -290,7 +302,8 @@ def embedding_bag_max(
         kernels.argmax_kernel, (bags.num_bags, triton.cdiv(weight.shape[1], blocks["BLOCK_D"])), weight.device, out,
         argmax, weight, bags.indices, bags.offsets, bags.flags, weight.shape[0], weight.stride(0) // unit,
         weight.stride(1), weight.shape[1] // unit, *bags.shape, padding_idx, HAS_OFFSETS=offsets is not None,
-        HAS_PADDING=padding_idx >= 0, ZERO_START=zero_start, ACC=_TRITON_TYPES[dtype], ALIGN=unit, **blocks,
+        HAS_PADDING=padding_idx >= 0, ZERO_START=zero_start, ACC=_TRITON_TYPES[dtype], ALIGN=unit, CLAMP=_clamp(),
+        **blocks,
     )  # fmt: skip
     _check(bags, weight.shape[0])
     return out, argmax
@@ -325,7 +338,7 @@ def embedding_bag_backward(
     _launch(
         kernels.keys_kernel, (bags.num_bags,), grad.device, keys, bag_of, factors, bags.indices, bags.offsets,
         bags.weights, bags.flags, num_embeddings, bags.num_bags, *bags.shape, padding_idx, MODE=mode,
-        HAS_PADDING=padding_idx >= 0, BLOCK_L=64, num_warps=1, **bags.options,
+        HAS_PADDING=_skips(padding_idx, grad.device), BLOCK_L=64, num_warps=1, **bags.options,
     )  # fmt: skip
     flags = _check(bags, num_embeddings)
     if flags is not None:  # a collection passes one feature's part of its offsets: leave the rest of the indices out
@@ -399,7 +412,7 @@ def embedding_bag_weights_backward(
         kernels.weights_grad_kernel, (bags.num_bags,), weight.device, out, grad, weight, bags.indices, bags.offsets,
         bags.flags, weight.shape[0], weight.stride(0) // unit, weight.stride(1), weight.shape[1] // unit,
         grad.stride(0), grad.stride(1), *bags.shape, padding_idx, MODE=mode, HAS_OFFSETS=offsets is not None,
-        HAS_PADDING=padding_idx >= 0, ACC=_TRITON_TYPES[dtype], ALIGN=unit, **blocks,
+        HAS_PADDING=_skips(padding_idx, grad.device), ACC=_TRITON_TYPES[dtype], ALIGN=unit, CLAMP=_clamp(), **blocks,
     )  # fmt: skip
     _check(bags, weight.shape[0])
     return out
@@ -498,7 +511,7 @@ def embedding_bag_collection(
         kernels.collection_kernel, (bags.num_bags, tables.blocks), device, out, tables.values, plan, bags.indices,
         bags.offsets, bags.weights, bags.flags, len(weights), out.shape[0], total_dim, bags.num_offsets,
         bags.indices.numel(), VARIANTS=tables.variants, HAS_WEIGHTS=per_sample_weights is not None,
-        ACC=_TRITON_TYPES[_accumulator(dtype)], num_warps=1,
+        SKIPS=_skips(-1, device), ACC=_TRITON_TYPES[_accumulator(dtype)], CLAMP=_clamp(), num_warps=1,
     )  # fmt: skip
     _check_collection(bags, weights, plan, out.shape[0])
     return out

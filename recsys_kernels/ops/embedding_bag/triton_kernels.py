@@ -3,9 +3,9 @@
 A program pools one bag, or a block of its columns, as tiles of [rows, columns]: every element of a tile is an
 independent load, so a tile is what a program has in flight, and only the finished bag is reduced over rows.
 
-Bad input never touches memory that is not ours: an index or offset out of range contributes nothing and leaves its
-position in ``flags``, the smallest one winning: ``flags[0]`` offsets, ``flags[1]`` indices, ``flags[2]`` rows of a
-collection's plan.
+Bad input never touches memory that is not ours: an index or offset out of range contributes nothing (with CLAMP an
+index takes the nearest row) and leaves its position in ``flags``, the smallest one winning: ``flags[0]`` offsets,
+``flags[1]`` indices, ``flags[2]`` rows of a collection's plan.
 """
 # mypy: allow-untyped-defs
 # (Triton gives the parameters of kernels their types at launch.)
@@ -62,10 +62,18 @@ def _bounds(bag, offsets, num_offsets, num_indices, bag_length, flags, HAS_OFFSE
 
 
 @triton.jit
-def _rows(indices, position, end, num_rows, padding_idx, HAS_PADDING):
+def _clamped(row, num_rows):
+    """The nearest row; a table without rows has none, and then the result is negative."""
+    return tl.minimum(tl.maximum(row, 0), num_rows.to(tl.int64) - 1)
+
+
+@triton.jit
+def _rows(indices, position, end, num_rows, padding_idx, HAS_PADDING, CLAMP):
     """The rows at some positions of a bag, which of them count, and which indices are wrong."""
     inside = position < end
     row = tl.load(indices + position, mask=inside, other=0).to(tl.int64)
+    if CLAMP:
+        row = _clamped(row, num_rows)
     valid = inside & (row >= 0) & (row < num_rows)
     wrong = inside & (valid == 0)
     if HAS_PADDING:
@@ -94,10 +102,12 @@ def _add(total, x, valid, weight, mode, HAS_WEIGHTS):
 
 
 @triton.jit
-def _starts_with_nan(table, indices, first, row_stride, col_stride, column, width):
+def _starts_with_nan(table, indices, first, num_rows, row_stride, col_stride, column, width, CLAMP):
     """Where a bag's first value is NaN: as in torch, it stays the maximum, and later ones are passed over."""
     exists = first != NONE
     row = tl.load(indices + first, mask=exists, other=0).to(tl.int64)
+    if CLAMP:
+        row = _clamped(row, num_rows)
     x = tl.load(table + row * row_stride + column * col_stride, mask=exists & (column < width), other=0)
     return x != x
 
@@ -116,7 +126,7 @@ def _finish(total, count, mode):
 @triton.jit
 def _pool(
     table, scale_bias, scale_stride, exponent, num_rows, row_stride, col_stride, column, width, indices, weights,
-    start, end, padding_idx, mode, flags, BITS, HAS_WEIGHTS, HAS_PADDING, ACC, ALIGN, BLOCK_L,
+    start, end, padding_idx, mode, flags, BITS, HAS_WEIGHTS, HAS_PADDING, ACC, ALIGN, BLOCK_L, CLAMP,
 ):
     """One bag over a block of stored columns: as many elements, or twice that for int4."""
     slot = tl.arange(0, BLOCK_L).to(tl.int64)
@@ -131,7 +141,7 @@ def _pool(
     bias = weight
     for at in range(start, end, BLOCK_L):
         position = at + slot
-        row, valid, wrong = _rows(indices, position, end, num_rows, padding_idx, HAS_PADDING)
+        row, valid, wrong = _rows(indices, position, end, num_rows, padding_idx, HAS_PADDING, CLAMP)
         first_wrong = tl.minimum(first_wrong, tl.where(wrong, position, NONE))
         first_valid = tl.minimum(first_valid, tl.where(valid, position, NONE))
         used += valid.to(tl.int32)
@@ -158,7 +168,7 @@ def _pool(
     result = _finish(total, count, mode)
     if (mode == _MAX) & (BITS == 0):  # quantized rows are finite
         first = tl.min(first_valid, 0)
-        is_nan = _starts_with_nan(table, indices, first, row_stride, col_stride, column, width)
+        is_nan = _starts_with_nan(table, indices, first, num_rows, row_stride, col_stride, column, width, CLAMP)
         result = tl.where(is_nan, float("nan"), result)
     if BITS == 4:
         result = tl.interleave(result, _finish(odd, count, mode))
@@ -174,6 +184,7 @@ def bag_kernel(
     width_units, dim_units, exponent, num_offsets, num_indices, bag_length, padding_idx, MODE: tl.constexpr,
     BITS: tl.constexpr, HAS_OFFSETS: tl.constexpr, HAS_WEIGHTS: tl.constexpr, HAS_PADDING: tl.constexpr,
     ACC: tl.constexpr, ALIGN: tl.constexpr, OUT_ALIGN: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_D: tl.constexpr,
+    CLAMP: tl.constexpr,
 ):
     """One table: a program for each bag and block of columns."""
     bag = tl.program_id(0).to(tl.int64)
@@ -182,7 +193,7 @@ def bag_kernel(
     result = _pool(
         table, scale_bias, scale_stride, exponent, num_rows, row_units.to(tl.int64) * ALIGN, col_stride, column,
         width_units * ALIGN, indices, weights, start, end, padding_idx, MODE, flags, BITS, HAS_WEIGHTS, HAS_PADDING,
-        ACC, ALIGN, BLOCK_L,
+        ACC, ALIGN, BLOCK_L, CLAMP,
     )
     OUT_D: tl.constexpr = BLOCK_D * 2 if BITS == 4 else BLOCK_D
     column = tl.program_id(1) * OUT_D + tl.arange(0, OUT_D)
@@ -195,6 +206,7 @@ def argmax_kernel(
     out, argmax, table, indices, offsets, flags, num_rows, row_units, col_stride, width_units, num_offsets,
     num_indices, bag_length, padding_idx, HAS_OFFSETS: tl.constexpr, HAS_PADDING: tl.constexpr,
     ZERO_START: tl.constexpr, ACC: tl.constexpr, ALIGN: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_D: tl.constexpr,
+    CLAMP: tl.constexpr,
 ):
     """Max pooling and the row of each maximum, of equals the first."""
     bag = tl.program_id(0).to(tl.int64)
@@ -209,7 +221,7 @@ def argmax_kernel(
     first_valid = first_wrong
     for at in range(start, end, BLOCK_L):
         position = at + slot
-        row, valid, wrong = _rows(indices, position, end, num_rows, padding_idx, HAS_PADDING)
+        row, valid, wrong = _rows(indices, position, end, num_rows, padding_idx, HAS_PADDING, CLAMP)
         first_wrong = tl.minimum(first_wrong, tl.where(wrong, position, NONE))
         first_valid = tl.minimum(first_valid, tl.where(valid, position, NONE))
         x = _tile(table, row, valid, row_stride, col_stride, column, width, ALIGN).to(ACC)
@@ -220,20 +232,22 @@ def argmax_kernel(
     top = tl.max(best, 0)
     chosen = tl.min(tl.where(best == top[None, :], place, _UNSET), 0).to(tl.int64)
     first = tl.min(first_valid, 0)
-    is_nan = _starts_with_nan(table, indices, first, row_stride, col_stride, column, width)
+    is_nan = _starts_with_nan(table, indices, first, num_rows, row_stride, col_stride, column, width, CLAMP)
     top = tl.where(is_nan, float("nan"), top)
     chosen = tl.where(is_nan, first - start, chosen)
     inside = column < width
     found = inside & (first != NONE)
     tl.store(out + bag * width + column, tl.where(found, top, 0.0), mask=inside)
     row = tl.load(indices + start + chosen, mask=found, other=-1).to(tl.int64)
+    if CLAMP:
+        row = tl.where(found, _clamped(row, num_rows), -1)
     tl.store(argmax + bag * width + column, row, mask=inside)
 
 
 @_kernel
 def collection_kernel(
     out, tables, plan, indices, offsets, weights, flags, num_tables, batch, total_dim, num_offsets, num_indices,
-    VARIANTS: tl.constexpr, HAS_WEIGHTS: tl.constexpr, ACC: tl.constexpr,
+    VARIANTS: tl.constexpr, HAS_WEIGHTS: tl.constexpr, SKIPS: tl.constexpr, ACC: tl.constexpr, CLAMP: tl.constexpr,
 ):
     """All tables: a program for each bag of each feature. VARIANTS are the (kind, ALIGN, BLOCK_L, BLOCK_D) in use."""
     bag = tl.program_id(0).to(tl.int64)
@@ -263,17 +277,17 @@ def collection_kernel(
             if VARIANTS[v][0] != 4:
                 _pool_feature(
                     out + room, tables, indices, weights, flags, start, end, mode, exponent, dim, room, VARIANTS[v][0],
-                    VARIANTS[v][1], VARIANTS[v][2], VARIANTS[v][3], 0, HAS_WEIGHTS, ACC,
+                    VARIANTS[v][1], VARIANTS[v][2], VARIANTS[v][3], 0, HAS_WEIGHTS, SKIPS, ACC, CLAMP,
                 )
             elif bits == 8:
                 _pool_feature(
                     out + room, tables, indices, weights, flags, start, end, mode, exponent, dim, room, VARIANTS[v][0],
-                    VARIANTS[v][1], VARIANTS[v][2], VARIANTS[v][3], 8, HAS_WEIGHTS, ACC,
+                    VARIANTS[v][1], VARIANTS[v][2], VARIANTS[v][3], 8, HAS_WEIGHTS, SKIPS, ACC, CLAMP,
                 )
             else:  # int4 has twice the sums, so it takes half the rows
                 _pool_feature(
                     out + room, tables, indices, weights, flags, start, end, mode, exponent, dim, room, VARIANTS[v][0],
-                    VARIANTS[v][1], (VARIANTS[v][2] + 1) // 2, VARIANTS[v][3], 4, HAS_WEIGHTS, ACC,
+                    VARIANTS[v][1], (VARIANTS[v][2] + 1) // 2, VARIANTS[v][3], 4, HAS_WEIGHTS, SKIPS, ACC, CLAMP,
                 )
 
 
@@ -296,7 +310,7 @@ def _table_at(address, KIND):
 def _pool_feature(
     out, tables, indices, weights, flags, start, end, mode, exponent, dim, room, KIND: tl.constexpr,
     ALIGN: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_D: tl.constexpr, BITS: tl.constexpr, HAS_WEIGHTS: tl.constexpr,
-    ACC: tl.constexpr,
+    SKIPS: tl.constexpr, ACC: tl.constexpr, CLAMP: tl.constexpr,
 ):
     """One bag of a collection; ``out`` is its place in the output, ``room`` elements from the output's start."""
     table = _table_at(tl.load(tables + 1), KIND)
@@ -308,7 +322,7 @@ def _pool_feature(
     column = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     result = _pool(
         table, scale_bias, tl.load(tables + 6), exponent, num_rows, row_stride, 1, column, width, indices, weights,
-        start, end, -1, mode, flags, BITS, HAS_WEIGHTS, False, ACC, ALIGN, BLOCK_L,
+        start, end, -1, mode, flags, BITS, HAS_WEIGHTS, SKIPS, ACC, ALIGN, BLOCK_L, CLAMP,
     )
     if BITS == 4:
         column = tl.program_id(1) * 2 * BLOCK_D + tl.arange(0, 2 * BLOCK_D)
@@ -321,12 +335,12 @@ def _pool_feature(
 
 
 @triton.jit
-def _count(indices, start, end, num_rows, padding_idx, BLOCK_L):
+def _count(indices, start, end, num_rows, padding_idx, BLOCK_L, CLAMP):
     """Indices of a bag that are not padding."""
     slot = tl.arange(0, BLOCK_L).to(tl.int64)
     used = tl.zeros([BLOCK_L], tl.int32)
     for at in range(start, end, BLOCK_L):
-        _, valid, _ = _rows(indices, at + slot, end, num_rows, padding_idx, True)
+        _, valid, _ = _rows(indices, at + slot, end, num_rows, padding_idx, True, CLAMP)
         used += valid.to(tl.int32)
     return tl.sum(used, 0)
 
@@ -335,7 +349,7 @@ def _count(indices, start, end, num_rows, padding_idx, BLOCK_L):
 def keys_kernel(
     keys, bags, factors, indices, offsets, weights, flags, num_rows, num_bags, num_offsets, num_indices, bag_length,
     padding_idx, MODE: tl.constexpr, HAS_OFFSETS: tl.constexpr, HAS_WEIGHTS: tl.constexpr, HAS_PADDING: tl.constexpr,
-    BLOCK_L: tl.constexpr,
+    BLOCK_L: tl.constexpr, CLAMP: tl.constexpr,
 ):
     """For each position its row (num_rows: none), bag, and factor of the bag's gradient; flags[2:4]: the range."""
     bag = tl.program_id(0).to(tl.int64)
@@ -348,11 +362,11 @@ def keys_kernel(
     if MODE == _MEAN:
         count = (end - start).to(tl.int32)
         if HAS_PADDING:
-            count = _count(indices, start, end, num_rows, padding_idx, BLOCK_L)
+            count = _count(indices, start, end, num_rows, padding_idx, BLOCK_L, CLAMP)
         one = 1.0 / tl.maximum(count, 1).to(factors.dtype.element_ty)
     for at in range(start, end, BLOCK_L):
         position = at + slot
-        row, valid, wrong = _rows(indices, position, end, num_rows, padding_idx, HAS_PADDING)
+        row, valid, wrong = _rows(indices, position, end, num_rows, padding_idx, HAS_PADDING, CLAMP)
         first_wrong = tl.minimum(first_wrong, tl.where(wrong, position, NONE))
         inside = position < end
         tl.store(keys + position, tl.where(valid, row, num_rows), mask=inside)
@@ -434,6 +448,7 @@ def weights_grad_kernel(
     out, grad, table, indices, offsets, flags, num_rows, row_units, col_stride, width_units, grad_stride,
     grad_col_stride, num_offsets, num_indices, bag_length, padding_idx, MODE: tl.constexpr, HAS_OFFSETS: tl.constexpr,
     HAS_PADDING: tl.constexpr, ACC: tl.constexpr, ALIGN: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_D: tl.constexpr,
+    CLAMP: tl.constexpr,
 ):
     """Each looked-up row times its bag's gradient."""
     bag = tl.program_id(0).to(tl.int64)
@@ -445,11 +460,11 @@ def weights_grad_kernel(
     if MODE == _MEAN:
         count = (end - start).to(tl.int32)
         if HAS_PADDING:
-            count = _count(indices, start, end, num_rows, padding_idx, BLOCK_L)
+            count = _count(indices, start, end, num_rows, padding_idx, BLOCK_L, CLAMP)
         one = 1.0 / tl.maximum(count, 1).to(ACC)
     for at in range(start, end, BLOCK_L):
         position = at + slot
-        row, valid, wrong = _rows(indices, position, end, num_rows, padding_idx, HAS_PADDING)
+        row, valid, wrong = _rows(indices, position, end, num_rows, padding_idx, HAS_PADDING, CLAMP)
         first_wrong = tl.minimum(first_wrong, tl.where(wrong, position, NONE))
         total = tl.zeros([BLOCK_L, BLOCK_D], ACC)
         for d in range(0, width, BLOCK_D):

@@ -1,0 +1,20 @@
+// What the CUDA part of this library was built with and for. recsys_kernels/_native.py compares it with the
+// machine.
+#ifndef RK_CUDA_RELEASE  // no CUDA toolkit at build time
+#define RK_CUDA_RELEASE 0
+#define RK_CUDA_ARCHITECTURES
+#endif
+#define RK_QUOTED(text) #text
+#define RK_TEXT(macro) RK_QUOTED(macro)
+
+extern "C" {
+
+// The toolkit's release, 1300 for 13.0; the driver has to serve it. 0: built without.
+__attribute__((visibility("default"))) int rk_cuda_release() { return RK_CUDA_RELEASE; }
+
+// The architectures with code of their own, ascending: "75_80_90".
+__attribute__((visibility("default"))) const char* rk_cuda_architectures() {
+  return RK_TEXT(RK_CUDA_ARCHITECTURES);
+}
+
+}  // extern "C"
