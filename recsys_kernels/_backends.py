@@ -218,15 +218,16 @@ def bounds_mode() -> str:
 def bounds_check(mode: str) -> Iterator[None]:
     """Chooses what operators on a GPU do about wrong indices and offsets, for the time of a ``with`` block.
 
-    No mode reads or writes memory that is not an argument's, and offsets that are wrong make an empty bag. Holds for
-    the whole process, and for the gradient's operators if they, too, run within the block. On the CPU a wrong index
-    always raises.
+    No mode reads or writes memory that is not an argument's. Holds for the whole process, and for the gradient's
+    operators if they, too, run within the block. On the CPU what is wrong always raises.
 
     Args:
-        mode: ``"raise"`` (the default): a wrong index counts as absent, and is an error. Triton's operators wait for
-            their kernel and raise it. The CUDA C++ operators do not wait: the next call on the device raises it once
-            the kernel has run, and :func:`check_bounds` waits for it.
-            ``"clamp"``: the nearest row is taken. ``"ignore"``: it counts as absent. Neither waits nor raises.
+        mode: ``"raise"`` (the default): a wrong index is an error. Triton's operators wait for their kernel and raise
+            it. The CUDA C++ operators do not wait: a later call on the device raises it when the kernel has run, and
+            :func:`check_bounds` waits for it; until then the index counts as absent, and a bag with wrong offsets is
+            empty. While a CUDA graph is captured nobody can be told.
+            ``"ignore"``: the same without an error. ``"clamp"``: the nearest row, or the nearest range, is taken.
+            Neither waits.
 
     Raises:
         ValueError: no such mode.
@@ -272,6 +273,8 @@ def _fault_error(fault: Fault) -> Exception:
             f"offsets must start at 0, never decrease and not exceed the number of indices ({fault.bound}), "
             f"but offsets[{fault.position}] is {fault.value}"
         )
+    if fault.kind == 3:
+        return RuntimeError(f"plan row {fault.position} does not fit the tables or total_dim")
     table = "a table" if fault.feature < 0 else f"the table of feature #{fault.feature}"
     return IndexError(
         f"index {fault.value} at position {fault.position} of indices is out of range for {table} "

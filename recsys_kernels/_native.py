@@ -17,9 +17,9 @@ class Fault(NamedTuple):
     """A wrong index or offset that a CUDA kernel met.
 
     Attributes:
-        kind: 1 for an index, 2 for an offset.
+        kind: 1 for an index, 2 for an offset, 3 for a row of a collection's plan.
         feature: the feature of a collection, or -1 for a single table.
-        position: where it stands in ``indices`` or ``offsets``.
+        position: where it stands in ``indices``, ``offsets`` or the plan.
         value: what stands there.
         bound: the table's rows, or the number of indices.
         table: the number of the table in a collection.

@@ -98,13 +98,21 @@ def test_table_without_rows(mode: str) -> None:
             assert kernels.embedding_bag(*args).tolist() == [[0.0] * 3] * 2
 
 
-@pytest.mark.parametrize("mode", ["clamp", "ignore"])
-def test_wrong_offsets_make_empty_bags(mode: str) -> None:
-    weight, indices = torch.eye(4), torch.tensor([0, 1, 2, 3])
-    offsets = torch.tensor([0, 2, 1, 9, 4])
+@pytest.mark.parametrize(
+    ("mode", "bags"),
+    [("clamp", [[0, 1], [2, 3], [], []]), ("ignore", [[], [], [], []])],
+)
+def test_wrong_offsets(mode: str, bags: list[list[int]]) -> None:
+    """What is left of the ranges -5:2, 2:9, 9:-2 and -2:-3 of four indices."""
+    offsets = torch.tensor([-5, 2, 9, -2, -3])
+    args = (torch.tensor([0, 1, 2, 3]), offsets, None, SUM, -1, True)
+    grad = torch.arange(1.0, 5.0).reshape(4, 1)
     with rk.bounds_check(mode):
-        out = kernels.embedding_bag(weight, indices, offsets, None, SUM, -1, True)
-    assert out.sum(1).tolist() == [2.0, 0.0, 0.0, 0.0]
+        out = kernels.embedding_bag(torch.eye(4), *args)
+        gradient = kernels.embedding_bag_backward(grad, *args, 4)
+    assert [row.nonzero().flatten().tolist() for row in out] == bags
+    wanted = [sum(float(bag + 1) for bag, rows in enumerate(bags) if row in rows) for row in range(4)]
+    assert gradient.flatten().tolist() == wanted
 
 
 def test_only_raise_waits_for_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,9 +3,9 @@
 A program pools one bag, or a block of its columns, as tiles of [rows, columns]: every element of a tile is an
 independent load, so a tile is what a program has in flight, and only the finished bag is reduced over rows.
 
-Bad input never touches memory that is not ours: an index or offset out of range contributes nothing (with CLAMP an
-index takes the nearest row) and leaves its position in ``flags``, the smallest one winning: ``flags[0]`` offsets,
-``flags[1]`` indices, ``flags[2]`` rows of a collection's plan.
+Bad input never touches memory that is not ours: an index or offset out of range contributes nothing (with CLAMP it is
+taken for the nearest one that is right) and leaves its position in ``flags``, the smallest one winning: ``flags[0]``
+offsets, ``flags[1]`` indices, ``flags[2]`` rows of a collection's plan.
 """
 # mypy: allow-untyped-defs
 # (Triton gives the parameters of kernels their types at launch.)
@@ -40,8 +40,8 @@ def _kernel(function: Any) -> Any:
 # A parameter a line, as the formatter has them, would be longer than what they are for.
 # fmt: off
 @triton.jit
-def _bounds(bag, offsets, num_offsets, num_indices, bag_length, flags, HAS_OFFSETS, ZERO_START):
-    """Where a bag begins and ends; an empty range and a mark in flags[0] when its offsets are wrong."""
+def _bounds(bag, offsets, num_offsets, num_indices, bag_length, flags, HAS_OFFSETS, ZERO_START, CLAMP):
+    """Where a bag begins and ends; an empty or (CLAMP) the nearest range and a mark in flags[0] if that is wrong."""
     if HAS_OFFSETS:
         total = num_indices.to(tl.int64)
         start = tl.load(offsets + bag).to(tl.int64)
@@ -54,7 +54,11 @@ def _bounds(bag, offsets, num_offsets, num_indices, bag_length, flags, HAS_OFFSE
         bad_first = bad_first & (bag == 0)
         bad_end = (end < start) | (end > total)
         tl.atomic_min(flags, tl.where(bad_first, 0, bag + 1), mask=bad_first | bad_end, sem="relaxed")
-        end = tl.where(bad_start | bad_end, start, end)
+        if CLAMP:
+            start = tl.minimum(tl.maximum(start, 0), total)
+            end = tl.minimum(tl.maximum(end, start), total)
+        else:
+            end = tl.where(bad_start | bad_end, start, end)
     else:
         start = bag * bag_length
         end = start + bag_length
@@ -188,7 +192,7 @@ def bag_kernel(
 ):
     """One table: a program for each bag and block of columns."""
     bag = tl.program_id(0).to(tl.int64)
-    start, end = _bounds(bag, offsets, num_offsets, num_indices, bag_length, flags, HAS_OFFSETS, True)
+    start, end = _bounds(bag, offsets, num_offsets, num_indices, bag_length, flags, HAS_OFFSETS, True, CLAMP)
     column = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     result = _pool(
         table, scale_bias, scale_stride, exponent, num_rows, row_units.to(tl.int64) * ALIGN, col_stride, column,
@@ -210,7 +214,7 @@ def argmax_kernel(
 ):
     """Max pooling and the row of each maximum, of equals the first."""
     bag = tl.program_id(0).to(tl.int64)
-    start, end = _bounds(bag, offsets, num_offsets, num_indices, bag_length, flags, HAS_OFFSETS, ZERO_START)
+    start, end = _bounds(bag, offsets, num_offsets, num_indices, bag_length, flags, HAS_OFFSETS, ZERO_START, CLAMP)
     slot = tl.arange(0, BLOCK_L).to(tl.int64)
     column = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     row_stride = row_units.to(tl.int64) * ALIGN
@@ -251,7 +255,7 @@ def collection_kernel(
 ):
     """All tables: a program for each bag of each feature. VARIANTS are the (kind, ALIGN, BLOCK_L, BLOCK_D) in use."""
     bag = tl.program_id(0).to(tl.int64)
-    start, end = _bounds(bag, offsets, num_offsets, num_indices, 0, flags, True, True)
+    start, end = _bounds(bag, offsets, num_offsets, num_indices, 0, flags, True, True, CLAMP)
     feature = bag // batch
     plan += feature * 6
     number = tl.load(plan)
@@ -353,7 +357,7 @@ def keys_kernel(
 ):
     """For each position its row (num_rows: none), bag, and factor of the bag's gradient; flags[2:4]: the range."""
     bag = tl.program_id(0).to(tl.int64)
-    start, end = _bounds(bag, offsets, num_offsets, num_indices, bag_length, flags, HAS_OFFSETS, False)
+    start, end = _bounds(bag, offsets, num_offsets, num_indices, bag_length, flags, HAS_OFFSETS, False, CLAMP)
     tl.store(flags + 2, start, mask=bag == 0)
     tl.store(flags + 3, end, mask=bag == num_bags - 1)
     slot = tl.arange(0, BLOCK_L).to(tl.int64)
@@ -452,7 +456,7 @@ def weights_grad_kernel(
 ):
     """Each looked-up row times its bag's gradient."""
     bag = tl.program_id(0).to(tl.int64)
-    start, end = _bounds(bag, offsets, num_offsets, num_indices, bag_length, flags, HAS_OFFSETS, False)
+    start, end = _bounds(bag, offsets, num_offsets, num_indices, bag_length, flags, HAS_OFFSETS, False, CLAMP)
     slot = tl.arange(0, BLOCK_L).to(tl.int64)
     width = width_units * ALIGN
     first_wrong = tl.full([BLOCK_L], NONE, tl.int64)
