@@ -1,0 +1,122 @@
+// The emulated block and its threads, as machine.cpp and races.cpp share them.
+#pragma once
+
+#include <pthread.h>
+
+#include <atomic>
+#include <cstdint>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "fibers.h"
+#include "runtime.h"
+
+namespace simt {
+
+constexpr int warp_size = 32;
+constexpr int max_frames = 10;
+
+// A place in the kernel: the addresses to which the calls there will return, innermost first.
+struct Place {
+  const void* frames[max_frames];
+  int count = 0;
+  bool operator==(const Place& other) const;
+};
+
+enum class State : uint8_t { new_, ready, at_barrier, in_collective, done };
+
+struct Thread {
+  Context context;
+  uint3 index;
+  State state;
+  bool asks_who_is_active;
+  bool predicate;
+  unsigned active;   // the answer
+  const char* what;  // the operation in which it waits
+  Place place;
+  void* slot;
+};
+
+// Lanes that wait for each other in one collective operation.
+struct Group {
+  unsigned mask, arrived;
+  Place place;
+};
+
+struct Warp {
+  unsigned live;  // lanes that exist and have not ended
+  int group_count;
+  Group groups[warp_size];
+};
+
+// Which threads can run, by rank: the order in which a strategy prefers them.
+class Ready {
+ public:
+  void clear(int threads);
+  void add(int rank) { bits_[rank >> 6] |= uint64_t{1} << (rank & 63), ++count_; }
+  void remove(int rank) { bits_[rank >> 6] &= ~(uint64_t{1} << (rank & 63)), --count_; }
+  bool empty() const { return count_ == 0; }
+  // The first one at or after `rank`, going round.
+  int next(int rank) const;
+
+ private:
+  int words_ = 0;
+  int count_ = 0;
+  uint64_t bits_[max_threads / 64];
+};
+
+// How the next thread is picked. Every seed has one of them.
+enum class Strategy : uint8_t {
+  in_turn,     // round and round, as a GPU might
+  at_random,   // any of them
+  by_priority  // always the first of a random order: some run far ahead, others are left behind as long as can be
+};
+
+struct Machine {
+  // The launch.
+  const Launch* launch = nullptr;
+  Strategy strategy = Strategy::in_turn;
+  std::mt19937_64 random;
+  Context host;
+  std::atomic<pthread_t> owner{};  // whose launch it is
+  bool quiet = false;  // the emulation's own accesses to memory are going on
+  std::string error;
+
+  // The block.
+  uint64_t block_number = 0;
+  int threads = 0;
+  int ended = 0;
+  int waiting = 0;      // at the barrier
+  int running = -1;     // the thread that runs now, -1: the host
+  int64_t steps = 0;    // switches since a thread last got anywhere
+  uint32_t epoch = 0;   // barriers that the block has passed
+  Ready ready;
+  std::vector<Thread> thread;
+  std::vector<Warp> warp;
+  std::vector<int> rank, by_rank;
+
+  Stacks stacks;
+  char* dynamic_shared = nullptr;
+  char* static_shared = nullptr;  // the library's thread-local memory
+  size_t static_shared_bytes = 0;
+
+  Thread& current() { return thread[running]; }
+};
+
+extern Machine machine;
+
+Place place_of_caller(const void* frame);
+std::string describe(const void* code);     // file:line of an address in the code
+std::string describe(const Place& place);   // and of the calls that lead there
+std::string function_name(const void* code);
+std::string describe_memory(const void* address);
+[[noreturn]] void fail_at(const Place& place, const std::string& text);
+
+// What the build for races does at each step; empty in the others.
+void races_launch();
+void races_block();
+void races_barrier();
+void races_sync_warp(unsigned mask);
+
+}  // namespace simt
