@@ -8,6 +8,7 @@ torch release, and know nothing of several instruction-set levels in one library
 """
 
 import importlib.util
+import logging
 import os
 import platform
 import re
@@ -185,8 +186,8 @@ def ninja_file(cxx: str, torch_dir: Path, target: Path, extra: list[str], cuda: 
     ]
     if cuda is not None:
         nvcc, host = ninja_argument(str(cuda.nvcc)), ninja_argument(f"-ccbin={host_compiler(cxx)}")
-        options = " ".join([host, *nvcc_flags(cuda.architectures), includes])
         # Each architecture reads all headers anew (1.5 s with torch's), so that a file is worth several threads.
+        options = " ".join([host, *nvcc_flags(cuda.architectures), "-Icsrc", "-isystem torch"])
         lines += [
             "rule nvcc",
             f"  command = {nvcc} --threads {os.cpu_count() or 1} -MMD -MF $out.d {options} -c $in -o $out",
@@ -196,22 +197,35 @@ def ninja_file(cxx: str, torch_dir: Path, target: Path, extra: list[str], cuda: 
     lines.append("")
     objects = []
 
-    def add(source: Path, rule: str = "cxx", suffix: str = "", flags: str = "") -> None:
-        out = f"{source.relative_to(ROOT / 'csrc').with_suffix('').as_posix().replace('/', '_')}{suffix}.o"
-        lines.extend([f"build {out}: {rule} {ninja_path(source)}", f"  flags = {flags}"])
+    def add(source: Path, suffix: str = "", flags: str = "") -> None:
+        path = source.relative_to(ROOT / "csrc").as_posix()
+        out = f"{path.rpartition('.')[0].replace('/', '_')}{suffix}.o"
+        if source.suffix == ".cu":
+            lines.append(f"build {out}: nvcc csrc/{path}")
+        else:
+            lines.extend([f"build {out}: cxx {ninja_path(source)}", f"  flags = {flags}"])
         objects.append(out)
 
     # First what takes longest.
     for source in sorted((ROOT / "csrc").glob("*/*.cu")) if cuda else ():
-        add(source, "nvcc")
+        add(source)
     for source in sorted((ROOT / "csrc").glob("*/*.cpp")):
         if source.stem == "kernel":
             for name, isa_flags in levels().items():
-                add(source, "cxx", f"_{name}", " ".join([f"-DRK_ISA={name}", *KERNEL_FLAGS, *isa_flags]))
+                add(source, f"_{name}", " ".join([f"-DRK_ISA={name}", *KERNEL_FLAGS, *isa_flags]))
         else:
             add(source)
     lines.extend([f"build {ninja_path(target)}: link {' '.join(objects)}", ""])
     return "\n".join(lines)
+
+
+def link_folders(work: Path, torch_dir: Path) -> None:
+    """Names nvcc's folders plainly: it hands its arguments to a shell, where the name of a folder can mean more."""
+    for name, folder in (("csrc", ROOT / "csrc"), ("torch", torch_dir / "include")):
+        link = work / name
+        if link.is_symlink():
+            link.unlink()
+        link.symlink_to(folder, target_is_directory=True)
 
 
 class BuildNative(build_ext):
@@ -256,6 +270,8 @@ class BuildNative(build_ext):
         sanitizers = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-Og", "-g1"]
         extra = sanitizers if self.sanitize else []
         cuda = self.toolkit()
+        if cuda is not None:
+            link_folders(work, torch_dir)
         (work / "build.ninja").write_text(ninja_file(cxx, torch_dir, target, extra, cuda))
         if subprocess.run([ninja, "-C", str(work)]).returncode:
             sys.exit("recsys_kernels: compiling the native kernels failed; the compiler's message is above")
@@ -270,7 +286,9 @@ class BuildNative(build_ext):
         else:
             targets = " ".join(f"sm_{number}" for number in sorted(found.architectures))
             release = ".".join(map(str, found.release))
-            self.announce(f"recsys_kernels: CUDA kernels by nvcc {release} ({found.nvcc}) for {targets}", level=2)
+            self.announce(
+                f"recsys_kernels: CUDA kernels by nvcc {release} ({found.nvcc}) for {targets}", level=logging.INFO
+            )
         return found
 
     def get_outputs(self) -> list[str]:
@@ -301,7 +319,7 @@ def files(*suffixes: str) -> list[str]:
     return sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").glob("*/*") if path.suffix in suffixes)
 
 
-if __name__ == "__main__":  # tests import this file for its parts
+def main() -> None:
     setup(
         # The sources are named for the sdist; BuildNative compiles them in its own way.
         ext_modules=[Extension("recsys_kernels._C", sources=files(".cpp", ".cu"), depends=files(".h", ".cuh"))],
@@ -309,3 +327,7 @@ if __name__ == "__main__":  # tests import this file for its parts
         # Only asked for when the target environment has no torch; brings one into the build.
         setup_requires=[TORCH_REQUIREMENT] if builds_kernels() and torch_root() is None else [],
     )
+
+
+if __name__ == "__main__":  # tests import this file for its parts
+    main()

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from cuda_support import build_script
 from support import isa_levels
 
 import recsys_kernels as rk
@@ -96,7 +97,10 @@ def stable_functions() -> set[str]:
 
 
 def foreign_symbols(library: Path) -> list[str]:
-    """Undefined symbols beyond torch 2.10's C functions and the versioned ones of the C and C++ runtimes."""
+    """Undefined symbols beyond torch 2.10's C functions and the versioned ones of the C and C++ runtimes.
+
+    Weak ones may be missing where the library is loaded: the stream is that of a CUDA torch.
+    """
     allowed = stable_functions()
     runtime = re.compile(r"@(GLIBC|GLIBCXX|CXXABI|GCC)_[\d.]+( \(\d+\))?$")
     found = []
@@ -109,6 +113,7 @@ def foreign_symbols(library: Path) -> list[str]:
             "_ITM_deregisterTMCloneTable",
             "_ITM_registerTMCloneTable",
             "__gmon_start__",
+            "aoti_torch_get_current_cuda_stream",
         )
         if not weak and name not in allowed and not runtime.search(name):
             found.append(name)
@@ -123,7 +128,7 @@ def test_library_needs_only_the_stable_interface_of_torch(build: Path) -> None:
         needed = set(re.findall(r"NEEDED.*\[(.*)\]", dynamic))
         assert needed >= {"libtorch.so", "libtorch_cpu.so"}
         assert all(
-            re.match(r"lib(torch|torch_cpu|stdc\+\+|m|gcc_s|c|pthread|dl)\.so|ld-linux", name) for name in needed
+            re.match(r"lib(torch|torch_cpu|stdc\+\+|m|gcc_s|c|pthread|dl|rt)\.so|ld-linux", name) for name in needed
         )
         assert "RPATH" not in dynamic
         assert "RUNPATH" not in dynamic
@@ -139,11 +144,10 @@ def test_library_defines_little(build: Path) -> None:
     """Only the level's functions are for others; weak symbols of the C++ library are in everybody's way to no harm."""
     defined = checked("nm", "-D", "--defined-only", built_library(build)).splitlines()
     strong = {line.split()[-1] for line in defined if line.split()[-2] in "TDBR"}
-    assert strong - {"_edata", "_end", "__bss_start", "_init", "_fini"} == {
-        "rk_isa_supported",
-        "rk_isa_current",
-        "rk_isa_select",
-    }
+    named = {"rk_isa_supported", "rk_isa_current", "rk_isa_select", "rk_cuda_release", "rk_cuda_architectures"}
+    if build_script().cuda_toolkit() is not None:
+        named |= {"rk_cuda_select_bounds_check", "rk_cuda_take_fault"}
+    assert strong - {"_edata", "_end", "__bss_start", "_init", "_fini"} == named
 
 
 # ---- the objects of each level ----------------------------------------------------------------------------------
@@ -214,7 +218,7 @@ def test_wheel_serves_every_python(build: Path) -> None:
     required = metadata.get_all("Requires-Dist") or []
     core = {re.match(r"[\w.-]+", line)[0] for line in required if "extra ==" not in line}  # type: ignore[index]
     assert core == {"torch", "numpy"}
-    assert set(metadata.get_all("Provides-Extra") or []) >= {"demo", "triton", "test", "bench"}
+    assert set(metadata.get_all("Provides-Extra") or []) >= {"demo", "triton", "cuda-build", "test", "bench"}
     assert metadata["Version"] == rk.__version__
     assert metadata["Requires-Python"] == ">=3.10"
     assert "recsys-kernels = recsys_kernels.cli:main" in entry_points
@@ -277,8 +281,9 @@ def test_checkout_may_have_any_name(tmp_path: Path) -> None:
     root = tmp_path / "it's a $HOME: (of mine)"
     root.mkdir()
     shutil.copytree(PACKAGE, root / "recsys_kernels", ignore=shutil.ignore_patterns("_C.*", "__pycache__"))
-    # The kernels of all levels take long to compile, and their paths are like those of the others.
-    shutil.copytree(ROOT / "csrc", root / "csrc", ignore=shutil.ignore_patterns("kernel.cpp"))
+    # The kernels of all levels take long to compile, and their paths are like those of the others; test_cuda_build.py
+    # does the same with nvcc.
+    shutil.copytree(ROOT / "csrc", root / "csrc", ignore=shutil.ignore_patterns("kernel.cpp", "*.cu"))
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, root)
     command = (sys.executable, "setup.py", "build_ext", "--inplace")
