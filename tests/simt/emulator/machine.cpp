@@ -15,6 +15,7 @@
 #include <numeric>
 #include <stdexcept>
 
+#include "crash.h"
 #include "host.h"
 
 #if defined(RK_SIMT_ADDRESS)
@@ -347,6 +348,7 @@ void run(const Launch& launch) {
   std::iota(machine.by_rank.begin(), machine.by_rank.end(), 0);
   find_static_shared();
   races_launch();
+  CatchCrashes catch_crashes;
   run_blocks(launch);
 }
 
@@ -457,7 +459,6 @@ unsigned barrier(const char* what, bool predicate) {
   }
   machine.waiting = 0;
   ++machine.epoch;
-  races_barrier();
   count = 0;
   for (Thread& other : machine.thread) {
     other.state = State::ready;
@@ -505,7 +506,6 @@ void fence() { may_switch(); }
 #if !defined(RK_SIMT_RACES)
 void races_launch() {}
 void races_block() {}
-void races_barrier() {}
 void races_sync_warp(unsigned) {}
 void read_only(const void*, size_t) {}
 #endif

@@ -116,7 +116,6 @@ std::string describe_memory(const void* address);
 // What the build for races does at each step; empty in the others.
 void races_launch();
 void races_block();
-void races_barrier();
 void races_sync_warp(unsigned mask);
 
 }  // namespace simt

@@ -45,7 +45,7 @@ bool tells_something(const std::string& file) {
   const size_t slash = file.rfind('/');
   const std::string name = slash == std::string::npos ? file : file.substr(slash + 1);
   return name.rfind("simt", 0) != 0 && name.rfind("machine.cpp", 0) != 0 && name.rfind("warp.cpp", 0) != 0 &&
-         name.rfind("??", 0) != 0 && file.rfind("/usr/", 0) != 0;
+         name.rfind("crash.cpp", 0) != 0 && name.rfind("??", 0) != 0 && file.rfind("/usr/", 0) != 0;
 }
 
 std::string short_name(const std::string& file) {
@@ -85,11 +85,12 @@ std::string describe(const void* code) {
 }
 
 std::string describe(const Place& place) {
-  std::string text;
+  std::string text, last;
   for (int i = 0; i < place.count; ++i) {
     for (const Line& line : lines_of(place.frames[i])) {
-      if (!tells_something(line.file)) continue;
+      if (!tells_something(line.file) || line.file == last) continue;
       text += (text.empty() ? "" : ", called at ") + short_name(line.file);
+      last = line.file;  // of a recursion, one call
     }
   }
   return text;

@@ -4,7 +4,10 @@
 
 namespace {
 
-__global__ void one_each(int* out) { out[blockIdx.x * blockDim.x + threadIdx.x] = 1; }
+__global__ void one_each(int* out) {
+  const unsigned thread = threadIdx.x + blockDim.x * (threadIdx.y + blockDim.y * threadIdx.z);
+  out[blockIdx.x * blockDim.x * blockDim.y * blockDim.z + thread] = 1;
+}
 
 __global__ void launches_another(int* out) { RK_LAUNCH(one_each, 1, 1, 0, nullptr, out); }
 

@@ -53,6 +53,19 @@ __global__ void write_too_far(float* out, const float* in) {
 }
 
 template <bool right>
+__global__ void read_nowhere(float* out, const float* in) {
+  const float* there = right || threadIdx.x != 9 ? in : reinterpret_cast<const float*>(uintptr_t{1} << 40);
+  out[threadIdx.x] = there[threadIdx.x ^ 1];
+}
+
+__device__ __attribute__((noinline)) int deep(int n) { return n == 0 ? 0 : deep(n - 1) + n % 3; }
+
+template <bool right>
+__global__ void too_many_calls(int* out) {
+  out[threadIdx.x] = deep(right ? 20 : 1 << 20);
+}
+
+template <bool right>
 __global__ void dynamic_shared_too_far(float* out, const float* in) {
   RK_DYNAMIC_SHARED(float, tile);
   tile[threadIdx.x + (right ? 0 : 1)] = in[threadIdx.x];
@@ -70,9 +83,10 @@ __global__ void static_shared_too_far(float* out, const float* in) {
 
 template <bool right>
 __global__ void misaligned_vector(float* out, const float* in) {
-  const float4 four = *reinterpret_cast<const float4*>(in + (right ? threadIdx.x & ~3u : (threadIdx.x & ~3u) - 2));
+  const unsigned first = threadIdx.x & ~3u, off = right || first == threads - 4 ? 0 : 2;
+  const float4 four = *reinterpret_cast<const float4*>(in + first + off);
   const float mine[4] = {four.x, four.y, four.z, four.w};
-  out[threadIdx.x] = right ? mine[(threadIdx.x & 3) ^ 1] : four.w;
+  out[threadIdx.x] = mine[(threadIdx.x & 3) ^ 1];
 }
 
 template <bool right>
@@ -186,6 +200,13 @@ RK_CASE(shared_of_the_last_block) {
 RK_CASE(uninitialized_variable) { return run(right ? uninitialized_variable<true> : uninitialized_variable<false>); }
 RK_CASE(read_too_far) { return run(right ? read_too_far<true> : read_too_far<false>); }
 RK_CASE(write_too_far) { return run(right ? write_too_far<true> : write_too_far<false>); }
+RK_CASE(read_nowhere) { return run(right ? read_nowhere<true> : read_nowhere<false>); }
+RK_CASE(too_many_calls) {
+  Buffer<int> out(threads);
+  const auto kernel = right ? too_many_calls<true> : too_many_calls<false>;
+  RK_LAUNCH(kernel, 1, threads, 0, nullptr, out.get());
+  return out[0] == 21;
+}
 RK_CASE(dynamic_shared_too_far) {
   return run(right ? dynamic_shared_too_far<true> : dynamic_shared_too_far<false>, threads * sizeof(float));
 }
