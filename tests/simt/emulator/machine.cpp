@@ -503,7 +503,7 @@ void may_switch() {
 
 void fence() { may_switch(); }
 
-#if !defined(RK_SIMT_RACES)
+#if !defined(RK_SIMT_CHECKED)
 void races_launch() {}
 void races_block() {}
 void races_sync_warp(unsigned) {}

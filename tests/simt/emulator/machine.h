@@ -113,7 +113,10 @@ std::string function_name(const void* code);
 std::string describe_memory(const void* address);
 [[noreturn]] void fail_at(const Place& place, const std::string& text);
 
-// What the build for races does at each step; empty in the others.
+// Whether a kernel's thread is at work, and not the emulation itself or code of the host.
+inline bool in_kernel() { return machine.running >= 0 && !machine.quiet && machine.owner == pthread_self(); }
+
+// What the checked build does at each step; empty in the others.
 void races_launch();
 void races_block();
 void races_sync_warp(unsigned mask);

@@ -1,4 +1,4 @@
-// The build for races: the compiler (-fsanitize=thread, without its library) calls what is below at every access to
+// The checked build: the compiler (-fsanitize=thread, without its library) calls what is below at every access to
 // memory. Two accesses to one byte of which at least one writes must be ordered: by __syncthreads, or by a __syncwarp
 // with both lanes in its mask, or because one thread makes both. Nothing orders blocks. What is not ordered is reported
 // whatever the schedule was; so are reads of shared memory that nobody has written, misaligned accesses, and
@@ -7,7 +7,7 @@
 // For each byte of memory is kept: the last write, and the reads since then, as far as a later write needs them (all
 // that one thread's next read comes after are forgotten). This is the FastTrack method (Flanagan and Freund 2009),
 // with a block's barriers as one clock and a vector of clocks only among the lanes of a warp.
-#if defined(RK_SIMT_RACES)
+#if defined(RK_SIMT_CHECKED)
 
 #include <algorithm>
 #include <cstring>
@@ -223,8 +223,14 @@ Event event_now(const void* code) {
           thread, static_cast<int32_t>(static_cast<const char*>(code) - code_base())};
 }
 
-// Whether a kernel's thread is at work, and not the emulation itself or code of the host.
-bool in_kernel() { return machine.running >= 0 && !machine.quiet && machine.owner == pthread_self(); }
+// Whether any of these bytes has been written, in this launch and by this block if they are shared memory.
+bool written_by(uint32_t owner, uintptr_t first, size_t size) {
+  for (size_t i = 0; i < size; ++i) {
+    const Cell& cell = shadow.cell(first + i);
+    if (cell.launch == shadow.launch && cell.owner == owner && cell.write.block != 0) return true;
+  }
+  return false;
+}
 
 void note(const void* address, size_t size, size_t alignment, Access access, const void* code) {
   if (!in_kernel() || size == 0) return;
@@ -237,16 +243,10 @@ void note(const void* address, size_t size, size_t alignment, Access access, con
     fail_at(place, std::string(does_text(access)) + " " + std::to_string(size) + " bytes of " +
                        describe_memory(address) + ", which is not a multiple of " + std::to_string(alignment));
   }
-  const bool shared = is_shared(p);
-  const uint32_t owner = shared ? static_cast<uint32_t>(machine.block_number) + 1 : 0;
-  const bool writes = access == Access::write || access == Access::atomic_write;
+  const uint32_t owner = is_shared(p) ? static_cast<uint32_t>(machine.block_number) + 1 : 0;
   const Event now = event_now(code);
-  bool written = false;
-  for (size_t i = 0; i < size; ++i) {
-    const Cell& cell = shadow.cell(first + i);
-    written = written || (cell.launch == shadow.launch && cell.owner == owner && cell.write.block != 0);
-  }
-  if (shared && !writes && !written) {
+  const bool reads = access == Access::read || access == Access::atomic_read;
+  if (owner != 0 && reads && !written_by(owner, first, size)) {
     fail_at(place, "reads " + std::to_string(size) + " bytes of " + describe_memory(address) +
                        ", which no thread of this block has written");
   }
@@ -259,7 +259,7 @@ void races_launch() {
   ++shadow.launch;
   shadow.sets.clear();
   // What other launches touched may be gone.
-  if (shadow.pages.size() > 4096) {
+  if (shadow.pages.size() > 256) {
     shadow.pages.clear();
     shadow.last = nullptr;
   }

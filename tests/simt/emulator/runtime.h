@@ -11,7 +11,7 @@
 #define RK_SIMT_ARCH 900
 #endif
 
-// threadIdx and its like lie side by side, so that the build for races can tell them from other memory.
+// threadIdx and its like lie side by side, so that the checked build can tell them from other memory.
 #define RK_SIMT_BUILTIN __attribute__((visibility("hidden"), section("rk_simt_builtin")))
 
 namespace simt {
@@ -56,10 +56,9 @@ unsigned match_any(unsigned mask, uint64_t value);
 void may_switch();
 void must_switch();
 
-// __threadfence and its kind: the kernel's name for it.
-void fence();
+void fence();  // __threadfence and its kind: others may run here, too
 
-// Memory that the whole launch only reads (__ldg): nobody may write there. Only the build for races looks.
+// Memory that the whole launch only reads (__ldg): nobody may write there. Only the checked build looks.
 void read_only(const void* address, size_t size);
 
 }  // namespace simt

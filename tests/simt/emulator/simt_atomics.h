@@ -4,7 +4,7 @@
 namespace simt {
 
 // Reads what is there, writes what `change` makes of it, gives what was there. Through the compiler's atomic accesses,
-// by which the sanitizers (and the build for races) know what they are.
+// by which the sanitizers (and the checked build) know what they are.
 template <typename T, typename Change>
 __attribute__((always_inline)) inline T atomic(const char* what, T* address, Change change) {
   using Bits = std::conditional_t<sizeof(T) == 8, uint64_t, std::conditional_t<sizeof(T) == 4, uint32_t, uint16_t>>;
