@@ -1,0 +1,144 @@
+// Indices and offsets on the device: checked, and read by a team of lanes a bag.
+#pragma once
+
+#include "common/cuda_faults.cuh"
+#include "cuda_rows.cuh"
+
+namespace rk {
+
+constexpr int block_warps = 8;
+constexpr int block_lanes = block_warps * warp_lanes;
+// In place of a row: an index that is wrong, padding, or outside of its bag.
+constexpr uint32_t absent = 0xffffffffu;
+
+// A table as kernels read it.
+struct DeviceTable {
+  const char* rows;
+  const char* scale_bias;  // fp16 (scale, bias) a row, or null
+  uint32_t num_rows;
+  uint32_t row_stride;         // bytes
+  uint32_t scale_bias_stride;  // bytes
+  uint32_t row_bytes;
+  RowType type;
+  uint32_t alignment;  // bytes, at most 16, that begin, length and distance of rows are multiples of
+};
+
+// Whether rows can be read in wide shares.
+template <RowType T>
+__host__ __device__ constexpr bool is_wide(const DeviceTable& table, int64_t dim) {
+  using R = Row<T, true>;
+  return table.alignment >= R::bytes && int64_t{table.row_bytes} * 8 == dim * R::element_bits;
+}
+
+// log2 of the lanes that share a row: as many as it has shares, a warp at most.
+template <RowType T, bool Wide>
+__host__ __device__ constexpr int log_group(uint32_t row_bytes) {
+  int log = 0;
+  while (log < 5 && (uint32_t{Row<T, Wide>::bytes} << log) < row_bytes) ++log;
+  return log;
+}
+
+// The share of a lane in a tile, which is as many bytes of every row as a group of lanes holds.
+template <RowType T, bool Wide>
+__device__ __forceinline__ Share share_of(const DeviceTable& table, int in_group, int group, uint32_t tile) {
+  using R = Row<T, Wide>;
+  const bool by_units = !Wide && R::unit < 4 && table.alignment < R::bytes;
+  const uint32_t between = by_units ? R::unit : R::bytes;
+  return {tile + static_cast<uint32_t>(in_group) * between,
+          by_units ? static_cast<uint32_t>(group) * R::unit : 0, table.row_bytes};
+}
+
+// Which lanes of a warp do what. 2^log_split groups of 2^log_group lanes make the team of a bag: each group
+// adds up rows of its own, and the groups' sums are added last.
+struct Team {
+  int lane;      // of the warp
+  int group;     // lanes
+  int team;      // lanes
+  int in_group;  // this lane's number in its group
+  int split;     // this lane's group in its team
+  int log_split;
+  int log_team;
+
+  __device__ __forceinline__ Team(int log_group, int log_split_arg)
+      : lane(static_cast<int>(threadIdx.x) & (warp_lanes - 1)),
+        group(1 << log_group),
+        team(group << log_split_arg),
+        in_group(lane & (group - 1)),
+        split((lane & (team - 1)) >> log_group),
+        log_split(log_split_arg),
+        log_team(log_group + log_split_arg) {}
+
+  // The lane whose index is the group's row number `j`.
+  __device__ __forceinline__ int source(int j) const { return lane - in_group + j; }
+  // Where the index of row number `j` stands behind the first of as many as the team has lanes: the groups
+  // take turns, so that short bags keep all of them busy.
+  __device__ __forceinline__ int place(int j) const { return (j << log_split) + split; }
+  __device__ __forceinline__ unsigned mask() const {
+    return (all_lanes >> (warp_lanes - team)) << (lane & ~(team - 1));
+  }
+  __device__ __forceinline__ int per_warp() const { return warp_lanes >> log_team; }
+  __device__ __forceinline__ int in_warp() const { return lane >> log_team; }
+};
+
+__device__ __forceinline__ int64_t warp_number() {
+  return static_cast<int64_t>(blockIdx.x) * block_warps + threadIdx.x / warp_lanes;
+}
+
+__device__ __forceinline__ int64_t warps_in_grid() { return static_cast<int64_t>(gridDim.x) * block_warps; }
+
+struct Range {
+  int64_t begin;
+  int64_t end;
+};
+
+__device__ __forceinline__ int64_t offset_on_device(const Bags& b, int64_t bag) {
+  if (bag == b.num_bags && !b.has_last_offset) return b.num_indices;
+  return load_integer(b.offsets, b.offsets_64, bag);
+}
+
+// The positions of a bag, within those that there are. `zero_start`: the first bag must begin at 0.
+__device__ __forceinline__ Range bag_range(const Bags& b, int64_t bag, bool zero_start,
+                                           const Bounds& bounds) {
+  if (b.offsets == nullptr) return {bag * b.bag_length, (bag + 1) * b.bag_length};
+  const int64_t total = b.num_indices;
+  Range range{offset_on_device(b, bag), offset_on_device(b, bag + 1)};
+  const bool bad_begin = range.begin < 0 || range.begin > total;
+  const bool bad_end = range.end < range.begin || range.end > total;
+  const bool bad_first = bag == 0 && (bad_begin || (zero_start && range.begin != 0));
+  if (bad_first || bad_end) {  // a later bag's beginning is the end of the bag before it, which reports it
+    record_fault(bounds, DeviceFault::offset, -1, bad_first ? 0 : bag + 1,
+                 bad_first ? range.begin : range.end, total, -1);
+  }
+  if (bad_begin || bad_end) {
+    if (bounds.mode == BoundsCheck::clamp) {
+      range.begin = range.begin < 0 ? 0 : range.begin > total ? total : range.begin;
+      range.end = range.end < range.begin ? range.begin : range.end > total ? total : range.end;
+    } else {
+      range = {0, 0};
+    }
+  }
+  return range;
+}
+
+// What a wrong index belongs to, for the message.
+struct Origin {
+  int64_t feature;  // -1: a single table
+  int64_t table;
+};
+
+// The row at a position, or `absent`.
+__device__ __forceinline__ uint32_t checked_row(int64_t index, int64_t position, uint32_t num_rows,
+                                                int64_t padding_idx, const Bounds& bounds,
+                                                const Origin& origin) {
+  if (static_cast<uint64_t>(index) >= num_rows) {
+    if (bounds.mode == BoundsCheck::clamp && num_rows > 0) {
+      index = index < 0 ? 0 : static_cast<int64_t>(num_rows) - 1;
+    } else {
+      record_fault(bounds, DeviceFault::index, origin.feature, position, index, num_rows, origin.table);
+      return absent;
+    }
+  }
+  return index == padding_idx ? absent : static_cast<uint32_t>(index);
+}
+
+}  // namespace rk

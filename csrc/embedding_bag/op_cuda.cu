@@ -1,0 +1,497 @@
+// Checks, launches and registration of the embedding-bag operators for CUDA tensors. The schemas are in
+// recsys_kernels/ops/embedding_bag/op.py.
+//
+// Nothing here waits for the device, and the forward allocates nothing but its result: calls can be captured
+// in a CUDA graph. Wrong indices and offsets are found by the kernels and raised later (common/cuda_faults).
+
+#include <torch/csrc/stable/library.h>
+
+#include <algorithm>
+#include <array>
+#include <tuple>
+#include <vector>
+
+#include "arguments.h"
+#include "cuda_backward.cuh"
+#include "cuda_kernel.cuh"
+
+namespace {
+
+using rk::BagArguments;
+using rk::Bags;
+using rk::check;
+using rk::check_device;
+using rk::DeviceTable;
+using rk::Matrix;
+using rk::Pooling;
+using rk::RowType;
+using rk::ScalarType;
+using rk::Table;
+using rk::Tensor;
+
+// ---- places and results ----
+
+// The device of a call is the current one while it lasts, and its stream torch's current one.
+struct Device {
+  int32_t index;
+  rk::DeviceGuard guard;
+  cudaStream_t stream;
+  rk::Bounds bounds;
+
+  explicit Device(const Tensor& first)
+      : index(rk::emulated ? 0 : first.get_device_index()),
+        guard(index),
+        stream(rk::cuda_stream(index)),
+        bounds(rk::device_bounds(index)) {
+    check(rk::emulated || first.is_cuda(), "the CUDA kernels need CUDA tensors");
+  }
+};
+
+// An uninitialized contiguous tensor on the device of `first`, of one dimension or two.
+template <size_t Dims>
+Tensor empty(const Tensor& first, const std::array<int64_t, Dims>& sizes, ScalarType type) {
+  std::array<int64_t, Dims> strides;
+  strides.fill(1);
+  if (Dims == 2) strides[0] = std::max<int64_t>(1, sizes[Dims - 1]);
+  const int32_t dtype = torch::stable::detail::to<int32_t>(torch::stable::detail::from(type));
+  const int32_t place = rk::emulated ? aoti_torch_device_type_cpu() : aoti_torch_device_type_cuda();
+  const int32_t index = rk::emulated ? 0 : first.get_device_index();
+  AtenTensorHandle handle;
+  const AOTITorchError error =
+      aoti_torch_empty_strided(Dims, sizes.data(), strides.data(), dtype, place, index, &handle);
+  check(error == AOTI_TORCH_SUCCESS, "a result of ", sizes[0], " x ", sizes[Dims - 1],
+        " could not be allocated");
+  return Tensor(handle);
+}
+
+using Shape = std::array<int64_t, 2>;
+using Length = std::array<int64_t, 1>;
+
+// ---- tables and grids ----
+
+// Calls f with a type of rows as std::integral_constant.
+template <RowType... Types, typename F>
+auto for_type(RowType type, F&& f) {
+  using Result = std::common_type_t<decltype(f(std::integral_constant<RowType, Types>{}))...>;
+  if constexpr (std::is_void_v<Result>) {
+    static_cast<void>(((type == Types ? (f(std::integral_constant<RowType, Types>{}), true) : false) || ...));
+  } else {
+    Result result{};
+    static_cast<void>(
+        ((type == Types ? (result = f(std::integral_constant<RowType, Types>{}), true) : false) || ...));
+    return result;
+  }
+}
+
+template <typename F>
+auto for_any_type(RowType type, F&& f) {
+  return for_type<RowType::f64, RowType::f32, RowType::f16, RowType::bf16, RowType::u8, RowType::u4>(
+      type, static_cast<F&&>(f));
+}
+
+template <typename F>
+auto for_float_type(RowType type, F&& f) {
+  return for_type<RowType::f64, RowType::f32, RowType::f16, RowType::bf16>(type, static_cast<F&&>(f));
+}
+
+uint32_t alignment_of(const void* rows, int64_t row_bytes, int64_t stride) {
+  const uint64_t bits = reinterpret_cast<uintptr_t>(rows) | static_cast<uint64_t>(row_bytes | stride | 16);
+  return static_cast<uint32_t>(bits & (~bits + 1));
+}
+
+DeviceTable device_table(const Table& t, const char* name) {
+  constexpr int64_t most_bytes = int64_t{1} << 31;
+  check(t.num_rows < rk::absent, name, " must have fewer than 2^32 - 1 rows on a GPU, but has ", t.num_rows);
+  check(t.row_stride >= 0 && t.row_stride < most_bytes && t.dim < most_bytes / 8, "rows of ", name,
+        " must be shorter than 2 GiB and no further apart");
+  const int bits =
+      for_any_type(t.type, [](auto type) { return rk::Row<decltype(type)::value, true>::element_bits; });
+  const int64_t row_bytes = (t.dim * bits + 7) / 8;
+  return {static_cast<const char*>(t.rows),
+          static_cast<const char*>(t.scale_bias),
+          static_cast<uint32_t>(t.num_rows),
+          static_cast<uint32_t>(t.row_stride),
+          static_cast<uint32_t>(t.scale_bias_stride),
+          static_cast<uint32_t>(row_bytes),
+          t.type,
+          alignment_of(t.rows, row_bytes, t.num_rows > 1 ? t.row_stride : 0)};
+}
+
+// How a kernel will go through rows: the lanes of a group, and the tiles that it needs for a row.
+struct Lanes {
+  int log_group;
+  int64_t tiles;
+};
+
+template <RowType T, bool Wide>
+Lanes lanes_of(uint32_t row_bytes) {
+  const int log = rk::log_group<T, Wide>(row_bytes);
+  return {log, ((int64_t{row_bytes} - 1) >> log) / rk::Row<T, Wide>::bytes + 1};
+}
+
+Lanes lanes_of(const DeviceTable& t, RowType type, bool wide) {
+  return for_any_type(type, [&](auto constant) {
+    constexpr RowType T = decltype(constant)::value;
+    return wide ? lanes_of<T, true>(t.row_bytes) : lanes_of<T, false>(t.row_bytes);
+  });
+}
+
+int64_t columns_of(const DeviceTable& t, RowType type) {
+  return for_any_type(type, [&](auto constant) {
+    return int64_t{t.row_bytes} * 8 / rk::Row<decltype(constant)::value, true>::element_bits;
+  });
+}
+
+bool is_wide(const DeviceTable& t, RowType type, int64_t dim) {
+  return for_any_type(type, [&](auto constant) { return rk::is_wide<decltype(constant)::value>(t, dim); });
+}
+
+constexpr int64_t most_y = 65535;  // blocks in the second and third dimension of a grid
+
+int64_t blocks_for(int64_t teams, int per_warp) {
+  const int64_t in_block = int64_t{rk::block_warps} * per_warp;
+  return (teams + in_block - 1) / in_block;
+}
+
+dim3 grid_of(int64_t x, int64_t y, int64_t z) {
+  constexpr int64_t most_x = (int64_t{1} << 31) - 1;
+  return dim3(static_cast<unsigned>(std::min(x, most_x)), static_cast<unsigned>(std::min(y, most_y)),
+              static_cast<unsigned>(std::min(z, most_y)));
+}
+
+// log2 of the groups that share a bag. As many bags as fill a GPU (2^18 lanes: 2048 on each of 128
+// multiprocessors) take a group each. With fewer, groups share bags as long as each has four rows to read at
+// once.
+int log_split(int64_t bags, int64_t indices, int log_lanes) {
+  int log = 0;
+  while (log_lanes + log < 5 && (bags << (log_lanes + log)) < (int64_t{1} << 17) && bags > 0 &&
+         indices / bags >= (int64_t{8} << log)) {
+    ++log;
+  }
+  return log;
+}
+
+// ---- pooling ----
+
+struct PoolLaunch {
+  rk::PoolArguments<1> arguments;
+  dim3 grid;
+};
+
+// `may_split`: groups may share a bag.
+PoolLaunch pool_launch(const Table& table, const Bags& bags, const Matrix& out, const Device& device,
+                       bool may_split) {
+  rk::PoolArguments<1> a{};
+  a.tables[0] = device_table(table, "weight");
+  // The kernel decides in the same way.
+  const bool wide = bags.pooling != Pooling::max && is_wide(a.tables[0], table.type, table.dim) &&
+                    table.dim * rk::float_bytes(out.type) % 16 == 0 &&
+                    (out.type == RowType::f64) == (table.type == RowType::f64);
+  const Lanes lanes = lanes_of(a.tables[0], table.type, wide);
+  a.bags = bags;
+  a.out = out;
+  a.bounds = device.bounds;
+  a.batch = bags.num_bags;
+  a.dim = table.dim;
+  a.multiplier = table.multiplier;
+  a.log_split = may_split ? log_split(bags.num_bags, bags.num_indices, lanes.log_group) : 0;
+  a.zero_start = true;
+  return {a, grid_of(blocks_for(bags.num_bags, 32 >> (lanes.log_group + a.log_split)), 1, lanes.tiles)};
+}
+
+void pool(const Table& table, const Bags& bags, const Matrix& out, const Device& device) {
+  if (bags.num_bags == 0 || table.dim == 0) return;
+  const PoolLaunch launch = pool_launch(table, bags, out, device, true);
+  for_any_type(table.type, [&](auto type) {
+    RK_LAUNCH(rk::pool_kernel<decltype(type)::value>, launch.grid, dim3(rk::block_lanes), 0, device.stream,
+              launch.arguments);
+  });
+}
+
+Tensor embedding_bag(const Tensor& weight_arg, const Tensor& indices, const std::optional<Tensor>& offsets,
+                     const std::optional<Tensor>& per_sample_weights, int64_t mode, int64_t padding_idx,
+                     bool include_last_offset) {
+  const BagArguments args(weight_arg, indices, offsets, per_sample_weights, mode, padding_idx,
+                          include_last_offset);
+  const Device device(weight_arg);
+  const Tensor weight = rk::contiguous_rows(weight_arg, weight_arg, "weight");
+  const Table table = rk::float_table(weight, "weight");
+  Tensor out = empty(weight, Shape{args.bags.num_bags, table.dim}, weight.scalar_type());
+  pool(table, args.bags, {out.data_ptr(), table.dim, table.type}, device);
+  return out;
+}
+
+Tensor quantized_embedding_bag(const Tensor& weight_arg, const Tensor& scale_bias, int64_t exponent,
+                               int64_t embedding_dim, int64_t bits, const Tensor& indices,
+                               const std::optional<Tensor>& offsets,
+                               const std::optional<Tensor>& per_sample_weights, int64_t mode,
+                               int64_t padding_idx, bool include_last_offset, ScalarType dtype) {
+  const BagArguments args(weight_arg, indices, offsets, per_sample_weights, mode, padding_idx,
+                          include_last_offset);
+  const Device device(weight_arg);
+  const Tensor weight = rk::contiguous_rows(weight_arg, weight_arg, "weight");
+  const Table table = rk::quantized_table(weight, scale_bias, weight_arg, exponent, embedding_dim, bits);
+  const RowType type = rk::float_type(dtype, "dtype");
+  Tensor out = empty(weight, Shape{args.bags.num_bags, embedding_dim}, dtype);
+  pool(table, args.bags, {out.data_ptr(), table.dim, type}, device);
+  return out;
+}
+
+std::tuple<Tensor, Tensor> embedding_bag_max(const Tensor& weight_arg, const Tensor& indices,
+                                             const std::optional<Tensor>& offsets, int64_t padding_idx,
+                                             bool include_last_offset, bool zero_start) {
+  const BagArguments args(weight_arg, indices, offsets, std::nullopt, 2, padding_idx, include_last_offset);
+  const Device device(weight_arg);
+  const Tensor weight = rk::contiguous_rows(weight_arg, weight_arg, "weight");
+  const Table table = rk::float_table(weight, "weight");
+  const int64_t num_bags = args.bags.num_bags;
+  Tensor out = empty(weight, Shape{num_bags, table.dim}, weight.scalar_type());
+  Tensor argmax = empty(weight, Shape{num_bags, table.dim}, ScalarType::Long);
+  if (num_bags == 0 || table.dim == 0) return {out, argmax};
+  const Matrix result{out.data_ptr(), table.dim, table.type};
+  // Of equal values the first wins, so that one group takes them in order.
+  PoolLaunch launch = pool_launch(table, args.bags, result, device, false);
+  launch.arguments.argmax = static_cast<int64_t*>(argmax.data_ptr());
+  launch.arguments.zero_start = zero_start;
+  for_float_type(table.type, [&](auto type) {
+    RK_LAUNCH(rk::argmax_kernel<decltype(type)::value>, launch.grid, dim3(rk::block_lanes), 0, device.stream,
+              launch.arguments);
+  });
+  return {out, argmax};
+}
+
+// ---- many tables ----
+
+constexpr int tables_in_launch = 64;  // with the rest 3.3 KB of the 4 KB that arguments may take
+using CollectionArguments = rk::PoolArguments<tables_in_launch>;
+
+// What the plan says of the tables is known to the device only: features that do not fit are found there.
+std::vector<DeviceTable> collection_tables(const std::vector<Tensor>& weights,
+                                           const std::vector<Tensor>& scale_bias, const Tensor& first,
+                                           RowType out_type, std::vector<Tensor>& rows) {
+  std::vector<DeviceTable> tables;
+  for (size_t i = 0; i < weights.size(); ++i) {
+    rows.push_back(rk::contiguous_rows(weights[i], first, "weights"));
+    const Tensor& weight = rows.back();
+    if (weight.scalar_type() != ScalarType::Byte) {
+      tables.push_back(device_table(rk::float_table(weight, "weights"), "weights"));
+    } else {
+      check(!scale_bias.empty(), "weights has tables of uint8, but scale_bias is empty");
+      // 8 or 4 bits? A row of as many elements as bytes serves until the plan is read.
+      const int64_t bytes = std::max<int64_t>(1, weight.size(1));
+      tables.push_back(
+          device_table(rk::quantized_table(weight, scale_bias[i], first, 0, bytes, 8), "weights"));
+    }
+    check((tables.back().type == RowType::f64) == (out_type == RowType::f64),
+          "float64 tables need a float64 output and can't be mixed with others");
+  }
+  return tables;
+}
+
+// A grid for features of any of the tables. Where tables need different numbers of blocks, which feature
+// needs how many is not known here, and blocks that find nothing to do cost time as well: enough to fill a
+// GPU go round until every bag is done.
+dim3 collection_grid(const std::vector<DeviceTable>& tables, int64_t batch, int64_t features, int log_split) {
+  constexpr int64_t enough = 16384;
+  int64_t fewest = INT64_MAX, most = 1, tiles = 1;
+  for (const DeviceTable& t : tables) {
+    for (const RowType type : {t.type, t.type == RowType::u8 ? RowType::u4 : t.type}) {
+      const bool wide = is_wide(t, type, columns_of(t, type));
+      const Lanes lanes = lanes_of(t, type, wide);
+      const int64_t blocks = blocks_for(batch, 32 >> std::min(5, lanes.log_group + log_split));
+      fewest = std::min(fewest, blocks);
+      most = std::max(most, blocks);
+      tiles = std::max(tiles, lanes.tiles);
+    }
+  }
+  return grid_of(std::min(most, std::max(fewest, enough / features)), features, tiles);
+}
+
+Tensor embedding_bag_collection(const std::vector<Tensor>& weights, const std::vector<Tensor>& scale_bias,
+                                const Tensor& plan_arg, const Tensor& indices, const Tensor& offsets,
+                                const std::optional<Tensor>& per_sample_weights, int64_t total_dim,
+                                ScalarType dtype) {
+  const rk::IntegerArgument plan(plan_arg, indices, "plan");
+  check(plan_arg.dim() == 2 && plan_arg.size(1) == rk::plan_columns && plan.is_64,
+        "plan must be int64 of shape [F, ", static_cast<int64_t>(rk::plan_columns), "]");
+  check(scale_bias.empty() || weights.size() == scale_bias.size(),
+        "scale_bias must be empty or have one entry for each table");
+  const int64_t features = plan_arg.size(0);
+  const BagArguments args(indices, indices, offsets, per_sample_weights, 0, -1, true);
+  const int64_t all_bags = args.bags.num_bags;
+  check(features > 0 && all_bags % features == 0, "offsets must have F*B+1 entries for F = ", features,
+        " features, but has ", all_bags + 1);
+  const RowType out_type = rk::float_type(dtype, "dtype");
+  const Device device(indices);
+  std::vector<Tensor> rows;  // keeps contiguous copies alive
+  const std::vector<DeviceTable> tables = collection_tables(weights, scale_bias, indices, out_type, rows);
+  Tensor out = empty(indices, Shape{all_bags / features, total_dim}, dtype);
+  if (all_bags == 0 || total_dim == 0) return out;
+  CollectionArguments a{};
+  a.bags = args.bags;
+  a.out = {out.data_ptr(), total_dim, out_type};
+  a.bounds = device.bounds;
+  a.plan = static_cast<const int64_t*>(plan.tensor.data_ptr());
+  a.batch = all_bags / features;
+  a.features = features;
+  a.num_tables = static_cast<int64_t>(tables.size());
+  a.log_split = log_split(all_bags, args.bags.num_indices, 0);
+  a.zero_start = true;
+  const dim3 grid = collection_grid(tables, a.batch, features, a.log_split);
+  do {  // once also without tables, to find the features that want one
+    const int64_t count = std::min<int64_t>(a.num_tables - a.first_table, tables_in_launch);
+    std::copy_n(tables.begin() + a.first_table, count, a.tables);
+    a.launch_tables = static_cast<int32_t>(count);
+    if (out_type == RowType::f64) {
+      RK_LAUNCH((rk::collection_kernel<tables_in_launch, true>), grid, dim3(rk::block_lanes), 0,
+                device.stream, a);
+    } else {
+      RK_LAUNCH((rk::collection_kernel<tables_in_launch, false>), grid, dim3(rk::block_lanes), 0,
+                device.stream, a);
+    }
+    a.first_table += count;
+  } while (a.first_table < a.num_tables);
+  return out;
+}
+
+// ---- backward ----
+
+// Sorts stably, ascending; also says where each value was.
+std::tuple<Tensor, Tensor> sort(const Tensor& keys) {
+  using torch::stable::detail::from;
+  std::array<StableIValue, 4> stack{from(keys), from(std::optional<bool>(true)), from(int64_t{0}),
+                                    from(false)};
+  check(torch_call_dispatcher("aten::sort", "stable", stack.data(), TORCH_ABI_VERSION) == AOTI_TORCH_SUCCESS,
+        "sorting ", keys.numel(), " indices failed");
+  return {torch::stable::detail::to<Tensor>(stack[0]), torch::stable::detail::to<Tensor>(stack[1])};
+}
+
+ScalarType sum_type(RowType type) { return type == RowType::f64 ? ScalarType::Double : ScalarType::Float; }
+
+// Adds up the gradients that belong to one row: by chunks, then the sums of the rows that chunks share.
+void sum_by_row(rk::SegmentArguments a, const Table& grad, const Tensor& like, const Device& device) {
+  // 32 entries a group leave some thousand groups also of a small batch; later there are few entries.
+  constexpr int first_log_chunk = 5, later_log_chunk = 6;
+  Table source = grad;
+  Tensor partial, next_keys;
+  for (a.log_chunk = first_log_chunk;; a.log_chunk = later_log_chunk) {
+    const int64_t chunks = ((a.count - 1) >> a.log_chunk) + 1;
+    const ScalarType type = sum_type(source.type);
+    Tensor sums = empty(like, Shape{chunks > 1 ? 2 * chunks : 0, source.dim}, type);
+    Tensor keys = empty(like, Length{2 * chunks}, ScalarType::Long);
+    a.source = device_table(source, "grad");
+    a.dim = static_cast<int32_t>(source.dim);
+    a.partial = {sums.data_ptr(), source.dim, rk::float_type(type, "grad")};
+    a.next_keys = static_cast<int64_t*>(keys.data_ptr());
+    const Lanes lanes = lanes_of(a.source, source.type, is_wide(a.source, source.type, source.dim));
+    const dim3 grid = grid_of(blocks_for(chunks, 32 >> lanes.log_group), 1, lanes.tiles);
+    for_float_type(source.type, [&](auto type) {
+      RK_LAUNCH(rk::segments_kernel<decltype(type)::value>, grid, dim3(rk::block_lanes), 0, device.stream, a);
+    });
+    // torch hands out memory again in the order of the stream, so these may go while they are still read.
+    partial = sums, next_keys = keys;
+    if (chunks == 1) return;
+    source = rk::float_table(partial, "grad");
+    a.keys = next_keys.data_ptr();
+    a.keys_64 = true;
+    a.order = nullptr;
+    a.bag_of = nullptr;
+    a.factors = nullptr;
+    a.count = 2 * chunks;
+  }
+}
+
+Tensor embedding_bag_backward(const Tensor& grad_arg, const Tensor& indices,
+                              const std::optional<Tensor>& offsets,
+                              const std::optional<Tensor>& per_sample_weights, int64_t mode,
+                              int64_t padding_idx, bool include_last_offset, int64_t num_embeddings) {
+  const BagArguments args(grad_arg, indices, offsets, per_sample_weights, mode, padding_idx,
+                          include_last_offset);
+  check(mode != 2, rk::no_max_gradient);
+  const Device device(grad_arg);
+  const Tensor grad = rk::contiguous_rows(grad_arg, grad_arg, "grad");
+  const Table source = rk::float_table(grad, "grad");
+  const Bags& bags = args.bags;
+  check(grad.size(0) == bags.num_bags, "grad must have one row for each of the ", bags.num_bags,
+        " bags, but has ", grad.size(0));
+  check(num_embeddings >= 0 && num_embeddings < rk::absent, "num_embeddings must be below 2^32 - 1");
+  Tensor out = torch::stable::new_zeros(grad, Shape{num_embeddings, source.dim});
+  const int64_t count = bags.num_indices;
+  if (count == 0 || bags.num_bags == 0 || source.dim == 0) return out;
+
+  const bool keys_64 = num_embeddings > INT32_MAX;
+  const bool has_factors = mode == 1 || bags.weights != nullptr;
+  const ScalarType factor_type = sum_type(source.type);
+  Tensor keys = empty(grad, Length{count}, keys_64 ? ScalarType::Long : ScalarType::Int);
+  torch::stable::fill_(keys, static_cast<double>(num_embeddings));  // positions of no bag
+  const Tensor bag_of = empty(grad, Length{count}, ScalarType::Int);
+  const Tensor factors = empty(grad, Length{has_factors ? count : 0}, factor_type);
+  rk::KeyArguments k{};
+  k.bags = bags;
+  k.bounds = device.bounds;
+  k.keys = keys.data_ptr();
+  k.keys_64 = keys_64;
+  k.bag_of = static_cast<uint32_t*>(bag_of.data_ptr());
+  k.factors = has_factors ? factors.data_ptr() : nullptr;
+  k.factor_type = rk::float_type(factor_type, "grad");
+  k.num_rows = static_cast<uint32_t>(num_embeddings);
+  while (k.log_team < 5 && count > (bags.num_bags << k.log_team)) ++k.log_team;
+  RK_LAUNCH(rk::keys_kernel, grid_of(blocks_for(bags.num_bags, 32 >> k.log_team), 1, 1),
+            dim3(rk::block_lanes), 0, device.stream, k);
+  if (num_embeddings == 0) return out;
+
+  const auto [sorted, order] = sort(keys);
+  rk::SegmentArguments a{};
+  a.keys = sorted.data_ptr();
+  a.keys_64 = keys_64;
+  a.order = static_cast<const int64_t*>(order.data_ptr());
+  a.bag_of = k.bag_of;
+  a.factors = k.factors;
+  a.count = count;
+  a.sentinel = k.num_rows;
+  a.out = {out.data_ptr(), source.dim, source.type};
+  sum_by_row(a, source, grad, device);
+  return out;
+}
+
+Tensor embedding_bag_weights_backward(const Tensor& grad_arg, const Tensor& weight_arg, const Tensor& indices,
+                                      const std::optional<Tensor>& offsets, int64_t mode, int64_t padding_idx,
+                                      bool include_last_offset) {
+  const BagArguments args(weight_arg, indices, offsets, std::nullopt, mode, padding_idx, include_last_offset);
+  check(mode != 2, rk::no_max_gradient);
+  const Device device(weight_arg);
+  const Tensor weight = rk::contiguous_rows(weight_arg, weight_arg, "weight");
+  const Tensor grad = rk::contiguous_rows(grad_arg, weight_arg, "grad");
+  const Table table = rk::float_table(weight, "weight"), source = rk::float_table(grad, "grad");
+  check(source.type == table.type, "grad must have the type of weight");
+  check(grad.size(0) == args.bags.num_bags && source.dim == table.dim, "grad must have shape [",
+        args.bags.num_bags, ", ", table.dim, "]");
+  Tensor out = torch::stable::new_zeros(grad, indices.sizes());
+  if (args.bags.num_bags == 0 || table.dim == 0 || args.bags.num_indices == 0) return out;
+  rk::WeightArguments a{};
+  a.table = device_table(table, "weight");
+  a.table.alignment = std::min(a.table.alignment, device_table(source, "grad").alignment);
+  a.bags = args.bags;
+  a.bounds = device.bounds;
+  a.grad = static_cast<const char*>(source.rows);
+  a.grad_stride = source.row_stride;
+  a.out = {out.data_ptr(), 1, table.type};
+  const Lanes lanes = lanes_of(a.table, table.type, is_wide(a.table, table.type, table.dim));
+  for_float_type(table.type, [&](auto type) {
+    RK_LAUNCH(rk::weights_kernel<decltype(type)::value>,
+              grid_of(blocks_for(args.bags.num_bags, 32 >> lanes.log_group), 1, 1), dim3(rk::block_lanes), 0,
+              device.stream, a);
+  });
+  return out;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(RK_LIBRARY, RK_DEVICE_KEY, m) {
+  m.impl("embedding_bag", TORCH_BOX(&embedding_bag));
+  m.impl("embedding_bag_max", TORCH_BOX(&embedding_bag_max));
+  m.impl("embedding_bag_backward", TORCH_BOX(&embedding_bag_backward));
+  m.impl("embedding_bag_weights_backward", TORCH_BOX(&embedding_bag_weights_backward));
+  m.impl("quantized_embedding_bag", TORCH_BOX(&quantized_embedding_bag));
+  m.impl("embedding_bag_collection", TORCH_BOX(&embedding_bag_collection));
+}
