@@ -108,7 +108,7 @@ def test_kernel_without_collapse_is_not_on_huge_pages(monkeypatch: pytest.Monkey
 @pytest.mark.parametrize("columns", [1, 9, 17, 30, 32, 33, 60, 64, 65, 100, 128, 130, 515])
 def test_quantized_rows_cross_few_cache_lines(monkeypatch: pytest.MonkeyPatch, columns: int) -> None:
     for apart in (True, False):
-        monkeypatch.setattr(memory, "keeps_scales_apart", lambda rows, apart=apart: apart)
+        monkeypatch.setattr(memory, "keeps_scales_apart", lambda *size, apart=apart: apart)
         rows, scale_bias = memory.empty_quantized(1000, columns)
         assert (rows.shape, rows.dtype) == ((1000, columns), torch.uint8)
         assert (scale_bias.shape, scale_bias.dtype) == ((1000, 2), torch.float16)

@@ -150,10 +150,10 @@ void weights_gradient_rows(const Table& t, const Bags& b, const Matrix& grad, co
     const int64_t count = b.pooling == Pooling::mean ? end - pos - count_padding(b, pos, end) : 1;
     const double factor = count > 1 ? 1.0 / static_cast<double>(count) : 1.0;
     const char* g = static_cast<const char*>(grad.data) + bag * grad.stride * row_bytes(T, 1);
-    for (; pos < end; ++pos) {
-      const uint8_t* row = ahead.row(pos);
-      put(pos, row == nullptr ? 0.0 : factor * dot<T>(row, g, t.dim));
-    }
+    ahead.for_each_row(pos, end, [&](int64_t at, const uint8_t* row) {
+      put(at, row == nullptr ? 0.0 : factor * dot<T>(row, g, t.dim));
+    });
+    pos = end;
     if (!ahead.ok()) break;
   }
   if (!ahead.ok()) *fault = ahead.fault();

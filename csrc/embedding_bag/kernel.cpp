@@ -23,10 +23,8 @@ void pool_registers(const Table& t, const Bags& b, const Matrix& out, int64_t fi
                     Fault* fault) {
   const int64_t unit = T == RowType::u4 ? (t.dim + 1) / 2 : t.dim;
   const int tail = static_cast<int>(unit - (T == RowType::u4 ? N / 2 - 1 : N - 1) * lanes);
-  constexpr int most_lines = static_cast<int>((row_bytes(T, N * lanes) + 63) / 64);
   int64_t pos = offset_at(b, first);
   Lookahead ahead(t, b, pos, offset_at(b, last));
-  const Factors<T> factors(t, b);
   for (int64_t bag = first; bag < last; ++bag) {
     const int64_t end = offset_at(b, bag + 1);
     vf acc[N];
@@ -34,11 +32,9 @@ void pool_registers(const Table& t, const Bags& b, const Matrix& out, int64_t fi
     for (int v = 0; v < N; ++v) acc[v] = simd::zero();
     simd::ScaleBias sum = simd::no_scale_bias();
     int64_t count = 0;
-    for (; pos < end; ++pos) {
-      const uint8_t* row = ahead.row(pos);
-      if constexpr (most_lines <= 4) ahead.template approach<most_lines>(pos);
-      if (row == nullptr) continue;
-      const vf w = simd::broadcast(factors(row, pos, sum));
+    ahead.template for_each_row<row_bytes(T, N * lanes)>(pos, end, [&](int64_t at, const uint8_t* row) {
+      if (row == nullptr) return;
+      const vf w = simd::broadcast(row_factor<T>(ahead, b, at, sum));
       // Worth a fifth where rows come from a cache.
       if (tail == lanes) {
         add_row<T, N, true>(acc, row, w, tail);
@@ -52,7 +48,8 @@ void pool_registers(const Table& t, const Bags& b, const Matrix& out, int64_t fi
         for (int v = 0; v < N; ++v) acc[v] = simd::add(acc[v], bias);
         sum = simd::no_scale_bias();
       }
-    }
+    });
+    pos = end;
     if (!ahead.ok()) break;
     if constexpr (T == RowType::u4) {
 #pragma GCC unroll 16
@@ -75,16 +72,14 @@ void pool_memory(const Table& t, const Bags& b, const Matrix& out, int64_t first
                  Fault* fault) {
   int64_t pos = offset_at(b, first);
   Lookahead ahead(t, b, pos, offset_at(b, last));
-  const Factors<T> factors(t, b);
   for (int64_t bag = first; bag < last; ++bag) {
     const int64_t end = offset_at(b, bag + 1);
     simd::ScaleBias sum = simd::no_scale_bias();
     int64_t count = 0;
     std::memset(acc, 0, static_cast<size_t>(t.dim) * sizeof(float));
-    for (; pos < end; ++pos) {
-      const uint8_t* row = ahead.row(pos);
-      if (row == nullptr) continue;
-      const vf factor = simd::broadcast(factors(row, pos, sum));
+    ahead.for_each_row(pos, end, [&](int64_t at, const uint8_t* row) {
+      if (row == nullptr) return;
+      const vf factor = simd::broadcast(row_factor<T>(ahead, b, at, sum));
       for_each_vector<T>(row, t.dim, [&](int64_t c, vf x, int n) {
         simd::store_f32(acc + c, simd::fma(x, factor, simd::load_f32(acc + c, n)), n);
       });
@@ -93,7 +88,8 @@ void pool_memory(const Table& t, const Bags& b, const Matrix& out, int64_t first
         for (int64_t c = 0; c < t.dim; ++c) acc[c] += sum.bias();
         sum = simd::no_scale_bias();
       }
-    }
+    });
+    pos = end;
     if (!ahead.ok()) break;
     const float mean = mean_factor(b, count) * t.multiplier, bias = sum.bias();
     for (int64_t c = 0; c < t.dim; ++c) acc[c] = (acc[c] + bias) * mean;
@@ -110,13 +106,14 @@ void pool_f64(const Table& t, const Bags& b, const Matrix& out, int64_t first, i
     double* __restrict acc = static_cast<double*>(out.data) + bag * out.stride;
     int64_t count = 0;
     for (int64_t c = 0; c < t.dim; ++c) acc[c] = 0.0;
-    for (; pos < end; ++pos) {
-      const double* __restrict x = reinterpret_cast<const double*>(ahead.row(pos));
-      if (x == nullptr) continue;
-      const double w = b.weights == nullptr ? 1.0 : element(b.weights, b.weights_type, pos);
+    ahead.for_each_row(pos, end, [&](int64_t at, const uint8_t* row) {
+      if (row == nullptr) return;
+      const double* __restrict x = reinterpret_cast<const double*>(row);
+      const double w = b.weights == nullptr ? 1.0 : element(b.weights, b.weights_type, at);
       for (int64_t c = 0; c < t.dim; ++c) acc[c] += w * x[c];
       ++count;
-    }
+    });
+    pos = end;
     if (!ahead.ok()) break;
     if (b.pooling == Pooling::mean && count > 1) {
       for (int64_t c = 0; c < t.dim; ++c) acc[c] /= static_cast<double>(count);
@@ -187,10 +184,9 @@ void pool_max_rows(const Table& t, const Bags& b, const Matrix& out, int64_t* ar
     int64_t* from = argmax == nullptr ? nullptr : argmax + bag * t.dim;
     double* wide = T == RowType::f64 ? static_cast<double*>(out.data) + bag * out.stride : nullptr;
     bool empty = true;
-    for (; pos < end; ++pos) {
-      const uint8_t* data = ahead.row(pos);
-      if (data == nullptr) continue;
-      const int64_t row = index_at(b, pos);
+    ahead.for_each_row(pos, end, [&](int64_t at, const uint8_t* data) {
+      if (data == nullptr) return;
+      const int64_t row = index_at(b, at);
       if constexpr (T == RowType::f64) {
         keep_greater(wide, reinterpret_cast<const double*>(data), from, row, t.dim, empty);
       } else {
@@ -198,7 +194,8 @@ void pool_max_rows(const Table& t, const Bags& b, const Matrix& out, int64_t* ar
         keep_greater(best, x, from, row, t.dim, empty);
       }
       empty = false;
-    }
+    });
+    pos = end;
     if (!ahead.ok()) break;
     for (int64_t c = 0; empty && c < t.dim; ++c) {
       if (T == RowType::f64)
