@@ -1,0 +1,103 @@
+"""The operators on a GPU: `pytest tests/gpu/device --backend=cuda` or `--backend=triton`.
+
+`--backend=cpu` runs the same tests on the CPU's kernels, which shows that the tests are right. Without the option
+nothing is collected here.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+HERE = Path(__file__).parent
+# The tests of Triton's interpreter and of the operators are run here on the device.
+sys.path[:0] = [str(HERE), str(HERE.parent.parent), str(HERE.parent.parent / "triton_interpreter")]
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--backend", choices=["cuda", "triton", "cpu"], help="run the operators on this backend")
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    return True if config.getoption("--backend", None) is None else None
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    backend = config.getoption("--backend", None)
+    if backend in ("cuda", "triton") and not torch.cuda.is_available():
+        raise pytest.UsageError("torch sees no GPU")
+
+
+@pytest.fixture(scope="session")
+def backend(request: pytest.FixtureRequest) -> str:
+    """What the operators run on."""
+    return str(request.config.getoption("--backend"))
+
+
+@pytest.fixture(scope="session")
+def device(backend: str) -> torch.device:
+    """Where their tensors are."""
+    return torch.device("cpu" if backend == "cpu" else "cuda")
+
+
+@pytest.fixture
+def gpu(device: torch.device) -> torch.device:
+    """The same for tests that mean nothing on the CPU."""
+    if device.type == "cpu":
+        pytest.skip("needs a GPU")
+    return device
+
+
+@pytest.fixture(autouse=True)
+def _on_backend(backend: str) -> Iterator[None]:
+    """Every operator on the backend, fresh memory full of NaN, and no fault left over from the test before."""
+    import recsys_kernels as rk
+
+    torch.set_num_threads(1)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    with rk.backend(backend):
+        yield
+    torch.use_deterministic_algorithms(False)
+    rk.check_bounds()
+
+
+def _moved(value: Any, device: torch.device) -> Any:
+    """A tensor on another device with the strides it has here, whose gaps and offset are kept."""
+    if isinstance(value, list | tuple):
+        return type(value)(_moved(one, device) for one in value)
+    if not isinstance(value, torch.Tensor):
+        return value
+    whole = torch.empty(0, dtype=value.dtype).set_(value.untyped_storage())
+    return whole.to(device).as_strided(value.shape, value.stride(), value.storage_offset())
+
+
+class OnDevice:
+    """The operators as functions of CPU tensors that run on the device; a wrong index raises at once."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
+    def __getattr__(self, name: str) -> Any:
+        import recsys_kernels as rk
+        from recsys_kernels import _backends
+
+        def run(*args: Any) -> Any:
+            moved = _moved(args, self.device)
+            implementation = _backends.implementation(name, torch.empty(0, device=self.device))
+            out = implementation(*moved)
+            rk.check_bounds(self.device)
+            return _moved(out, torch.device("cpu"))
+
+        return run
+
+
+@pytest.fixture
+def on_device(device: torch.device) -> OnDevice:
+    """The operators as functions of CPU tensors that run on the device."""
+    return OnDevice(device)

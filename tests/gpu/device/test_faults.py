@@ -1,0 +1,114 @@
+"""Wrong indices and offsets on the device: found, named in the CPU's words, raised once, and by nobody too early."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytest
+import torch
+from test_bad_input import NAMES, calls
+
+import recsys_kernels as rk
+from recsys_kernels import _backends
+from recsys_kernels.ops.embedding_bag import reference
+
+OFFSETS = torch.tensor([0, 2, 5, 5, 8])
+FINE = torch.tensor([0, 6, 2, 3, 1, 5, 0, 4])
+
+
+def wanted_error(name: str, args: tuple[Any, ...]) -> tuple[type, str]:
+    with pytest.raises((IndexError, RuntimeError)) as caught:
+        getattr(reference, name)(*args)
+    return type(caught.value), str(caught.value)
+
+
+def with_one(position: int, value: int) -> torch.Tensor:
+    indices = FINE.clone()
+    indices[position] = value
+    return indices
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(("position", "value"), [(0, 7), (7, -1), (5, 1 << 40), (3, -(1 << 62)), (4, (1 << 31) - 1)])
+def test_one_wrong_index(on_device: Any, name: str, position: int, value: int) -> None:
+    indices = with_one(position, value)
+    kinds = [(indices, OFFSETS)]
+    if name != "embedding_bag_collection":
+        kinds.append((indices.reshape(2, 4), None))
+    if abs(value) < 1 << 31:
+        kinds.append((indices.int(), OFFSETS.int()))
+    for wrong, offsets in kinds:
+        args = calls(wrong, offsets)[name]
+        with pytest.raises((IndexError, RuntimeError)) as caught:
+            getattr(on_device, name)(*args)
+        assert (type(caught.value), str(caught.value)) == wanted_error(name, args)
+    assert getattr(on_device, name)(*calls(FINE, OFFSETS)[name]) is not None
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("offsets", [[0, 2, 5, 5, 9], [0, 2, -3, 8, 8]], ids=str)
+def test_one_wrong_offset(on_device: Any, name: str, offsets: list[int]) -> None:
+    args = calls(FINE, torch.tensor(offsets))[name]
+    with pytest.raises(RuntimeError) as caught:
+        getattr(on_device, name)(*args)
+    assert (type(caught.value), str(caught.value)) == wanted_error(name, args)
+
+
+def test_many_wrong_indices_are_one_error(on_device: Any) -> None:
+    """Whichever comes first: the message is right about the one that it names."""
+    indices = torch.arange(1000) + 50
+    with pytest.raises(IndexError) as caught:
+        on_device.embedding_bag(torch.ones(50, 8), indices.reshape(100, 10), None, None, 0, -1, False)
+    value, position, rows = map(int, re.findall(r"\d+", str(caught.value)))
+    assert (value, rows) == (position + 50, 50)
+    on_device.embedding_bag(torch.ones(50, 8), indices.reshape(100, 10) % 50, None, None, 0, -1, False)
+
+
+def run(name: str, indices: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """One call that nobody waits for."""
+    args = [
+        [one.to(device) for one in arg] if isinstance(arg, list) else arg.to(device)
+        if isinstance(arg, torch.Tensor) else arg
+        for arg in calls(indices, OFFSETS)[name]
+    ]  # fmt: skip
+    out = _backends.implementation(name, indices.to(device))(*args)
+    return out[0] if isinstance(out, tuple) else out
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_cuda_kernels_raise_later(backend: str, gpu: torch.device, name: str) -> None:
+    if backend != "cuda":
+        pytest.skip("Triton's operators wait")
+    run(name, with_one(5, 77), gpu)
+    torch.cuda.synchronize()
+    message = r"index 77 at position 5 of indices .* \(found by an earlier call\)"
+    with pytest.raises(IndexError, match=message):
+        run(name, FINE, gpu)
+    run(name, FINE, gpu)
+    rk.check_bounds(gpu)
+    run(name, with_one(5, 77), gpu)
+    with pytest.raises(IndexError, match=r"index 77 at position 5 of indices .* rows$"):
+        rk.check_bounds(gpu)
+    rk.check_bounds(gpu)
+
+
+@pytest.mark.parametrize("mode", ["clamp", "ignore"])
+@pytest.mark.parametrize("name", NAMES)
+def test_nothing_is_raised_where_nobody_asked(gpu: torch.device, name: str, mode: str) -> None:
+    with rk.bounds_check(mode):
+        out = run(name, with_one(5, 77), gpu)
+        assert bool(out.isfinite().all())
+        rk.check_bounds(gpu)
+    rk.check_bounds(gpu)
+
+
+def test_modules_name_the_table(backend: str, device: torch.device) -> None:
+    tables = [rk.EmbeddingBagConfig("user", 5, 4), rk.EmbeddingBagConfig("item", 9, 4)]
+    collection = rk.EmbeddingBagCollection(tables).to(device)
+    wrong, offsets = torch.tensor([0, 1, 9, 2], device=device), torch.tensor([0, 1, 2, 3, 4], device=device)
+    if backend == "cuda":
+        collection(wrong, offsets)
+        torch.cuda.synchronize()
+    with pytest.raises(IndexError, match=r"index 9 at position 2 .* table 'item' \(feature 'item'\) with 9 rows"):
+        collection(wrong if backend != "cuda" else wrong % 5, offsets)
