@@ -47,10 +47,12 @@ X86_LEVELS = {
     "avx512_vnni": [*AVX512, "-mavx512vnni"],
 }
 
-# sm_90 is what the kernels are tuned for. A GPU runs the code of its own generation (12.0 also serves 12.1, 10.0 also
-# 10.3), and later ones compile the newest one's PTX when the library is first used. A toolkit that is too old for some
+# The machine code in the library, by the PTX that it is made of: making PTX takes three times as long as making machine
+# code of it. sm_90 is what the kernels are tuned for. A GPU runs the code of its own generation (12.0 also serves 12.1,
+# 10.0 also 10.3), and others compile the newest PTX when the library is first used. A toolkit that is too old for some
 # of them builds the others.
-GPU_ARCHITECTURES = (90, 75, 80, 86, 89, 100, 120)
+GPU_CODE = {90: (90, 100, 120), 75: (75,), 80: (80, 86, 89)}
+GPU_ARCHITECTURES = tuple(number for numbers in GPU_CODE.values() for number in numbers)
 TOOLKIT_FOLDERS = (Path("/usr/local/cuda"), Path("/opt/cuda"))
 
 
@@ -111,9 +113,12 @@ def cuda_toolkit() -> Toolkit | None:
 
 def nvcc_flags(architectures: tuple[int, ...]) -> list[str]:
     """What every .cu file is compiled with, but for the folders of headers."""
-    code = [f"-gencode=arch=compute_{number},code=sm_{number}" for number in architectures]
-    newest = max(architectures)
-    code.append(f"-gencode=arch=compute_{newest},code=compute_{newest}")
+    code = []
+    for ptx, numbers in GPU_CODE.items():
+        targets = [f"sm_{number}" for number in numbers if number in architectures]
+        if targets:
+            targets += [f"compute_{ptx}"] if ptx == max(GPU_CODE) else []
+            code.append(f"-gencode=arch=compute_{ptx},code=[{','.join(targets)}]")
     return ["-std=c++17", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall,-Werror=return-type", *DEFINES, *code]
 
 
@@ -186,8 +191,9 @@ def ninja_file(cxx: str, torch_dir: Path, target: Path, extra: list[str], cuda: 
     ]
     if cuda is not None:
         nvcc, host = ninja_argument(str(cuda.nvcc)), ninja_argument(f"-ccbin={host_compiler(cxx)}")
-        # Each architecture reads all headers anew (1.5 s with torch's), so that a file is worth several threads.
-        options = " ".join([host, *nvcc_flags(cuda.architectures), "-Icsrc", "-isystem torch"])
+        # Each kind of PTX and each architecture is a compilation of its own, so that a file is worth several threads.
+        code = map(ninja_argument, nvcc_flags(cuda.architectures))
+        options = " ".join([host, *code, "-Icsrc", "-isystem torch"])
         lines += [
             "rule nvcc",
             f"  command = {nvcc} --threads {os.cpu_count() or 1} -MMD -MF $out.d {options} -c $in -o $out",
