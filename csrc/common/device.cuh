@@ -24,12 +24,11 @@ __device__ __forceinline__ To bits_as(const From& from) {
 
 // The same value, of which the compiler does not know that it is: a test of it stays where it is, where loops
 // would be copied for each of its outcomes.
-__device__ __forceinline__ bool opaque(bool x) {
-  unsigned value = x;
+__device__ __forceinline__ int opaque(int x) {
 #if !defined(RK_SIMT)
-  asm volatile("" : "+r"(value));
+  asm volatile("" : "+r"(x));
 #endif
-  return value != 0;
+  return x;
 }
 
 // The same for a pointer, which is then kept in registers and not computed anew for every use.

@@ -89,24 +89,29 @@ struct SegmentArguments {
 // A group of lanes sums the entries of a chunk over the columns of a tile. A run of equal keys that lies in
 // one chunk is a finished row. The others leave sums, at most two a chunk (of the run that came in, and of
 // the one that goes on), which the next launch adds up in the same way: a row that is looked up a million
-// times costs four launches, and no lane adds more than a chunk.
-template <RowType T, bool Wide>
+// times costs five launches, and no lane adds more than a chunk.
+template <typename Share>
 struct Segments {
-  using R = Row<T, Wide>;
-  using Sum = typename R::Sum;
-  static constexpr int elements = R::elements;
-  static constexpr int most = 4;
+  using Sum = typename Share::Sum;
+  static constexpr int elements = Share::elements;
+  static constexpr int rows = 4;  // at a time
 
   const SegmentArguments& a;
   const Team& team;
   const Share& share;
-  const char* base;
-  int64_t chunk;
+  const char* const base;  // the lane's share of row 0
+  const uint32_t first;    // and where it begins in the row
+  const int64_t chunk;
   Sum sum[elements];
   uint32_t key;                // of the run that is being summed
   bool came_in;                // it began in an earlier chunk
   bool holds;                  // it has entries
   bool used_first, used_last;  // sums left to the next launch
+
+  __device__ __forceinline__ Segments(const SegmentArguments& a_arg, const Team& team_arg,
+                                      const Share& share_arg, const char* base_arg, uint32_t first_arg,
+                                      int64_t chunk_arg)
+      : a(a_arg), team(team_arg), share(share_arg), base(base_arg), first(first_arg), chunk(chunk_arg) {}
 
   static __device__ __forceinline__ uint32_t real_key(int64_t key) {
     return static_cast<uint32_t>(key < 0 ? ~key : key);
@@ -126,47 +131,53 @@ struct Segments {
 
   __device__ __forceinline__ void end_run(bool goes_on) {
     if (!holds) return;
-    const Columns<T, Wide> columns(share, a.dim);
     const bool finished = !came_in && !goes_on;
     used_first |= came_in;
     used_last |= goes_on && !came_in;
+    if (first >= a.source.row_bytes) return;
     const int64_t row = finished ? static_cast<int64_t>(key) : 2 * chunk + (came_in ? 0 : 1);
     char* to = static_cast<char*>(finished ? a.out.data : a.partial.data);
     const RowType type = finished ? a.out.type : a.partial.type;
-    columns.store(to + row * int64_t{a.dim} * float_bytes(type), type, sum);
+    share.store(to + row * a.dim * (element_bits(type) / 8), type, first, a.dim, sum);
   }
 
-  // Entries j to j + most - 1 of the group; `inside`: those that there are.
+  // Entries j to j + rows - 1 of the group, of which there are `inside`.
   __device__ __forceinline__ void batch(int j, uint32_t own_key, uint32_t own_row, Sum own_factor,
                                         int inside) {
-    uint32_t word[most][R::words];
-    uint32_t row[most];
-    const int limit = share.first < share.row_bytes ? team.group : 0;
+    uint32_t word[rows][Share::words], row[rows];
+    const int limit = first < a.source.row_bytes ? team.group : 0;
 #pragma unroll
-    for (int u = 0; u < most; ++u) {
+    for (int u = 0; u < rows; ++u) {
       row[u] = __shfl_sync(all_lanes, own_row, team.source(j + u));
 #pragma unroll
-      for (int w = 0; w < R::words; ++w) word[u][w] = 0;
+      for (int w = 0; w < Share::words; ++w) word[u][w] = 0;
       if (row[u] != absent && j + u < limit) {
-        load_share<T, Wide>(word[u], base + static_cast<uint64_t>(row[u]) * a.source.row_stride, share);
+        share.load(word[u], base + static_cast<uint64_t>(row[u]) * a.source.row_stride);
       }
     }
+    uint32_t new_key[rows];
+    Sum factor[rows];
 #pragma unroll
-    for (int u = 0; u < most; ++u) {
-      const uint32_t new_key = __shfl_sync(all_lanes, own_key, team.source(j + u));
-      Sum factor = 1;
-      if (opaque(a.factors != nullptr)) factor = __shfl_sync(all_lanes, own_factor, team.source(j + u));
-      if (j + u >= inside) continue;
-      if (new_key != key) {
+    for (int u = 0; u < rows; ++u) {
+      new_key[u] = __shfl_sync(all_lanes, own_key, team.source(j + u));
+      factor[u] = __shfl_sync(all_lanes, own_factor, team.source(j + u));
+    }
+#pragma unroll
+    for (int u = 0; u < rows; ++u) {
+      if (j + u >= inside) break;
+      if (new_key[u] != key) {
         end_run(false);
-        begin_run(new_key, false);
+        begin_run(new_key[u], false);
       }
       if (row[u] == absent) continue;
       holds = true;
-      Sum x[elements];
-      unpack<T, Wide>(word[u], x);
+      share.visit([&](auto type) {
+        constexpr RowType T = decltype(type)::value;
 #pragma unroll
-      for (int e = 0; e < elements; ++e) sum[e] = fma(x[e], factor, sum[e]);
+        for (int e = 0; e < Share::words * 32 / element_bits(T); ++e) {
+          sum[e] = fma(static_cast<Sum>(element_of<T>(word[u], e)), factor[u], sum[e]);
+        }
+      });
     }
   }
 
@@ -197,45 +208,54 @@ struct Segments {
       }
       const int64_t left = end - at;
       const int inside = left < team.group ? static_cast<int>(left) : team.group;  // can be negative
-      for (int j = 0; j < team.group && __any_sync(all_lanes, j < inside); j += most) {
+      for (int j = 0; j < team.group && __any_sync(all_lanes, j < inside); j += rows) {
         batch(j, own_key, own_row, own_factor, inside);
       }
     }
     if (!exists) return;
     end_run(end < a.count && real_key(key_at(end)) == key);
     if (writes_keys && team.in_group == 0) {
-      const int64_t first = first_key, last = key;
-      a.next_keys[2 * chunk] = used_first ? first : ~first;
-      a.next_keys[2 * chunk + 1] = used_last ? last : ~last;
+      const int64_t front = first_key, back = key;
+      a.next_keys[2 * chunk] = used_first ? front : ~front;
+      a.next_keys[2 * chunk + 1] = used_last ? back : ~back;
     }
   }
 };
 
-template <RowType T, bool Wide>
-__device__ __forceinline__ void sum_segments(const SegmentArguments& a) {
-  using R = Row<T, Wide>;
-  const int log_lanes = log_group<T, Wide>(a.source.row_bytes);
+template <typename Share>
+__device__ __forceinline__ void sum_segments(const SegmentArguments& a, const Share& share) {
+  const int log_lanes = log_group(a.source.row_bytes, share.bytes);
   const Team team(log_lanes, 0);
-  const uint32_t tile_bytes = static_cast<uint32_t>(R::bytes) << log_lanes;
+  const uint32_t tile_bytes = static_cast<uint32_t>(share.bytes) << log_lanes;
   const int64_t chunks = ((a.count - 1) >> a.log_chunk) + 1;
   const int64_t step = warps_in_grid() * team.per_warp();
   for (uint32_t tile = blockIdx.z * tile_bytes; tile < a.source.row_bytes; tile += gridDim.z * tile_bytes) {
-    const Share share = share_of<T, Wide>(a.source, team.in_group, team.group, tile);
-    const char* base = opaque(a.source.rows + share.first);
+    const uint32_t first = tile + static_cast<uint32_t>(team.in_group * share.bytes);
+    const char* base = opaque(a.source.rows + first);
     for (int64_t chunk = warp_number() * team.per_warp(); chunk < chunks; chunk += step) {
-      Segments<T, Wide> segments{a, team, share, base, chunk + team.in_warp()};
+      Segments<Share> segments(a, team, share, base, first, chunk + team.in_warp());
       segments.run(tile == 0);
     }
   }
 }
 
-template <RowType T>
-__global__ void __launch_bounds__(block_lanes) segments_kernel(const __grid_constant__ SegmentArguments a) {
-  if (is_wide<T>(a.source, a.dim)) {
-    sum_segments<T, true>(a);
-  } else {
-    sum_segments<T, false>(a);
+// Gradients of any type but float64, or of float64.
+template <typename Sum>
+__global__ void __launch_bounds__(block_lanes, blocks_at_once)
+    segments_kernel(const __grid_constant__ SegmentArguments a) {
+  if constexpr (std::is_same_v<Sum, float>) {
+    if (is_wide(a.source, a.source.type, a.dim)) {
+      switch (a.source.type) {
+        case RowType::f32:
+          return sum_segments(a, WideShare<RowType::f32>{});
+        case RowType::f16:
+          return sum_segments(a, WideShare<RowType::f16>{});
+        default:
+          return sum_segments(a, WideShare<RowType::bf16>{});
+      }
+    }
   }
+  sum_segments(a, NarrowShare<Sum, std::is_same_v<Sum, double> ? 1 : 2>(a.source.type, a.source.alignment));
 }
 
 // ---- per-sample weights ----
@@ -249,51 +269,52 @@ struct WeightArguments {
   Matrix out;           // one value a position
 };
 
-// A group of lanes takes a bag; each of its rows is multiplied with the bag's gradient and summed up.
-template <RowType T, bool Wide>
+// A group of lanes takes a bag; each of its rows is multiplied with the bag's gradient and summed up. In
+// narrow shares only: 8 rows of 4 bytes a lane in flight, which is enough with the 1024 lanes that fit.
+template <typename Share>
 struct Dots {
-  using R = Row<T, Wide>;
-  using Sum = typename R::Sum;
-  static constexpr int most = 4;
+  using Sum = typename Share::Sum;
+  static constexpr int rows = Share::rows;
 
   const WeightArguments& a;
   const Team& team;
+  const Share& share;
 
   __device__ __forceinline__ void batch(int j, uint32_t own_row, const char* grad, Sum& result) const {
-    uint32_t row[most];
-    Sum dot[most];
+    uint32_t row[rows];
+    Sum dot[rows];
 #pragma unroll
-    for (int u = 0; u < most; ++u) {
+    for (int u = 0; u < rows; ++u) {
       row[u] = __shfl_sync(all_lanes, own_row, team.source(j + u));
       if (j + u >= team.group) row[u] = absent;
       dot[u] = 0;
     }
-    const uint32_t tile_bytes = static_cast<uint32_t>(R::bytes) * team.group;
-    for (uint32_t tile = 0; tile < a.table.row_bytes; tile += tile_bytes) {
-      const Share share = share_of<T, Wide>(a.table, team.in_group, team.group, tile);
-      if (share.first >= share.row_bytes) break;
-      uint32_t word[most][R::words], grad_word[R::words];
-      load_share<T, Wide>(grad_word, grad + share.first, share);
+    const uint32_t between = static_cast<uint32_t>(team.group * share.bytes);
+    for (uint32_t at = team.in_group * share.bytes; at < a.table.row_bytes; at += between) {
+      uint32_t word[rows][Share::words], grad_word[Share::words];
+      share.load(grad_word, grad + at);
 #pragma unroll
-      for (int u = 0; u < most; ++u) {
+      for (int u = 0; u < rows; ++u) {
 #pragma unroll
-        for (int w = 0; w < R::words; ++w) word[u][w] = 0;
-        if (row[u] == absent) continue;
-        const char* p = a.table.rows + static_cast<uint64_t>(row[u]) * a.table.row_stride + share.first;
-        load_share<T, Wide>(word[u], p, share);
+        for (int w = 0; w < Share::words; ++w) word[u][w] = 0;
+        if (row[u] != absent) {
+          share.load(word[u], a.table.rows + static_cast<uint64_t>(row[u]) * a.table.row_stride + at);
+        }
       }
-      Sum g[R::elements];
-      unpack<T, Wide>(grad_word, g);
+      share.visit([&](auto type) {
+        constexpr RowType T = decltype(type)::value;
 #pragma unroll
-      for (int u = 0; u < most; ++u) {
-        Sum x[R::elements];
-        unpack<T, Wide>(word[u], x);
+        for (int u = 0; u < rows; ++u) {
 #pragma unroll
-        for (int e = 0; e < R::elements; ++e) dot[u] = fma(x[e], g[e], dot[u]);
-      }
+          for (int e = 0; e < Share::words * 32 / element_bits(T); ++e) {
+            dot[u] = fma(static_cast<Sum>(element_of<T>(word[u], e)),
+                         static_cast<Sum>(element_of<T>(grad_word, e)), dot[u]);
+          }
+        }
+      });
     }
 #pragma unroll
-    for (int u = 0; u < most; ++u) {
+    for (int u = 0; u < rows; ++u) {
       dot[u] = sum_over(dot[u], 1, team.group);
       // A row that does not count is zero, but zero times infinity is not.
       if (team.in_group == j + u) result = row[u] == absent ? Sum{0} : dot[u];
@@ -320,7 +341,7 @@ struct Dots {
         own_row = checked_row(index, position, a.table.num_rows, b.padding_idx, a.bounds, {-1, 0});
       }
       Sum result = 0;
-      for (int j = 0; j < team.group && __any_sync(all_lanes, at + j < range.end); j += most) {
+      for (int j = 0; j < team.group && __any_sync(all_lanes, at + j < range.end); j += rows) {
         batch(j, own_row, grad, result);
       }
       if (position < range.end) store_float(a.out.data, a.out.type, position, result * factor);
@@ -328,21 +349,14 @@ struct Dots {
   }
 };
 
-template <RowType T, bool Wide>
-__device__ __forceinline__ void dot_bags(const WeightArguments& a) {
-  const Team team(log_group<T, Wide>(a.table.row_bytes), 0);
+template <typename Sum>
+__global__ void __launch_bounds__(block_lanes, 4) weights_kernel(const __grid_constant__ WeightArguments a) {
+  using Share = NarrowShare<Sum, std::is_same_v<Sum, double> ? 1 : 2>;
+  const Share share(a.table.type, a.table.alignment);
+  const Team team(log_group(a.table.row_bytes, share.bytes), 0);
   const int64_t step = warps_in_grid() * team.per_warp();
   for (int64_t bag = warp_number() * team.per_warp(); bag < a.bags.num_bags; bag += step) {
-    Dots<T, Wide>{a, team}.run(bag);
-  }
-}
-
-template <RowType T>
-__global__ void __launch_bounds__(block_lanes) weights_kernel(const __grid_constant__ WeightArguments a) {
-  if (is_wide<T>(a.table, a.table.row_bytes / float_bytes(T))) {
-    dot_bags<T, true>(a);
-  } else {
-    dot_bags<T, false>(a);
+    Dots<Share>{a, team, share}.run(bag);
   }
 }
 

@@ -8,6 +8,7 @@ namespace rk {
 
 constexpr int block_warps = 8;
 constexpr int block_lanes = block_warps * warp_lanes;
+constexpr int blocks_at_once = 3;  // on a multiprocessor, which leaves 80 registers a lane
 // In place of a row: an index that is wrong, padding, or outside of its bag.
 constexpr uint32_t absent = 0xffffffffu;
 
@@ -20,32 +21,20 @@ struct DeviceTable {
   uint32_t scale_bias_stride;  // bytes
   uint32_t row_bytes;
   RowType type;
-  uint32_t alignment;  // bytes, at most 16, that begin, length and distance of rows are multiples of
+  uint32_t alignment;  // bytes, at most 16, of which begin, length and distance of rows are multiples
 };
 
 // Whether rows can be read in wide shares.
-template <RowType T>
-__host__ __device__ constexpr bool is_wide(const DeviceTable& table, int64_t dim) {
-  using R = Row<T, true>;
-  return table.alignment >= R::bytes && int64_t{table.row_bytes} * 8 == dim * R::element_bits;
+__host__ __device__ constexpr bool is_wide(const DeviceTable& table, RowType type, int64_t dim) {
+  return type != RowType::f64 && table.alignment >= static_cast<uint32_t>(wide_bytes(type)) &&
+         int64_t{table.row_bytes} * 8 == dim * element_bits(type);
 }
 
 // log2 of the lanes that share a row: as many as it has shares, a warp at most.
-template <RowType T, bool Wide>
-__host__ __device__ constexpr int log_group(uint32_t row_bytes) {
+__host__ __device__ constexpr int log_group(uint32_t row_bytes, int share_bytes) {
   int log = 0;
-  while (log < 5 && (uint32_t{Row<T, Wide>::bytes} << log) < row_bytes) ++log;
+  while (log < 5 && (static_cast<uint32_t>(share_bytes) << log) < row_bytes) ++log;
   return log;
-}
-
-// The share of a lane in a tile, which is as many bytes of every row as a group of lanes holds.
-template <RowType T, bool Wide>
-__device__ __forceinline__ Share share_of(const DeviceTable& table, int in_group, int group, uint32_t tile) {
-  using R = Row<T, Wide>;
-  const bool by_units = !Wide && R::unit < 4 && table.alignment < R::bytes;
-  const uint32_t between = by_units ? R::unit : R::bytes;
-  return {tile + static_cast<uint32_t>(in_group) * between,
-          by_units ? static_cast<uint32_t>(group) * R::unit : 0, table.row_bytes};
 }
 
 // Which lanes of a warp do what. 2^log_split groups of 2^log_group lanes make the team of a bag: each group
@@ -80,8 +69,11 @@ struct Team {
   __device__ __forceinline__ int in_warp() const { return lane >> log_team; }
 };
 
+// The shuffle tells the compiler that all lanes have the same number. Else it takes every loop over bags for
+// one that lanes leave one by one, and writes all its code twice.
 __device__ __forceinline__ int64_t warp_number() {
-  return static_cast<int64_t>(blockIdx.x) * block_warps + threadIdx.x / warp_lanes;
+  const int in_block = __shfl_sync(all_lanes, static_cast<int>(threadIdx.x) / warp_lanes, 0);
+  return static_cast<int64_t>(blockIdx.x) * block_warps + in_block;
 }
 
 __device__ __forceinline__ int64_t warps_in_grid() { return static_cast<int64_t>(gridDim.x) * block_warps; }
@@ -122,8 +114,8 @@ __device__ __forceinline__ Range bag_range(const Bags& b, int64_t bag, bool zero
 
 // What a wrong index belongs to, for the message.
 struct Origin {
-  int64_t feature;  // -1: a single table
-  int64_t table;
+  int32_t feature;  // -1: a single table
+  int32_t table;
 };
 
 // The row at a position, or `absent`.

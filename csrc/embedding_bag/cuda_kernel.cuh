@@ -2,34 +2,34 @@
 //
 // A team of lanes pools a bag. Every lane of it reads one index, checks it, and reads the row's weight, scale
 // and bias; then the team goes through these rows, handed round by shuffles. Rows are read 16 bytes a lane,
-// up to 8 rows before the first is used: 128 bytes a lane in flight (64 of quantized rows, which need the
-// registers for sums). With 768 or more lanes on a multiprocessor that is 48 to 128 KiB; 3.35 TB/s at a
-// latency of 1 us need 3.35 MB in flight, 26 KB on each of 132 multiprocessors.
+// 4 or 8 rows before the first is used: 64 or 128 bytes a lane in flight. With the 768 lanes that registers
+// leave on a multiprocessor that is 48 or 96 KiB; 3.35 TB/s at a latency of 1 us need 3.35 MB in flight, 26
+// KB on each of 132 multiprocessors. (Rows of other alignments: 8 rows, 4 bytes a lane, 24 KiB.)
 #pragma once
 
 #include "cuda_bags.cuh"
 
 namespace rk {
 
-constexpr int blocks_at_once = 3;
+constexpr int tables_in_launch = 64;
 
-// What a launch of the pooling kernels reads. `plan` is null for a single table, and `tables` then holds it.
-template <int Tables>
+// What a launch of the pooling kernels reads, within the 4 KB that arguments may take.
 struct PoolArguments {
-  DeviceTable tables[Tables];
+  DeviceTable tables[tables_in_launch];
   Bags bags;  // of all features: num_bags is batch * features
   Matrix out;
   int64_t* argmax;
   Bounds bounds;
-  const int64_t* plan;  // [features][plan_columns]
+  const int64_t* plan;  // [features][plan_columns]; null: one feature, which is described by what follows
+  RowType type;
+  int32_t dim;
+  float multiplier;
+  int32_t log_split;
   int64_t batch;
   int64_t features;
-  int64_t first_table;  // the number of tables[0]
   int64_t num_tables;   // of all launches
+  int64_t first_table;  // the number of tables[0]
   int32_t launch_tables;
-  int32_t log_split;
-  int64_t dim;       // of a single table
-  float multiplier;  // of a single table
   bool zero_start;
 };
 
@@ -41,47 +41,51 @@ struct Feature {
   float multiplier;
   char* out;          // row 0, first column
   int64_t first_bag;  // its bag 0 among all bags
-  int64_t num_bags;
   Origin origin;
 };
 
-// A lane's index, and what belongs to it.
+// A lane's index, and what its row is multiplied with and shifted by.
 template <typename Sum>
 struct Looked {
   uint32_t row;
-  uint32_t scale_bias;  // two halves
-  Sum weight;
+  Sum scale;
+  Sum shift;
 };
 
 // What a kernel can pool: sums only (and means), sums and maxima, or maxima and the rows they came from.
-// Maxima are taken of narrow shares: with wide ones the code would double, and 8 rows of 4 bytes a lane in
-// flight fill the memory as well when 2048 lanes are there.
+// Maxima are taken of narrow shares, which halves the code.
 enum class Does { sum, sum_or_max, argmax };
 
-// Rows in flight a lane.
-template <RowType T, bool Wide>
-constexpr int rows_in_flight = Wide && T == RowType::f32 ? 8 : 4;
-
-// Pools the bags of one feature, over the columns of one tile (as many as the lanes of a group hold).
-template <RowType T, bool Wide, Does D>
+// Pools bags of one feature, over the columns of one tile (as many as the lanes of a group hold).
+template <typename Share, Does D>
 struct Pooler {
-  using R = Row<T, Wide>;
-  using Sum = typename R::Sum;
-  static constexpr int elements = R::elements;
-  static constexpr int most = rows_in_flight<T, Wide>;
-  static constexpr bool quantized = is_quantized_row<T>;
+  using Sum = typename Share::Sum;
+  static constexpr int elements = Share::elements;
+  static constexpr int rows = Share::rows;
+  static constexpr int rows_of_max = 4;
   static constexpr bool argmax = D == Does::argmax;
 
+  const PoolArguments& a;
   const DeviceTable& table;
-  const Bags& bags;
-  const Bounds& bounds;
   const Feature& feature;
   const Team& team;
   const Share& share;
-  const char* base;  // the share of row 0
+  const char* const base;  // the lane's share of row 0
+  const uint32_t first;    // and where it begins in the row
   Sum sum[elements];
   Sum bias;
   uint32_t place[argmax ? elements : 1];
+
+  __device__ __forceinline__ Pooler(const PoolArguments& a_arg, const DeviceTable& table_arg,
+                                    const Feature& feature_arg, const Team& team_arg, const Share& share_arg,
+                                    const char* base_arg, uint32_t first_arg)
+      : a(a_arg),
+        table(table_arg),
+        feature(feature_arg),
+        team(team_arg),
+        share(share_arg),
+        base(base_arg),
+        first(first_arg) {}
 
   __device__ __forceinline__ bool is_max() const {
     return argmax || (D == Does::sum_or_max && feature.pooling == Pooling::max);
@@ -90,85 +94,105 @@ struct Pooler {
   __device__ __forceinline__ Looked<Sum> look_up(int64_t index, int64_t position, bool inside) const {
     Looked<Sum> own{absent, 0, 0};
     if (inside) {
-      own.row = checked_row(index, position, table.num_rows, bags.padding_idx, bounds, feature.origin);
+      own.row = checked_row(index, position, table.num_rows, a.bags.padding_idx, a.bounds, feature.origin);
     }
     if (own.row == absent) return own;
-    if constexpr (quantized) {
+    own.scale = 1;
+    if (share.quantized()) {
       // 2-byte loads: inside of rows they need not lie on a multiple of 4.
       const char* p = table.scale_bias + static_cast<uint64_t>(own.row) * table.scale_bias_stride;
-      own.scale_bias = load_constant<unsigned short>(p) |
-                       static_cast<uint32_t>(load_constant<unsigned short>(p + 2)) << 16;
+      own.scale = f16_to_float(load_constant<unsigned short>(p));
+      own.shift = f16_to_float(load_constant<unsigned short>(p + 2));
     }
-    if (bags.weights != nullptr && !is_max()) {
-      own.weight = load_float<Sum>(bags.weights, bags.weights_type, position);
+    if (a.bags.weights != nullptr && !is_max()) {
+      const Sum weight = load_float<Sum>(a.bags.weights, a.bags.weights_type, position);
+      own.scale *= weight;
+      own.shift *= weight;
     }
     return own;
   }
 
-  // Reads rows j to j + Rows - 1 of the group, all loads before the first use. What is absent reads as zero.
+  // Reads rows j to j + Rows - 1 of the group, all before the first is used. What is absent reads as zero.
   template <int Rows>
   __device__ __forceinline__ void load(int j, const Looked<Sum>& own, uint32_t (&row)[Rows],
-                                       uint32_t (&word)[Rows][R::words]) const {
-    const int limit = share.first < share.row_bytes ? team.group : 0;
+                                       uint32_t (&word)[Rows][Share::words]) const {
+    const int limit = first < table.row_bytes ? team.group : 0;
 #pragma unroll
     for (int u = 0; u < Rows; ++u) {
       row[u] = __shfl_sync(all_lanes, own.row, team.source(j + u));
       if (j + u >= limit) row[u] = absent;
 #pragma unroll
-      for (int w = 0; w < R::words; ++w) word[u][w] = 0;
-      if (row[u] != absent) {
-        load_share<T, Wide>(word[u], base + static_cast<uint64_t>(row[u]) * table.row_stride, share);
-      }
+      for (int w = 0; w < Share::words; ++w) word[u][w] = 0;
+      if (row[u] != absent) share.load(word[u], base + static_cast<uint64_t>(row[u]) * table.row_stride);
     }
   }
 
-  // Scale and bias of the group's row number `j`; of what lies behind the group, which may be infinite, zero.
-  __device__ __forceinline__ void scale_of(int j, const Looked<Sum>& own, Sum& scale, Sum& shift) const {
-    if constexpr (quantized) {
-      const uint32_t both = __shfl_sync(all_lanes, own.scale_bias, team.source(j));
-      scale = f16_to_float(both & 0xffffu);
-      shift = f16_to_float(both >> 16);
-    }
-    if (!is_max() && opaque(bags.weights != nullptr)) {
-      const Sum weight = __shfl_sync(all_lanes, own.weight, team.source(j));
-      scale *= weight;
-      shift *= weight;
-    }
-    if (j >= team.group) scale = shift = 0;
-  }
-
-  __device__ __forceinline__ void add(int j, const Looked<Sum>& own) {
-    uint32_t row[most], word[most][R::words];
+  __device__ __forceinline__ void add_rows(int j, const Looked<Sum>& own) {
+    uint32_t row[rows], word[rows][Share::words];
     load(j, own, row, word);
+    if constexpr (Share::one_type) {
+      share.visit([&](auto type) {
 #pragma unroll
-    for (int u = 0; u < most; ++u) {
-      Sum scale = 1, shift = 0, x[elements];
-      scale_of(j + u, own, scale, shift);
-      unpack<T, Wide>(word[u], x);
+        for (int u = 0; u < rows; ++u) add<decltype(type)::value>(word[u], scale_of(j + u, own));
+      });
+    } else {
+      Sum scale[rows];
 #pragma unroll
-      for (int e = 0; e < elements; ++e) sum[e] = fma(x[e], scale, sum[e]);
-      if constexpr (quantized) bias += shift;
+      for (int u = 0; u < rows; ++u) scale[u] = scale_of(j + u, own);
+      share.visit([&](auto type) {
+#pragma unroll
+        for (int u = 0; u < rows; ++u) add<decltype(type)::value>(word[u], scale[u]);
+      });
+    }
+  }
+
+  // `first_row`: the place of the bag's first row.
+  __device__ __forceinline__ void take_rows(int j, const Looked<Sum>& own, int first_row) {
+    uint32_t row[rows_of_max], word[rows_of_max][Share::words];
+    load(j, own, row, word);
+    Sum scale[rows_of_max], shift[rows_of_max];
+#pragma unroll
+    for (int u = 0; u < rows_of_max; ++u) {
+      scale[u] = share.quantized() ? __shfl_sync(all_lanes, own.scale, team.source(j + u)) : Sum{1};
+      shift[u] = share.quantized() ? __shfl_sync(all_lanes, own.shift, team.source(j + u)) : Sum{0};
+    }
+    share.visit([&](auto type) {
+#pragma unroll
+      for (int u = 0; u < rows_of_max; ++u) {
+        take_greater<decltype(type)::value>(word[u], scale[u], shift[u], team.place(j + u) == first_row,
+                                            row[u]);
+      }
+    });
+  }
+
+  // What the group's row number `j` is multiplied with. What lies behind the group is another bag's, and may
+  // be infinite.
+  __device__ __forceinline__ Sum scale_of(int j, const Looked<Sum>& own) const {
+    const Sum scale = __shfl_sync(all_lanes, own.scale, team.source(j));
+    return j < team.group ? scale : Sum{0};
+  }
+
+  template <RowType T>
+  __device__ __forceinline__ void add(const uint32_t (&word)[Share::words], Sum scale) {
+#pragma unroll
+    for (int e = 0; e < Share::words * 32 / element_bits(T); ++e) {
+      sum[e] = fma(static_cast<Sum>(element_of<T>(word, e)), scale, sum[e]);
     }
   }
 
   // The first row is taken as it is and later ones only where they are greater, as torch does: of equal
   // values the first wins, and a NaN is kept only from the first row.
-  __device__ __forceinline__ void take_greater(int j, const Looked<Sum>& own, int first) {
-    uint32_t row[most], word[most][R::words];
-    load(j, own, row, word);
+  template <RowType T>
+  __device__ __forceinline__ void take_greater(const uint32_t (&word)[Share::words], Sum scale, Sum shift,
+                                               bool is_first, uint32_t row) {
 #pragma unroll
-    for (int u = 0; u < most; ++u) {
-      Sum scale = 1, shift = 0, x[elements];
-      if constexpr (quantized) scale_of(j + u, own, scale, shift);
-      unpack<T, Wide>(word[u], x);
-      const bool is_first = team.place(j + u) == first;
-#pragma unroll
-      for (int e = 0; e < elements; ++e) {
-        if constexpr (quantized) x[e] = fma(x[e], scale, shift);
-        const bool take = row[u] != absent && (is_first || x[e] > sum[e]);
-        sum[e] = take ? x[e] : sum[e];
-        if constexpr (argmax) place[e] = take ? row[u] : place[e];
-      }
+    for (int e = 0; e < Share::words * 32 / element_bits(T); ++e) {
+      Sum x = element_of<T>(word, e);
+      if (is_quantized(T)) x = fma(x, scale, shift);
+      if (row == absent) x = -INFINITY;
+      const bool take = is_first | (x > sum[e]);
+      sum[e] = take ? x : sum[e];
+      if constexpr (argmax) place[e] = take ? row : place[e];
     }
   }
 
@@ -181,9 +205,10 @@ struct Pooler {
     return at;
   }
 
-  // The sums of scale * q and of the biases grow with opposite signs: put together from time to time they
-  // stay small.
+  // Adds the biases of the rows, each lane having those of its own. The sums of scale * q and of the biases
+  // grow with opposite signs: put together from time to time they stay small.
   __device__ __forceinline__ void fold() {
+    bias = sum_over(bias, 1, team.group);
 #pragma unroll
     for (int e = 0; e < elements; ++e) sum[e] += bias;
     bias = 0;
@@ -202,42 +227,42 @@ struct Pooler {
   }
 
   // Pools the bags of a warp: those from `bag` on that its teams take.
-  __device__ __forceinline__ void run(int64_t bag, bool zero_start, const Matrix& out, int64_t* rows) {
+  __device__ __forceinline__ void run(int64_t bag) {
     bag += team.in_warp();
-    const bool exists = bag < feature.num_bags;
+    const bool exists = bag < a.batch;
     Range range{0, 0};
-    if (exists) range = bag_range(bags, feature.first_bag + bag, zero_start, bounds);
+    if (exists) range = bag_range(a.bags, feature.first_bag + bag, a.zero_start, a.bounds);
 #pragma unroll
     for (int e = 0; e < elements; ++e) {
       sum[e] = is_max() ? -INFINITY : 0.0f;
       if constexpr (argmax) place[e] = absent;
     }
     bias = 0;
+    const int own_place = team.place(team.in_group);
     int64_t count = 0;
     int since_fold = 0;
     int64_t left = range.end - range.begin;  // indices of the bag from the team's first on
-    int64_t position = range.begin + team.place(team.in_group);
-    int64_t index =
-        team.place(team.in_group) < left ? load_integer(bags.indices, bags.indices_64, position) : 0;
+    int64_t position = range.begin + own_place;
+    int64_t index = own_place < left ? load_integer(a.bags.indices, a.bags.indices_64, position) : 0;
     for (; __any_sync(all_lanes, left > 0); left -= team.team) {
-      const Looked<Sum> own = look_up(index, position, team.place(team.in_group) < left);
+      const Looked<Sum> own = look_up(index, position, own_place < left);
       // The next indices come while these rows do.
       position += team.team;
-      if (team.place(team.in_group) + team.team < left) {
-        index = load_integer(bags.indices, bags.indices_64, position);
-      }
+      if (own_place + team.team < left) index = load_integer(a.bags.indices, a.bags.indices_64, position);
       const bool present = own.row != absent;
-      int first = warp_lanes;
-      if (is_max() && __any_sync(all_lanes, count == 0)) first = first_place(present && count == 0);
+      int first_row = warp_lanes;
+      if (is_max() && __any_sync(all_lanes, count == 0)) first_row = first_place(present && count == 0);
       count += __popc(__ballot_sync(all_lanes, present) & team.mask());
-      for (int j = 0; j < team.group && __any_sync(all_lanes, team.place(j) < left); j += most) {
-        if (is_max()) {
-          take_greater(j, own, first);
-        } else {
-          add(j, own);
+      if (is_max()) {
+        for (int j = 0; j < team.group && __any_sync(all_lanes, team.place(j) < left); j += rows_of_max) {
+          take_rows(j, own, first_row);
         }
+        continue;
       }
-      if constexpr (quantized) {
+      for (int j = 0; j < team.group && __any_sync(all_lanes, team.place(j) < left); j += rows)
+        add_rows(j, own);
+      if (share.quantized()) {
+        bias += own.shift;
         since_fold += team.group;
         if (since_fold >= warp_lanes) {
           fold();
@@ -245,85 +270,64 @@ struct Pooler {
         }
       }
     }
-    if constexpr (quantized) fold();
+    if (!is_max() && share.quantized()) fold();
     combine();
-    if (exists && team.split == 0) store(bag, count, out, rows);
+    if (exists && team.split == 0 && first < table.row_bytes) store(bag, count);
   }
 
-  __device__ __forceinline__ void store(int64_t bag, int64_t count, const Matrix& out, int64_t* rows) {
+  __device__ __forceinline__ void store(int64_t bag, int64_t count) {
     Sum factor = feature.multiplier;
     if (count > 1 && feature.pooling == Pooling::mean) factor /= static_cast<Sum>(count);
 #pragma unroll
     for (int e = 0; e < elements; ++e) sum[e] = count == 0 ? Sum{0} : sum[e] * factor;
-    const Columns<T, Wide> columns(share, feature.dim);
-    columns.store(feature.out + bag * out.stride * float_bytes(out.type), out.type, sum);
+    char* row = feature.out + bag * a.out.stride * (element_bits(a.out.type) / 8);
+    share.store(row, a.out.type, first, feature.dim, sum);
     if constexpr (argmax) {
-#pragma unroll
-      for (int e = 0; e < elements; ++e) {
-        if (columns.at(e) < feature.dim) {
-          rows[bag * feature.dim + columns.at(e)] = place[e] == absent ? -1 : static_cast<int64_t>(place[e]);
-        }
-      }
+      share.for_each_column(first, feature.dim, [&](int e, int32_t column) {
+        a.argmax[bag * feature.dim + column] = place[e] == absent ? -1 : static_cast<int64_t>(place[e]);
+      });
     }
   }
 };
 
-template <RowType T, bool Wide, Does D, typename Arguments>
-__device__ __forceinline__ void pool_tiles(const Arguments& a, const DeviceTable& table,
-                                           const Feature& feature) {
-  using R = Row<T, Wide>;
-  const int log_lanes = log_group<T, Wide>(table.row_bytes);
+// What a warp does for a feature.
+template <Does D, typename Share>
+__device__ __forceinline__ void pool_tiles(const PoolArguments& a, const DeviceTable& table,
+                                           const Feature& feature, const Share& share) {
+  const int log_lanes = log_group(table.row_bytes, share.bytes);
   const Team team(log_lanes, min(a.log_split, 5 - log_lanes));
-  const uint32_t tile_bytes = static_cast<uint32_t>(R::bytes) << log_lanes;
+  const uint32_t tile_bytes = static_cast<uint32_t>(share.bytes) << log_lanes;
   const int64_t step = warps_in_grid() * team.per_warp();
   for (uint32_t tile = blockIdx.z * tile_bytes; tile < table.row_bytes; tile += gridDim.z * tile_bytes) {
-    const Share share = share_of<T, Wide>(table, team.in_group, team.group, tile);
-    const char* base = opaque(table.rows + share.first);
-    for (int64_t bag = warp_number() * team.per_warp(); bag < feature.num_bags; bag += step) {
-      Pooler<T, Wide, D> pooler{table, a.bags, a.bounds, feature, team, share, base};
-      pooler.run(bag, a.zero_start, a.out, a.argmax);
+    const uint32_t first = tile + static_cast<uint32_t>(team.in_group * share.bytes);
+    const char* base = opaque(table.rows + first);
+    for (int64_t bag = warp_number() * team.per_warp(); bag < a.batch; bag += step) {
+      Pooler<Share, D> pooler(a, table, feature, team, share, base, first);
+      pooler.run(bag);
     }
   }
 }
 
-// Everything that a warp does for a feature.
-template <RowType T, typename Arguments>
-__device__ __forceinline__ void pool_feature(const Arguments& a, const DeviceTable& table,
+template <typename Sum>
+__device__ __forceinline__ void pool_feature(const PoolArguments& a, const DeviceTable& table,
                                              const Feature& feature) {
-  const bool aligned = is_aligned(feature.out, 16) && (a.out.stride * float_bytes(a.out.type) & 15) == 0;
-  if (is_wide<T>(table, feature.dim) && aligned && feature.pooling != Pooling::max &&
-      (T == RowType::f64 || a.out.type != RowType::f64)) {
-    pool_tiles<T, true, Does::sum>(a, table, feature);
-  } else {
-    pool_tiles<T, false, Does::sum_or_max>(a, table, feature);
+  if constexpr (std::is_same_v<Sum, float>) {
+    const bool aligned =
+        is_aligned(feature.out, 16) && (a.out.stride * (element_bits(a.out.type) / 8) & 15) == 0;
+    if (feature.pooling != Pooling::max && a.out.type != RowType::f64 && aligned &&
+        is_wide(table, feature.type, feature.dim)) {
+      visit_type(feature.type, [&](auto type) {
+        pool_tiles<Does::sum>(a, table, feature, WideShare<decltype(type)::value>{});
+      });
+      return;
+    }
   }
+  const NarrowShare<Sum, std::is_same_v<Sum, double> ? 1 : 8> share(feature.type, table.alignment);
+  pool_tiles<Does::sum_or_max>(a, table, feature, share);
 }
 
-__device__ __forceinline__ Feature only_feature(const PoolArguments<1>& a) {
-  return {a.tables[0].type,
-          static_cast<int32_t>(a.dim),
-          a.bags.pooling,
-          a.multiplier,
-          static_cast<char*>(a.out.data),
-          0,
-          a.batch,
-          {-1, 0}};
-}
-
-// One table.
-template <RowType T>
-__global__ void __launch_bounds__(block_lanes, blocks_at_once)
-    pool_kernel(const __grid_constant__ PoolArguments<1> a) {
-  const Feature feature = only_feature(a);
-  pool_feature<T>(a, a.tables[0], feature);
-}
-
-// Max pooling of one table, and the row that each column came from; -1 for an empty bag.
-template <RowType T>
-__global__ void __launch_bounds__(block_lanes, blocks_at_once)
-    argmax_kernel(const __grid_constant__ PoolArguments<1> a) {
-  const Feature feature = only_feature(a);
-  pool_tiles<T, false, Does::argmax>(a, a.tables[0], feature);
+__device__ __forceinline__ Feature only_feature(const PoolArguments& a) {
+  return {a.type, a.dim, a.bags.pooling, a.multiplier, static_cast<char*>(a.out.data), 0, {-1, 0}};
 }
 
 // The columns of `plan`, one row a feature.
@@ -337,11 +341,9 @@ enum PlanColumn : int {
   plan_columns
 };
 
-// Reads a feature's row of the plan; false if it does not fit, which is written down, or if its table is not
-// of this launch.
-template <int Tables>
-__device__ __forceinline__ bool read_plan(const PoolArguments<Tables>& a, int64_t number, Feature& feature,
-                                          int& table) {
+// Reads a feature's row of the plan. Gives the number of its table in this launch, or -1: if the table is of
+// another launch, or if the row does not fit, which is written down.
+__device__ __forceinline__ int read_plan(const PoolArguments& a, int64_t number, Feature& feature) {
   int64_t p[plan_columns];
 #pragma unroll
   for (int i = 0; i < plan_columns; ++i) {
@@ -354,62 +356,52 @@ __device__ __forceinline__ bool read_plan(const PoolArguments<Tables>& a, int64_
               p[plan_exponent] <= 126;
   const int64_t of_launch = p[plan_table] - a.first_table;
   const bool here = fits && of_launch >= 0 && of_launch < a.launch_tables;
-  table = static_cast<int>(here ? of_launch : 0);
+  const int table = here ? static_cast<int>(of_launch) : -1;
   if (here) {
     const DeviceTable& t = a.tables[table];
     const bool quantized = t.type == RowType::u8;  // or u4: only the plan says it
-    const bool halves = quantized && p[plan_bits] == 4;
-    feature.type = halves ? RowType::u4 : t.type;
-    const int64_t bytes =
-        halves ? (p[plan_dim] + 1) / 2 : p[plan_dim] * (quantized ? 1 : float_bytes(t.type));
-    fits = bytes == t.row_bytes && (halves || p[plan_bits] == (quantized ? 8 : 0));
+    feature.type = quantized && p[plan_bits] == 4 ? RowType::u4 : t.type;
+    const int bits = element_bits(feature.type);
+    fits = (p[plan_dim] * bits + 7) / 8 == t.row_bytes && p[plan_bits] == (quantized ? bits : 0);
   }
   if (!fits) {
     record_fault(a.bounds, DeviceFault::plan, number, number, 0, 0, -1);
-    return false;
+    return -1;
   }
   feature.dim = static_cast<int32_t>(p[plan_dim]);
   feature.pooling = static_cast<Pooling>(p[plan_pooling]);
   feature.multiplier = p[plan_bits] == 0 ? 1.0f : power_of_two(static_cast<int>(p[plan_exponent]));
-  feature.out = static_cast<char*>(a.out.data) + p[plan_column] * float_bytes(a.out.type);
+  feature.out = static_cast<char*>(a.out.data) + p[plan_column] * (element_bits(a.out.type) / 8);
   feature.first_bag = number * a.batch;
-  feature.num_bags = a.batch;
-  feature.origin = {number, p[plan_table]};
-  return here;
+  feature.origin = {static_cast<int32_t>(number), static_cast<int32_t>(p[plan_table])};
+  return table;
 }
 
-// Many tables. Blocks are numbered by feature first, so that the rows that one table needs again and again
-// stay in L2 while it is at work. `Doubles`: float64 tables, which share nothing with the others.
-template <int Tables, bool Doubles>
+// One table or many. Blocks are numbered by feature first, so that the rows that one table needs again and
+// again stay in L2 while it is at work. `Sum`: double for float64 tables, which share nothing with the
+// others.
+template <typename Sum>
 __global__ void __launch_bounds__(block_lanes, blocks_at_once)
-    collection_kernel(const __grid_constant__ PoolArguments<Tables> a) {
+    pool_kernel(const __grid_constant__ PoolArguments a) {
   for (int64_t number = blockIdx.y; number < a.features; number += gridDim.y) {
     Feature feature;
-    int at;
-    if (!read_plan(a, number, feature, at)) continue;
-    const DeviceTable& table = a.tables[at];
-    const auto pool = [&](auto type) { pool_feature<decltype(type)::value>(a, table, feature); };
-    if constexpr (Doubles) {
-      pool(std::integral_constant<RowType, RowType::f64>{});
+    int table = 0;
+    if (a.plan == nullptr) {
+      feature = only_feature(a);
     } else {
-      switch (feature.type) {
-        case RowType::f32:
-          pool(std::integral_constant<RowType, RowType::f32>{});
-          break;
-        case RowType::f16:
-          pool(std::integral_constant<RowType, RowType::f16>{});
-          break;
-        case RowType::bf16:
-          pool(std::integral_constant<RowType, RowType::bf16>{});
-          break;
-        case RowType::u8:
-          pool(std::integral_constant<RowType, RowType::u8>{});
-          break;
-        default:
-          pool(std::integral_constant<RowType, RowType::u4>{});
-      }
+      table = read_plan(a, number, feature);
     }
+    if (table >= 0) pool_feature<Sum>(a, a.tables[table], feature);
   }
+}
+
+// Max pooling of one table, and the row that each column came from; -1 for an empty bag.
+template <typename Sum>
+__global__ void __launch_bounds__(block_lanes, blocks_at_once)
+    argmax_kernel(const __grid_constant__ PoolArguments a) {
+  const Feature feature = only_feature(a);
+  const NarrowShare<Sum, std::is_same_v<Sum, double> ? 1 : 2> share(feature.type, a.tables[0].alignment);
+  pool_tiles<Does::argmax>(a, a.tables[0], feature, share);
 }
 
 }  // namespace rk

@@ -1,4 +1,4 @@
-// Rows of every type as a group of lanes reads them: loads of 16 bytes a lane, several rows at a time.
+// Rows of every type as a group of lanes reads them: each lane its share, several rows at a time.
 #pragma once
 
 #include <type_traits>
@@ -43,150 +43,182 @@ __device__ __forceinline__ void store_float(void* data, RowType type, int64_t at
 
 // ---- a lane's share of a row ----
 
-// Rows are read by groups of lanes, each lane its share. A wide share is one load of 16 bytes, the widest
-// there is (8 bytes of int4 rows, whose 16 bytes would be 32 sums a lane), and of as many rows at a time as
-// the registers hold. Tables whose rows are not aligned for that are read in narrow shares of 4 bytes, by one
-// load, or by one an element where rows are not even aligned to 4.
-template <RowType T, bool Wide>
-struct Row {
-  using Sum = std::conditional_t<T == RowType::f64, double, float>;
-  static constexpr int element_bits = T == RowType::f64   ? 64
-                                      : T == RowType::f32 ? 32
-                                      : T == RowType::u8  ? 8
-                                      : T == RowType::u4  ? 4
-                                                          : 16;
-  static constexpr int bytes = !Wide ? (T == RowType::f64 ? 8 : 4) : T == RowType::u4 ? 8 : 16;
-  static constexpr int elements = bytes * 8 / element_bits;
-  static constexpr int words = bytes / 4;
-  // Bytes of the narrowest load.
-  static constexpr int unit = element_bits < 8 ? 1 : element_bits / 8;
-};
+__host__ __device__ constexpr int element_bits(RowType type) {
+  return type == RowType::f64   ? 64
+         : type == RowType::f32 ? 32
+         : type == RowType::u8  ? 8
+         : type == RowType::u4  ? 4
+                                : 16;
+}
 
+// The columns in `bytes` bytes of a row. By shifts: the compiler does not see that element_bits are powers of
+// two.
+__host__ __device__ constexpr uint32_t columns_in(uint32_t bytes, RowType type) {
+  return type == RowType::f64   ? bytes >> 3
+         : type == RowType::f32 ? bytes >> 2
+         : type == RowType::u8  ? bytes
+         : type == RowType::u4  ? bytes << 1
+                                : bytes >> 1;
+}
+
+__host__ __device__ constexpr bool is_quantized(RowType type) {
+  return type == RowType::u8 || type == RowType::u4;
+}
+
+// Calls f with a constant of the type, of all but float64.
+template <typename F>
+__device__ __forceinline__ void visit_type(RowType type, F&& f) {
+  switch (type) {
+    case RowType::f32:
+      return f(std::integral_constant<RowType, RowType::f32>{});
+    case RowType::f16:
+      return f(std::integral_constant<RowType, RowType::f16>{});
+    case RowType::bf16:
+      return f(std::integral_constant<RowType, RowType::bf16>{});
+    case RowType::u8:
+      return f(std::integral_constant<RowType, RowType::u8>{});
+    default:
+      return f(std::integral_constant<RowType, RowType::u4>{});
+  }
+}
+
+// Element `e` of a share, without scale and bias.
+template <RowType T, int Words>
+__device__ __forceinline__ auto element_of(const uint32_t (&word)[Words], int e) {
+  if constexpr (T == RowType::f64) {
+    return bits_as<double>(static_cast<uint64_t>(word[2 * e + 1]) << 32 | word[2 * e]);
+  } else if constexpr (T == RowType::f32) {
+    return bits_as<float>(word[e]);
+  } else if constexpr (T == RowType::f16) {
+    return f16_to_float(word[e / 2] >> (16 * (e % 2)) & 0xffffu);
+  } else if constexpr (T == RowType::bf16) {
+    return bits_as<float>(e % 2 == 0 ? word[e / 2] << 16 : word[e / 2] & 0xffff0000u);
+  } else if constexpr (T == RowType::u8) {
+    return static_cast<float>(word[e / 4] >> (8 * (e % 4)) & 255u);
+  } else {
+    return static_cast<float>(word[e / 8] >> (4 * (e % 8)) & 15u);
+  }
+}
+
+__host__ __device__ constexpr int wide_bytes(RowType type) { return type == RowType::u4 ? 8 : 16; }
+
+__host__ __device__ constexpr int narrow_bytes(RowType type, uint32_t alignment) {
+  if (type == RowType::f64) return 8;
+  return alignment >= 4 ? 4 : element_bits(type) == 16 ? 2 : 1;
+}
+
+// A wide share is one load of 16 bytes, the widest there is (8 bytes of int4 rows, whose 16 would be 32 sums
+// a lane). Rows must be whole wide shares and aligned for them, and so must be the results.
 template <RowType T>
-constexpr bool is_quantized_row = T == RowType::u8 || T == RowType::u4;
+struct WideShare {
+  using Sum = float;
+  static constexpr int bytes = wide_bytes(T);
+  static constexpr int words = bytes / 4;
+  static constexpr int elements = bytes * 8 / element_bits(T);
+  static constexpr int rows = T == RowType::f32 ? 8 : 4;  // at a time
+  static constexpr bool one_type = true;
 
-// Which bytes of every row a lane holds: `bytes` of them from `first` on; or, if `step` is not 0, one unit
-// each `step` bytes, which puts the lanes of a group side by side in every load.
-struct Share {
-  uint32_t first;
-  uint32_t step;
-  uint32_t row_bytes;
-};
+  static __device__ __forceinline__ constexpr bool quantized() { return is_quantized(T); }
 
-template <RowType T, bool Wide>
-__device__ __forceinline__ void load_share(uint32_t (&word)[Row<T, Wide>::words], const char* p,
-                                           const Share& share) {
-  using R = Row<T, Wide>;
-  if (Wide || R::unit >= 4 || share.step == 0) {
-    load_words(word, p);
-    return;
-  }
-  if constexpr (!Wide && R::unit < 4) {
-    word[0] = 0;
-#pragma unroll
-    for (int i = 0; i < 4 / R::unit; ++i) {
-      if (share.first + i * share.step < share.row_bytes) {
-        const uint32_t v = load_constant<typename VectorOf<R::unit>::type>(p + i * share.step);
-        word[0] |= v << (8 * R::unit * i);
-      }
-    }
-  }
-}
+  __device__ __forceinline__ void load(uint32_t (&word)[words], const char* p) const { load_words(word, p); }
 
-// A share's elements, in the order of its bytes; of quantized rows without scale and bias.
-template <RowType T, bool Wide>
-__device__ __forceinline__ void unpack(const uint32_t (&word)[Row<T, Wide>::words],
-                                       typename Row<T, Wide>::Sum (&x)[Row<T, Wide>::elements]) {
-#pragma unroll
-  for (int e = 0; e < Row<T, Wide>::elements; ++e) {
-    if constexpr (T == RowType::f64) {
-      x[e] = bits_as<double>(static_cast<uint64_t>(word[2 * e + 1]) << 32 | word[2 * e]);
-    } else if constexpr (T == RowType::f32) {
-      x[e] = bits_as<float>(word[e]);
-    } else if constexpr (T == RowType::f16) {
-      x[e] = f16_to_float(word[e / 2] >> (16 * (e % 2)));
-    } else if constexpr (T == RowType::bf16) {
-      x[e] = bits_as<float>(e % 2 == 0 ? word[e / 2] << 16 : word[e / 2] & 0xffff0000u);
-    } else if constexpr (T == RowType::u8) {
-      x[e] = static_cast<float>(word[e / 4] >> (8 * (e % 4)) & 255u);
-    } else {
-      x[e] = static_cast<float>(word[e / 8] >> (4 * (e % 8)) & 15u);
-    }
-  }
-}
-
-// ---- results ----
-
-// Not of quantized types, which are no results.
-__host__ __device__ constexpr int float_bytes(RowType type) {
-  return type == RowType::f64 ? 8 : type == RowType::f32 ? 4 : 2;
-}
-
-// The columns of a lane's share.
-template <RowType T, bool Wide>
-struct Columns {
-  using R = Row<T, Wide>;
-  static constexpr int elements = R::elements;
-  static constexpr int unit_elements = R::unit * 8 / R::element_bits;
-  int32_t first;
-  int32_t step;  // 0: the share is contiguous
-  int32_t dim;
-
-  __device__ __forceinline__ Columns(const Share& share, int32_t dim_arg)
-      : first(static_cast<int32_t>(share.first / R::unit) * unit_elements),
-        step(static_cast<int32_t>(share.step / R::unit) * unit_elements),
-        dim(dim_arg) {}
-
-  // The column of the share's element `e`; not of the row if it is not below `dim`.
-  __device__ __forceinline__ int32_t at(int e) const {
-    if (Wide || R::unit >= 4 || step == 0) return first + e;
-    return first + e / unit_elements * step + e % unit_elements;
+  template <typename F>
+  __device__ __forceinline__ void visit(F&& f) const {
+    f(std::integral_constant<RowType, T>{});
   }
 
-  // Writes the share to a row of results. Wide shares are in rows of whole shares whose results are aligned
-  // to 16 bytes, and of type float64 only if the table is.
-  template <typename Sum>
-  __device__ __forceinline__ void store(char* row, RowType type, const Sum (&x)[elements]) const {
-    if constexpr (!Wide) {
-      if (type == RowType::f64) {
-        store_each<RowType::f64>(row, x);
-      } else if (T == RowType::f64) {
-        return;
-      } else if (type == RowType::f32) {
-        store_each<RowType::f32>(row, x);
-      } else if (type == RowType::f16) {
-        store_each<RowType::f16>(row, x);
-      } else {
-        store_each<RowType::bf16>(row, x);
-      }
-    } else if (first >= dim) {
-      return;
-    } else if constexpr (T == RowType::f64) {
-      const uint64_t low = bits_as<uint64_t>(x[0]), high = bits_as<uint64_t>(x[1]);
-      store_words(row + first * 8, {static_cast<uint32_t>(low), static_cast<uint32_t>(low >> 32),
-                                    static_cast<uint32_t>(high), static_cast<uint32_t>(high >> 32)});
-    } else if (type == RowType::f32) {
+  // Writes the share whose first byte in its row is `first`.
+  __device__ __forceinline__ void store(char* row, RowType type, uint32_t first, int32_t,
+                                        const float (&x)[elements]) const {
+    const uint32_t column = columns_in(first, T);
+    if (type == RowType::f32) {
       uint32_t word[elements];
 #pragma unroll
       for (int e = 0; e < elements; ++e) word[e] = bits_as<uint32_t>(x[e]);
-      store_words(row + first * 4, word);
+      store_words(row + column * 4, word);
     } else {
       uint32_t word[elements / 2];
 #pragma unroll
       for (int w = 0; w < elements / 2; ++w) {
-        const float low = x[2 * w], high = x[2 * w + 1];
-        word[w] = type == RowType::f16 ? pack_f16(low, high) : pack_bf16(low, high);
+        word[w] = type == RowType::f16 ? pack_f16(x[2 * w], x[2 * w + 1]) : pack_bf16(x[2 * w], x[2 * w + 1]);
       }
-      store_words(row + first * 2, word);
+      store_words(row + column * 2, word);
+    }
+  }
+};
+
+// A narrow share serves rows of any type and alignment: 4 bytes by one load where rows are aligned to 4, else
+// one element (two of int4); one element of float64. One copy of the code for all types: the type is tested
+// once for several rows.
+template <typename SumType, int Elements>
+struct NarrowShare {
+  using Sum = SumType;
+  static constexpr bool is_double = std::is_same_v<Sum, double>;
+  static constexpr int words = is_double ? 2 : 1;
+  static constexpr int elements = Elements;
+  static constexpr int rows = is_double ? 4 : 8;
+  static constexpr bool one_type = is_double;
+  RowType type;
+  int bytes;
+
+  __device__ __forceinline__ NarrowShare(RowType type_arg, uint32_t alignment)
+      : type(type_arg), bytes(narrow_bytes(type_arg, alignment)) {}
+
+  __device__ __forceinline__ bool quantized() const { return elements == 8 && is_quantized(type); }
+
+  __device__ __forceinline__ void load(uint32_t (&word)[words], const char* p) const {
+    if constexpr (is_double) {
+      load_words(word, p);
+    } else if (bytes == 4) {
+      load_words(word, p);
+    } else {
+      word[0] = bytes == 2 ? load_constant<unsigned short>(p) : load_constant<unsigned char>(p);
     }
   }
 
- private:
-  template <RowType Out, typename Sum>
-  __device__ __forceinline__ void store_each(char* row, const Sum (&x)[elements]) const {
+  template <typename F>
+  __device__ __forceinline__ void visit(F&& f) const {
+    if constexpr (is_double) {
+      f(std::integral_constant<RowType, RowType::f64>{});
+    } else if constexpr (elements < 8) {
+      if (type == RowType::f32) {
+        f(std::integral_constant<RowType, RowType::f32>{});
+      } else if (type == RowType::f16) {
+        f(std::integral_constant<RowType, RowType::f16>{});
+      } else {
+        f(std::integral_constant<RowType, RowType::bf16>{});
+      }
+    } else {
+      visit_type(static_cast<RowType>(opaque(static_cast<int>(type))), f);
+    }
+  }
+
+  // Calls f(e, column) for the share's elements.
+  template <typename F>
+  __device__ __forceinline__ void for_each_column(uint32_t first, int32_t dim, F&& f) const {
+    const int32_t column = static_cast<int32_t>(columns_in(first, type));
+    const int count = min(static_cast<int>(columns_in(bytes, type)), dim - column);
 #pragma unroll
     for (int e = 0; e < elements; ++e) {
-      if (at(e) < dim) store_float(row, Out, at(e), x[e]);
+      if (e < count) f(e, column + e);
+    }
+  }
+
+  __device__ __forceinline__ void store(char* row, RowType to, uint32_t first, int32_t dim,
+                                        const Sum (&x)[elements]) const {
+    const auto store_as = [&](auto constant) {
+      for_each_column(first, dim, [&](int e, int32_t column) {
+        store_float(row, decltype(constant)::value, column, x[e]);
+      });
+    };
+    if (is_double || to == RowType::f64) {
+      store_as(std::integral_constant<RowType, RowType::f64>{});
+    } else if (to == RowType::f32) {
+      store_as(std::integral_constant<RowType, RowType::f32>{});
+    } else if (to == RowType::f16) {
+      store_as(std::integral_constant<RowType, RowType::f16>{});
+    } else {
+      store_as(std::integral_constant<RowType, RowType::bf16>{});
     }
   }
 };

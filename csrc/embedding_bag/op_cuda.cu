@@ -69,31 +69,6 @@ using Length = std::array<int64_t, 1>;
 
 // ---- tables and grids ----
 
-// Calls f with a type of rows as std::integral_constant.
-template <RowType... Types, typename F>
-auto for_type(RowType type, F&& f) {
-  using Result = std::common_type_t<decltype(f(std::integral_constant<RowType, Types>{}))...>;
-  if constexpr (std::is_void_v<Result>) {
-    static_cast<void>(((type == Types ? (f(std::integral_constant<RowType, Types>{}), true) : false) || ...));
-  } else {
-    Result result{};
-    static_cast<void>(
-        ((type == Types ? (result = f(std::integral_constant<RowType, Types>{}), true) : false) || ...));
-    return result;
-  }
-}
-
-template <typename F>
-auto for_any_type(RowType type, F&& f) {
-  return for_type<RowType::f64, RowType::f32, RowType::f16, RowType::bf16, RowType::u8, RowType::u4>(
-      type, static_cast<F&&>(f));
-}
-
-template <typename F>
-auto for_float_type(RowType type, F&& f) {
-  return for_type<RowType::f64, RowType::f32, RowType::f16, RowType::bf16>(type, static_cast<F&&>(f));
-}
-
 uint32_t alignment_of(const void* rows, int64_t row_bytes, int64_t stride) {
   const uint64_t bits = reinterpret_cast<uintptr_t>(rows) | static_cast<uint64_t>(row_bytes | stride | 16);
   return static_cast<uint32_t>(bits & (~bits + 1));
@@ -104,9 +79,7 @@ DeviceTable device_table(const Table& t, const char* name) {
   check(t.num_rows < rk::absent, name, " must have fewer than 2^32 - 1 rows on a GPU, but has ", t.num_rows);
   check(t.row_stride >= 0 && t.row_stride < most_bytes && t.dim < most_bytes / 8, "rows of ", name,
         " must be shorter than 2 GiB and no further apart");
-  const int bits =
-      for_any_type(t.type, [](auto type) { return rk::Row<decltype(type)::value, true>::element_bits; });
-  const int64_t row_bytes = (t.dim * bits + 7) / 8;
+  const int64_t row_bytes = (t.dim * rk::element_bits(t.type) + 7) / 8;
   return {static_cast<const char*>(t.rows),
           static_cast<const char*>(t.scale_bias),
           static_cast<uint32_t>(t.num_rows),
@@ -123,27 +96,10 @@ struct Lanes {
   int64_t tiles;
 };
 
-template <RowType T, bool Wide>
-Lanes lanes_of(uint32_t row_bytes) {
-  const int log = rk::log_group<T, Wide>(row_bytes);
-  return {log, ((int64_t{row_bytes} - 1) >> log) / rk::Row<T, Wide>::bytes + 1};
-}
-
 Lanes lanes_of(const DeviceTable& t, RowType type, bool wide) {
-  return for_any_type(type, [&](auto constant) {
-    constexpr RowType T = decltype(constant)::value;
-    return wide ? lanes_of<T, true>(t.row_bytes) : lanes_of<T, false>(t.row_bytes);
-  });
-}
-
-int64_t columns_of(const DeviceTable& t, RowType type) {
-  return for_any_type(type, [&](auto constant) {
-    return int64_t{t.row_bytes} * 8 / rk::Row<decltype(constant)::value, true>::element_bits;
-  });
-}
-
-bool is_wide(const DeviceTable& t, RowType type, int64_t dim) {
-  return for_any_type(type, [&](auto constant) { return rk::is_wide<decltype(constant)::value>(t, dim); });
+  const int bytes = wide ? rk::wide_bytes(type) : rk::narrow_bytes(type, t.alignment);
+  const int log = rk::log_group(t.row_bytes, bytes);
+  return {log, ((int64_t{t.row_bytes} - 1) >> log) / bytes + 1};
 }
 
 constexpr int64_t most_y = 65535;  // blocks in the second and third dimension of a grid
@@ -173,28 +129,40 @@ int log_split(int64_t bags, int64_t indices, int log_lanes) {
 
 // ---- pooling ----
 
+// Calls f with a value of the type in which rows are summed.
+template <typename F>
+void with_sum(RowType type, F&& f) {
+  if (type == RowType::f64) {
+    f(double{});
+  } else {
+    f(float{});
+  }
+}
+
 struct PoolLaunch {
-  rk::PoolArguments<1> arguments;
+  rk::PoolArguments arguments;
   dim3 grid;
 };
 
-// `may_split`: groups may share a bag.
+// One table. `may_split`: groups may share a bag.
 PoolLaunch pool_launch(const Table& table, const Bags& bags, const Matrix& out, const Device& device,
                        bool may_split) {
-  rk::PoolArguments<1> a{};
+  rk::PoolArguments a{};
   a.tables[0] = device_table(table, "weight");
   // The kernel decides in the same way.
-  const bool wide = bags.pooling != Pooling::max && is_wide(a.tables[0], table.type, table.dim) &&
-                    table.dim * rk::float_bytes(out.type) % 16 == 0 &&
-                    (out.type == RowType::f64) == (table.type == RowType::f64);
+  const bool wide = bags.pooling != Pooling::max && out.type != RowType::f64 &&
+                    rk::is_wide(a.tables[0], table.type, table.dim) &&
+                    table.dim * rk::element_bits(out.type) % 128 == 0;
   const Lanes lanes = lanes_of(a.tables[0], table.type, wide);
   a.bags = bags;
   a.out = out;
   a.bounds = device.bounds;
-  a.batch = bags.num_bags;
-  a.dim = table.dim;
+  a.type = table.type;
+  a.dim = static_cast<int32_t>(table.dim);
   a.multiplier = table.multiplier;
   a.log_split = may_split ? log_split(bags.num_bags, bags.num_indices, lanes.log_group) : 0;
+  a.batch = bags.num_bags;
+  a.features = a.num_tables = a.launch_tables = 1;
   a.zero_start = true;
   return {a, grid_of(blocks_for(bags.num_bags, 32 >> (lanes.log_group + a.log_split)), 1, lanes.tiles)};
 }
@@ -202,8 +170,8 @@ PoolLaunch pool_launch(const Table& table, const Bags& bags, const Matrix& out, 
 void pool(const Table& table, const Bags& bags, const Matrix& out, const Device& device) {
   if (bags.num_bags == 0 || table.dim == 0) return;
   const PoolLaunch launch = pool_launch(table, bags, out, device, true);
-  for_any_type(table.type, [&](auto type) {
-    RK_LAUNCH(rk::pool_kernel<decltype(type)::value>, launch.grid, dim3(rk::block_lanes), 0, device.stream,
+  with_sum(table.type, [&](auto sum) {
+    RK_LAUNCH(rk::pool_kernel<decltype(sum)>, launch.grid, dim3(rk::block_lanes), 0, device.stream,
               launch.arguments);
   });
 }
@@ -253,17 +221,14 @@ std::tuple<Tensor, Tensor> embedding_bag_max(const Tensor& weight_arg, const Ten
   PoolLaunch launch = pool_launch(table, args.bags, result, device, false);
   launch.arguments.argmax = static_cast<int64_t*>(argmax.data_ptr());
   launch.arguments.zero_start = zero_start;
-  for_float_type(table.type, [&](auto type) {
-    RK_LAUNCH(rk::argmax_kernel<decltype(type)::value>, launch.grid, dim3(rk::block_lanes), 0, device.stream,
+  with_sum(table.type, [&](auto sum) {
+    RK_LAUNCH(rk::argmax_kernel<decltype(sum)>, launch.grid, dim3(rk::block_lanes), 0, device.stream,
               launch.arguments);
   });
   return {out, argmax};
 }
 
 // ---- many tables ----
-
-constexpr int tables_in_launch = 64;  // with the rest 3.3 KB of the 4 KB that arguments may take
-using CollectionArguments = rk::PoolArguments<tables_in_launch>;
 
 // What the plan says of the tables is known to the device only: features that do not fit are found there.
 std::vector<DeviceTable> collection_tables(const std::vector<Tensor>& weights,
@@ -296,7 +261,7 @@ dim3 collection_grid(const std::vector<DeviceTable>& tables, int64_t batch, int6
   int64_t fewest = INT64_MAX, most = 1, tiles = 1;
   for (const DeviceTable& t : tables) {
     for (const RowType type : {t.type, t.type == RowType::u8 ? RowType::u4 : t.type}) {
-      const bool wide = is_wide(t, type, columns_of(t, type));
+      const bool wide = rk::is_wide(t, type, rk::columns_in(t.row_bytes, type));
       const Lanes lanes = lanes_of(t, type, wide);
       const int64_t blocks = blocks_for(batch, 32 >> std::min(5, lanes.log_group + log_split));
       fewest = std::min(fewest, blocks);
@@ -327,7 +292,7 @@ Tensor embedding_bag_collection(const std::vector<Tensor>& weights, const std::v
   const std::vector<DeviceTable> tables = collection_tables(weights, scale_bias, indices, out_type, rows);
   Tensor out = empty(indices, Shape{all_bags / features, total_dim}, dtype);
   if (all_bags == 0 || total_dim == 0) return out;
-  CollectionArguments a{};
+  rk::PoolArguments a{};
   a.bags = args.bags;
   a.out = {out.data_ptr(), total_dim, out_type};
   a.bounds = device.bounds;
@@ -339,16 +304,12 @@ Tensor embedding_bag_collection(const std::vector<Tensor>& weights, const std::v
   a.zero_start = true;
   const dim3 grid = collection_grid(tables, a.batch, features, a.log_split);
   do {  // once also without tables, to find the features that want one
-    const int64_t count = std::min<int64_t>(a.num_tables - a.first_table, tables_in_launch);
+    const int64_t count = std::min<int64_t>(a.num_tables - a.first_table, rk::tables_in_launch);
     std::copy_n(tables.begin() + a.first_table, count, a.tables);
     a.launch_tables = static_cast<int32_t>(count);
-    if (out_type == RowType::f64) {
-      RK_LAUNCH((rk::collection_kernel<tables_in_launch, true>), grid, dim3(rk::block_lanes), 0,
-                device.stream, a);
-    } else {
-      RK_LAUNCH((rk::collection_kernel<tables_in_launch, false>), grid, dim3(rk::block_lanes), 0,
-                device.stream, a);
-    }
+    with_sum(out_type, [&](auto sum) {
+      RK_LAUNCH(rk::pool_kernel<decltype(sum)>, grid, dim3(rk::block_lanes), 0, device.stream, a);
+    });
     a.first_table += count;
   } while (a.first_table < a.num_tables);
   return out;
@@ -377,16 +338,16 @@ void sum_by_row(rk::SegmentArguments a, const Table& grad, const Tensor& like, c
   for (a.log_chunk = first_log_chunk;; a.log_chunk = later_log_chunk) {
     const int64_t chunks = ((a.count - 1) >> a.log_chunk) + 1;
     const ScalarType type = sum_type(source.type);
-    Tensor sums = empty(like, Shape{chunks > 1 ? 2 * chunks : 0, source.dim}, type);
-    Tensor keys = empty(like, Length{2 * chunks}, ScalarType::Long);
+    const Tensor sums = empty(like, Shape{chunks > 1 ? 2 * chunks : 0, source.dim}, type);
+    const Tensor keys = empty(like, Length{2 * chunks}, ScalarType::Long);
     a.source = device_table(source, "grad");
     a.dim = static_cast<int32_t>(source.dim);
     a.partial = {sums.data_ptr(), source.dim, rk::float_type(type, "grad")};
     a.next_keys = static_cast<int64_t*>(keys.data_ptr());
-    const Lanes lanes = lanes_of(a.source, source.type, is_wide(a.source, source.type, source.dim));
+    const Lanes lanes = lanes_of(a.source, source.type, rk::is_wide(a.source, source.type, source.dim));
     const dim3 grid = grid_of(blocks_for(chunks, 32 >> lanes.log_group), 1, lanes.tiles);
-    for_float_type(source.type, [&](auto type) {
-      RK_LAUNCH(rk::segments_kernel<decltype(type)::value>, grid, dim3(rk::block_lanes), 0, device.stream, a);
+    with_sum(source.type, [&](auto sum) {
+      RK_LAUNCH(rk::segments_kernel<decltype(sum)>, grid, dim3(rk::block_lanes), 0, device.stream, a);
     });
     // torch hands out memory again in the order of the stream, so these may go while they are still read.
     partial = sums, next_keys = keys;
@@ -476,10 +437,10 @@ Tensor embedding_bag_weights_backward(const Tensor& grad_arg, const Tensor& weig
   a.grad = static_cast<const char*>(source.rows);
   a.grad_stride = source.row_stride;
   a.out = {out.data_ptr(), 1, table.type};
-  const Lanes lanes = lanes_of(a.table, table.type, is_wide(a.table, table.type, table.dim));
-  for_float_type(table.type, [&](auto type) {
-    RK_LAUNCH(rk::weights_kernel<decltype(type)::value>,
-              grid_of(blocks_for(args.bags.num_bags, 32 >> lanes.log_group), 1, 1), dim3(rk::block_lanes), 0,
+  const int log_group = lanes_of(a.table, table.type, false).log_group;
+  with_sum(table.type, [&](auto sum) {
+    RK_LAUNCH(rk::weights_kernel<decltype(sum)>,
+              grid_of(blocks_for(args.bags.num_bags, 32 >> log_group), 1, 1), dim3(rk::block_lanes), 0,
               device.stream, a);
   });
   return out;
