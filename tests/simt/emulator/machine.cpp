@@ -501,6 +501,11 @@ void may_switch() {
   must_switch();
 }
 
+void before_atomic(const char* what, const void* address) {
+  if (machine.stacks.holds(address)) fail("%s on a local variable", what);
+  may_switch();
+}
+
 void fence() { may_switch(); }
 
 #if !defined(RK_SIMT_CHECKED)

@@ -52,6 +52,9 @@ uint64_t shuffle(const char* what, unsigned mask, uint64_t value, unsigned sourc
 unsigned ballot(const char* what, unsigned mask, bool predicate);
 unsigned match_any(unsigned mask, uint64_t value);
 
+// Other threads may run before an atomic operation. A variable of a thread has none.
+void before_atomic(const char* what, const void* address);
+
 // Other threads may run here; in the second, they do.
 void may_switch();
 void must_switch();

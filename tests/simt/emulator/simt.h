@@ -12,7 +12,7 @@
 //    meet at different places; a shuffle from a lane that is not in the mask
 //  - __shfl_up/down/xor_sync by 32 lanes or more, or by less than none; a width that is not a power of two
 //  - deadlock, and waiting for something that no thread does
-//  - intrinsics at addresses that are not aligned for their type
+//  - intrinsics at addresses that are not aligned for their type, atomic operations on local variables
 //  - writing just outside of the dynamic shared memory
 // Shared memory is full of NaN (all bits set) before each block, and so is what a thread's own variables start with,
 // as far as the compiler lets one choose. __activemask names no more lanes than the caller may count on.

@@ -9,7 +9,7 @@ template <typename T, typename Change>
 __attribute__((always_inline)) inline T atomic(const char* what, T* address, Change change) {
   using Bits = std::conditional_t<sizeof(T) == 8, uint64_t, std::conditional_t<sizeof(T) == 4, uint32_t, uint16_t>>;
   check_aligned(what, address);
-  may_switch();
+  before_atomic(what, address);
   Bits* place = reinterpret_cast<Bits*>(address);
   const T old = bits<T>(__atomic_load_n(place, __ATOMIC_RELAXED));
   __atomic_store_n(place, bits<Bits>(change(old)), __ATOMIC_RELAXED);

@@ -166,3 +166,19 @@ RK_SIMT_MATH float __int2float_rn(int x) { return static_cast<float>(x); }
 RK_SIMT_MATH float __uint2float_rn(unsigned x) { return static_cast<float>(x); }
 RK_SIMT_MATH float __ll2float_rn(long long x) { return static_cast<float>(x); }
 RK_SIMT_MATH float __ull2float_rn(unsigned long long x) { return static_cast<float>(x); }
+
+// ---- 16-bit floats: what the toolkit's headers have for nvcc only ----
+
+// Exact in double but where the terms are 2^31 times apart.
+RK_SIMT_MATH __half __hfma(__half a, __half b, __half c) {
+  return __double2half(static_cast<double>(__half2float(a)) * __half2float(b) + __half2float(c));
+}
+RK_SIMT_MATH __nv_bfloat16 __hfma(__nv_bfloat16 a, __nv_bfloat16 b, __nv_bfloat16 c) {
+  return __double2bfloat16(static_cast<double>(__bfloat162float(a)) * __bfloat162float(b) + __bfloat162float(c));
+}
+RK_SIMT_MATH __half2 __hfma2(__half2 a, __half2 b, __half2 c) {
+  return {__hfma(a.x, b.x, c.x), __hfma(a.y, b.y, c.y)};
+}
+RK_SIMT_MATH __nv_bfloat162 __hfma2(__nv_bfloat162 a, __nv_bfloat162 b, __nv_bfloat162 c) {
+  return {__hfma(a.x, b.x, c.x), __hfma(a.y, b.y, c.y)};
+}

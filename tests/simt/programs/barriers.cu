@@ -100,7 +100,7 @@ float reversed(int i) { return static_cast<float>(threads - 1 - i); }
 bool run(void (*kernel)(float*), float (*expected)(int), int shared_bytes = 0) {
   Buffer<float> values(threads);
   for (int i = 0; i < threads; ++i) values[i] = static_cast<float>(i);
-  RK_LAUNCH(kernel, 1, threads, shared_bytes, nullptr, values.get());
+  RK_RUN(kernel, 1, threads, shared_bytes, nullptr, values.get());
   return all_are(values, expected);
 }
 

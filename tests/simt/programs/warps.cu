@@ -171,14 +171,14 @@ bool neighbours(const Buffer<int>& values) {
 bool run(void (*kernel)(int*), int threads = 32) {
   Buffer<int> values(threads);
   for (int i = 0; i < threads; ++i) values[i] = i;
-  RK_LAUNCH(kernel, 1, threads, 0, nullptr, values.get());
+  RK_RUN(kernel, 1, threads, 0, nullptr, values.get());
   return neighbours(values);
 }
 
 bool run_sums(void (*kernel)(int*)) {
   Buffer<int> values(32);
   for (int i = 0; i < 32; ++i) values[i] = i;
-  RK_LAUNCH(kernel, 1, 32, 0, nullptr, values.get());
+  RK_RUN(kernel, 1, 32, 0, nullptr, values.get());
   return values[0] == 120 && values[20] == 20;
 }
 
@@ -194,7 +194,7 @@ RK_CASE(shuffle_with_ended_lanes) {
   Buffer<int> values(32);
   for (int i = 0; i < 32; ++i) values[i] = i < 16 ? i : i ^ 1;
   const auto kernel = right ? shuffle_with_ended_lanes<true> : shuffle_with_ended_lanes<false>;
-  RK_LAUNCH(kernel, 1, 32, 0, nullptr, values.get());
+  RK_RUN(kernel, 1, 32, 0, nullptr, values.get());
   return neighbours(values);
 }
 RK_CASE(shuffle_with_lanes_that_do_not_exist) {
@@ -216,7 +216,7 @@ RK_CASE(wait_for_a_flag) {
   Buffer<int> values(32), flag(1, 0);
   for (int i = 0; i < 32; ++i) values[i] = i;
   const auto kernel = right ? wait_for_a_flag<true> : wait_for_a_flag<false>;
-  RK_LAUNCH(kernel, 1, 32, 0, nullptr, values.get(), flag.get());
+  RK_RUN(kernel, 1, 32, 0, nullptr, values.get(), flag.get());
   return neighbours(values);
 }
 RK_CASE(missing_warp_barrier) { return run(right ? missing_warp_barrier<true> : missing_warp_barrier<false>); }

@@ -2,6 +2,12 @@
 
 #include "cases.h"
 
+#if defined(RK_SIMT)
+#define RK_POINTER "r"
+#else
+#define RK_POINTER "l"
+#endif
+
 namespace {
 
 constexpr int threads = 64;
@@ -38,7 +44,7 @@ __global__ void uninitialized_variable(float* out, const float* in) {
   float value;
   float* there = &value;
   if (right || threadIdx.x != 5) *there = in[threadIdx.x ^ 1];
-  asm volatile("" : : "r"(there) : "memory");
+  asm volatile("" : : RK_POINTER(there) : "memory");
   out[threadIdx.x] = *there;
 }
 
@@ -137,6 +143,17 @@ __global__ void plain_and_atomic(int* sum) {
   atomicAdd(sum, 1);
 }
 
+// Only shared and global memory have atomic operations.
+template <bool right>
+__global__ void atomic_on_a_variable(int* out) {
+  __shared__ int shared[threads];
+  int mine = 0;
+  shared[threadIdx.x] = 0;
+  int* there = right ? shared + threadIdx.x : &mine;
+  atomicAdd(there, 1 + static_cast<int>(threadIdx.x));
+  out[threadIdx.x] = *there;
+}
+
 // Neighbours write neighbouring bytes, which is well; the wrong ones write two.
 template <bool right>
 __global__ void neighbouring_bytes(unsigned char* out) {
@@ -178,7 +195,7 @@ __global__ void variable_of_the_host(float* out, const float* in) {
 bool run(void (*kernel)(float*, const float*), int shared_bytes = 0, int blocks = 1) {
   Buffer<float> in(threads), out(blocks * threads, -1.0f);
   for (int i = 0; i < threads; ++i) in[i] = static_cast<float>(i);
-  RK_LAUNCH(kernel, blocks, threads, shared_bytes, nullptr, out.get(), in.get());
+  RK_RUN(kernel, blocks, threads, shared_bytes, nullptr, out.get(), in.get());
   for (int i = 0; i < blocks * threads; ++i) {
     if (!(out[i] == static_cast<float>(i % threads ^ 1))) return false;
   }
@@ -204,7 +221,7 @@ RK_CASE(read_nowhere) { return run(right ? read_nowhere<true> : read_nowhere<fal
 RK_CASE(too_many_calls) {
   Buffer<int> out(threads);
   const auto kernel = right ? too_many_calls<true> : too_many_calls<false>;
-  RK_LAUNCH(kernel, 1, threads, 0, nullptr, out.get());
+  RK_RUN(kernel, 1, threads, 0, nullptr, out.get());
   return out[0] == 21;
 }
 RK_CASE(dynamic_shared_too_far) {
@@ -216,31 +233,37 @@ RK_CASE(misaligned_ldg) { return run(right ? misaligned_ldg<true> : misaligned_l
 RK_CASE(overflow) {
   Buffer<int> out(threads);
   const auto kernel = right ? overflow<true> : overflow<false>;
-  RK_LAUNCH(kernel, 1, threads, 0, nullptr, out.get());
+  RK_RUN(kernel, 1, threads, 0, nullptr, out.get());
   return out[2] == 2000;
 }
 RK_CASE(lost_update) {
   Buffer<int> sum(1, 0);
   const auto kernel = right ? lost_update<true> : lost_update<false>;
-  RK_LAUNCH(kernel, 1, threads, 0, nullptr, sum.get());
+  RK_RUN(kernel, 1, threads, 0, nullptr, sum.get());
   return sum[0] == threads;
 }
 RK_CASE(race_of_blocks) {
   Buffer<int> sum(1, 0);
   const auto kernel = right ? race_of_blocks<true> : race_of_blocks<false>;
-  RK_LAUNCH(kernel, 5, threads, 0, nullptr, sum.get());
+  RK_RUN(kernel, 5, threads, 0, nullptr, sum.get());
   return sum[0] == 5;
 }
 RK_CASE(plain_and_atomic) {
   Buffer<int> sum(2, 0);
   const auto kernel = right ? plain_and_atomic<true> : plain_and_atomic<false>;
-  RK_LAUNCH(kernel, 1, threads, 0, nullptr, sum.get());
+  RK_RUN(kernel, 1, threads, 0, nullptr, sum.get());
   return sum[0] == threads && sum[1] == 5;
+}
+RK_CASE(atomic_on_a_variable) {
+  Buffer<int> out(threads);
+  const auto kernel = right ? atomic_on_a_variable<true> : atomic_on_a_variable<false>;
+  RK_RUN(kernel, 1, threads, 0, nullptr, out.get());
+  return out[7] == 8;
 }
 RK_CASE(neighbouring_bytes) {
   Buffer<unsigned char> out(threads);
   const auto kernel = right ? neighbouring_bytes<true> : neighbouring_bytes<false>;
-  RK_LAUNCH(kernel, 1, threads, 0, nullptr, out.get());
+  RK_RUN(kernel, 1, threads, 0, nullptr, out.get());
   return out[7] == 7;
 }
 RK_CASE(ldg_of_what_is_written) { return run(right ? ldg_of_what_is_written<true> : ldg_of_what_is_written<false>); }
@@ -248,7 +271,7 @@ RK_CASE(write_after_ldg) {
   Buffer<float> values(threads);
   for (int i = 0; i < threads; ++i) values[i] = static_cast<float>(i);
   const auto kernel = right ? write_after_ldg<true> : write_after_ldg<false>;
-  RK_LAUNCH(kernel, 1, threads, 0, nullptr, values.get());
+  RK_RUN(kernel, 1, threads, 0, nullptr, values.get());
   return values[6] == 7;
 }
 RK_CASE(variable_of_another_thread) {
@@ -258,6 +281,6 @@ RK_CASE(variable_of_the_host) {
   float on_the_stack[threads];
   Buffer<float> in(threads), out(threads);
   for (int i = 0; i < threads; ++i) in[i] = on_the_stack[i] = static_cast<float>(i);
-  RK_LAUNCH(variable_of_the_host<true>, 1, threads, 0, nullptr, out.get(), right ? in.get() : on_the_stack);
+  RK_RUN(variable_of_the_host<true>, 1, threads, 0, nullptr, out.get(), right ? in.get() : on_the_stack);
   return out[6] == 7;
 }
