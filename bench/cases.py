@@ -32,6 +32,7 @@ class Case:
     kind: "forward", "dense backward" (gradient of the whole table) or "sparse backward" (gradient of the rows met).
     target: the ratio to reach against side `against`; a case also has to be no slower than every peer.
     near_limit: also has to reach LIMIT_SHARE of the probed limit.
+    level: "function" (a quantized table: the operator) or "module", which adds what a module does in Python.
     """
 
     dtype: str
@@ -46,11 +47,13 @@ class Case:
     target: float = 1.0
     against: str = BEST
     near_limit: bool = False
+    level: str = "function"
 
     @property
     def name(self) -> str:
         """Unique among CASES, with no blanks: what `--case` is matched against."""
         parts = [] if self.kind == "forward" else [self.kind.replace(" ", "-")]
+        parts += [self.level] if self.level != "function" else []
         parts += [f"{self.tables}tables"] if self.tables > 1 else []
         parts += [self.dtype, f"d{self.dim}", f"b{self.batch}", f"l{self.length}", self.ids]
         return "-".join(parts) + (f"-{self.threads}threads" if self.threads > 1 else "")
@@ -98,6 +101,7 @@ def _cases() -> Iterator[Case]:
     for dtype in ("fp32", "int8"):
         yield Case(dtype, 64, 64, 20, target=1.7)
         yield Case(dtype, 64, 1, 50)
+        yield Case(dtype, 64, 1, 50, level="module")
     tables = Case("fp32", 64, 512, 1, rows=300_000, tables=26, target=2.5, against=LOOP)
     yield tables
     yield replace(tables, length=10, target=1.7)

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 import recsys_kernels as rk
 from bench.cases import BITS, LOOP, ONE_THREAD, Batch, Case, Workload
+from recsys_kernels import _backends
 
 OURS = "recsys_kernels"
 REFERENCE = "recsys_kernels, reference"
@@ -94,20 +95,38 @@ def ours(work: Workload) -> Side:
             module.weight.copy_(table[0])
     if case.kind != "forward":
         return _gradient(OURS, module, work)
-    if case.tables == 1 and bits >= 16:
-        # The function, as torch's side is one.
+    if case.tables > 1 or case.level == "module":
+        return Side(OURS, lambda inputs: module(*inputs), threads=case.threads)
+    # The function or the operator, as torch's side is one.
+    if bits >= 16:
         weight = module.weight.detach()
 
         def lookup(inputs: Any) -> Tensor:
             return rk.functional.embedding_bag(inputs[0], weight, inputs[1], mode="sum", include_last_offset=True)
 
         return Side(OURS, lookup, threads=case.threads)
-    return Side(OURS, lambda inputs: module(*inputs), threads=case.threads)
+    table = module.table
+
+    def operator(inputs: Any) -> Tensor:
+        run = _backends.implementation("quantized_embedding_bag", inputs[0])
+        return cast(Tensor, run(*table, *inputs, None, 0, -1, True, _backends.dtype_argument(torch.float32)))
+
+    return Side(OURS, operator, threads=case.threads)
 
 
 def _torch_bag(work: Workload, table: int) -> nn.EmbeddingBag:
     frozen = work.case.kind == "forward"
     return nn.EmbeddingBag.from_pretrained(work.table[table], freeze=frozen, **_bag_options(work.case))
+
+
+def _torch_quantized_bag(work: Workload) -> nn.Module:
+    case, (low, high) = work.case, torch.aminmax(work.table[0], dim=1)
+    module: Any = importlib.import_module("torch.ao.nn.quantized")
+    bag = module.EmbeddingBag(case.rows, case.dim, mode="sum", include_last_offset=True, dtype=torch.quint8)
+    # One grid a row, from its lowest value to its highest.
+    scale = (high - low) / 255
+    bag.set_weight(torch.quantize_per_channel(work.table[0], scale, -low / scale, 0, torch.quint8))
+    return cast(nn.Module, bag)
 
 
 def _torch(work: Workload) -> Side:
@@ -124,6 +143,9 @@ def _torch(work: Workload) -> Side:
             return torch.cat([bag(*pair) for bag, pair in zip(bags, inputs, strict=True)], 1)
 
         return Side(LOOP, loop, split, case.threads)
+    if case.level == "module":
+        bag = _torch_bag(work, 0) if BITS[case.dtype] >= 16 else _torch_quantized_bag(work)
+        return Side(LOOP, lambda inputs: bag(*inputs), threads=case.threads)
     if BITS[case.dtype] >= 16:
         weight = work.table[0]
 
