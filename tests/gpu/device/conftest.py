@@ -16,7 +16,8 @@ import torch
 
 HERE = Path(__file__).parent
 # The tests of Triton's interpreter and of the operators are run here on the device.
-sys.path[:0] = [str(HERE), str(HERE.parent.parent), str(HERE.parent.parent / "triton_interpreter")]
+TESTS = HERE.parent.parent
+sys.path[:0] = [str(HERE.parent), str(TESTS), str(TESTS / "triton_interpreter")]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -67,37 +68,9 @@ def _on_backend(backend: str) -> Iterator[None]:
     rk.check_bounds()
 
 
-def _moved(value: Any, device: torch.device) -> Any:
-    """A tensor on another device with the strides it has here, whose gaps and offset are kept."""
-    if isinstance(value, list | tuple):
-        return type(value)(_moved(one, device) for one in value)
-    if not isinstance(value, torch.Tensor):
-        return value
-    whole = torch.empty(0, dtype=value.dtype).set_(value.untyped_storage())
-    return whole.to(device).as_strided(value.shape, value.stride(), value.storage_offset())
-
-
-class OnDevice:
-    """The operators as functions of CPU tensors that run on the device; a wrong index raises at once."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-
-    def __getattr__(self, name: str) -> Any:
-        import recsys_kernels as rk
-        from recsys_kernels import _backends
-
-        def run(*args: Any) -> Any:
-            moved = _moved(args, self.device)
-            implementation = _backends.implementation(name, torch.empty(0, device=self.device))
-            out = implementation(*moved)
-            rk.check_bounds(self.device)
-            return _moved(out, torch.device("cpu"))
-
-        return run
-
-
 @pytest.fixture
-def on_device(device: torch.device) -> OnDevice:
+def on_device(device: torch.device) -> Any:
     """The operators as functions of CPU tensors that run on the device."""
+    from on_device import OnDevice
+
     return OnDevice(device)

@@ -1,0 +1,314 @@
+"""The control flow of run.sh without a GPU: its steps are faked, or run on the CPU."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+import recsys_kernels as rk
+from recsys_kernels import _backends
+
+HERE = Path(__file__).parent
+ROOT = HERE.parent.parent
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="for Linux")
+
+
+def load(name: str) -> ModuleType:
+    """A file of this folder that is a program."""
+    spec = importlib.util.spec_from_file_location(f"gpu_{name}", HERE / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+# ---- the steps, faked ----------------------------------------------------------------------------------------------
+
+MACHINE = {"gpu": "Fake GPU", "commit": "0123456789", "torch": "2.11.0+cu130", "triton": "3.6.0"}
+BENCHMARKS = {
+    "copy_bytes": 1 << 31,
+    "copy_bytes_per_second": 3e12,
+    "cases": [
+        {
+            "name": "fp16-d64-b65536-l20-uniform",
+            "sides": {
+                "recsys_kernels, CUDA C++": {"seconds": 7e-5, "bytes_per_second": 2.7e12, "rounds": 9},
+                "torch": {
+                    "seconds": 2.1e-4, "bytes_per_second": 9e11, "rounds": 9, "ratio": 3.0, "low": 2.9, "high": 3.1,
+                },
+                "fbgemm_gpu": {"absent": "ModuleNotFoundError: No module named 'fbgemm_gpu'"},
+            },
+        }
+    ],
+}  # fmt: skip
+STEPS = [
+    *("build", "machine", "operators, CUDA C++", "operators, Triton", "assumptions"),
+    *("memcheck", "racecheck", "initcheck", "benchmarks"),
+]
+
+
+class Fake:
+    """A folder for the PATH with a python3 and a compute-sanitizer that do as they are told."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.out = folder / "bin", folder / "out"
+        self.folder.mkdir()
+        self.does: dict[str, str] = {
+            "setup.py": "echo built",
+            "machine.py": f"echo '{json.dumps(MACHINE)}'",
+            "backend=cuda": "echo '== 900 passed in 9.00s =='",
+            "backend=triton": "echo '== 800 passed in 8.00s =='",
+            "assumptions.py": "echo 'all: holds'",
+            "tool memcheck": "echo '========= ERROR SUMMARY: 0 errors'",
+            "tool racecheck": "echo '========= RACECHECK SUMMARY: 0 hazards'",
+            "tool initcheck": "echo '========= ERROR SUMMARY: 0 errors'",
+            "benchmark.py": f'cat {folder}/benchmarks.json; test -n "$3"',
+        }
+        (folder / "benchmarks.json").write_text(f"warming up\n{json.dumps(BENCHMARKS)}\n")
+
+    def run(self, *arguments: str, without: str = "") -> subprocess.CompletedProcess[str]:
+        """run.sh on the faked machine."""
+        with self.start(*arguments, without=without) as process:
+            output, _ = process.communicate(timeout=60)
+        return subprocess.CompletedProcess([], process.returncode, output, "")
+
+    def start(self, *arguments: str, without: str = "") -> subprocess.Popen[str]:
+        cases = "".join(f'  *"{words}"*) {does};;\n' for words, does in self.does.items())
+        lines = f'case "$*" in\n  tests/gpu/run.py*) exec {sys.executable} "$@";;\n{cases}'
+        lines += '  *) echo "not faked: $*"; exit 99;;\nesac\n'
+        for name in {"python3", "compute-sanitizer"} - {without}:
+            (self.folder / name).write_text(f"#!/bin/bash\n{lines}")
+            (self.folder / name).chmod(0o755)
+        for name in ("bash", "dirname", "echo", "cat", "sleep", "env"):
+            target = Path("/bin") / name
+            if not (self.folder / name).exists():
+                (self.folder / name).symlink_to(target if target.exists() else Path("/usr/bin") / name)
+        command = ["/bin/bash", str(HERE / "run.sh"), "--out", str(self.out), *arguments]
+        return subprocess.Popen(
+            command, env={"PATH": str(self.folder), "HOME": "/nowhere"}, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        )  # fmt: skip
+
+    def outcomes(self) -> dict[str, dict[str, Any]]:
+        record = json.loads((self.out / "run.json").read_text())
+        assert [step["name"] for step in record["steps"]] == STEPS
+        return {step["name"]: step for step in record["steps"]}
+
+
+@pytest.fixture
+def fake(tmp_path: Path) -> Fake:
+    return Fake(tmp_path)
+
+
+def test_everything_passes(fake: Fake) -> None:
+    done = fake.run()
+    assert done.returncode == 0, done.stdout
+    assert "all 9 steps passed" in done.stdout
+    outcomes = fake.outcomes()
+    assert {step["result"] for step in outcomes.values()} == {"passed"}
+    assert outcomes["operators, Triton"]["note"] == "800 passed in 8.00s"
+    record = json.loads((fake.out / "run.json").read_text())
+    assert record["machine"] == MACHINE
+    assert record["benchmarks"] == BENCHMARKS
+    page = (fake.out / "run.md").read_text()
+    for line in (
+        "# Fake GPU, commit 0123456789",
+        "| torch | 2.11.0+cu130 |",
+        "| memcheck | passed | 0.0 s | ERROR SUMMARY: 0 errors |",
+        "A copy of 2.1 GB ran at 3000 GB/s, bytes read and written.",
+        "| fp16-d64-b65536-l20-uniform | recsys_kernels, CUDA C++ | 70.0 us | 2700 GB/s | 90% |  |",
+        "| fp16-d64-b65536-l20-uniform | torch | 210.0 us | 900 GB/s | 30% | 3.00 [2.90-3.10] |",
+        "| fp16-d64-b65536-l20-uniform | fbgemm_gpu | ModuleNotFoundError: No module named 'fbgemm_gpu' |  |  |  |",
+    ):
+        assert line in page, page
+    assert "==== memcheck: compute-sanitizer --tool memcheck" in (fake.out / "log.txt").read_text()
+
+
+def test_failures_do_not_stop_the_rest(fake: Fake) -> None:
+    fake.does["setup.py"] = "echo 'no such kernel'; exit 1"
+    fake.does["backend=triton"] = "echo '== 1 failed, 799 passed in 8.00s =='; exit 1"
+    fake.does["tool racecheck"] = "kill -SEGV $$"
+    done = fake.run()
+    assert done.returncode == 1
+    outcomes = fake.outcomes()
+    bad = {name: step["note"] for name, step in outcomes.items() if step["result"] != "passed"}
+    assert bad == {
+        "build": "exit status 1; no such kernel",
+        "operators, Triton": "exit status 1; 1 failed, 799 passed in 8.00s",
+        "racecheck": "exit status -11",
+    }
+    assert "3 of 9 steps did not pass:" in done.stdout
+    assert "  operators, Triton: failed. exit status 1; 1 failed, 799 passed in 8.00s" in done.stdout
+    assert "| racecheck | failed |" in (fake.out / "run.md").read_text()
+    assert json.loads((fake.out / "run.json").read_text())["benchmarks"] == BENCHMARKS
+
+
+def alive(process: int) -> bool:
+    try:
+        return Path(f"/proc/{process}/stat").read_text().split()[2] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+@pytest.mark.parametrize("stubborn", [False, True])
+def test_step_that_takes_too_long_is_stopped(fake: Fake, tmp_path: Path, stubborn: bool) -> None:
+    """With everything that it has started; the steps after it have their own time still."""
+    children = tmp_path / "children"
+    trap = "trap '' TERM; " if stubborn else ""
+    fake.does["backend=triton"] = f"{trap}sleep 300 & echo $! $$ > {children}; echo compiling; wait; wait"
+    begin = time.monotonic()
+    done = fake.run("--seconds", "10")
+    assert time.monotonic() - begin < 20
+    assert done.returncode == 1
+    outcomes = fake.outcomes()
+    slow = outcomes.pop("operators, Triton")
+    assert slow["result"] == "timed out"
+    assert slow["note"].startswith("stopped after ")
+    assert slow["note"].endswith("; compiling")
+    assert {step["result"] for step in outcomes.values()} == {"passed"}
+    assert not [number for number in children.read_text().split() if alive(int(number))]
+
+
+def test_time_that_a_step_leaves_is_for_the_next_ones(fake: Fake) -> None:
+    """The Triton step may take what the three before it have not used."""
+    run = load("run")
+    before = sum(step.seconds for step in run.STEPS[:4])
+    assert run.STEPS[3].name == "operators, Triton"
+    total = sum(step.seconds for step in run.STEPS)
+    assert total <= run.SECONDS == 480
+    own, granted = run.STEPS[3].seconds * 10 / total, before * 10 / total
+    assert own + 1 < granted
+    fake.does["backend=triton"] = f"sleep {own + 1:.1f}; echo 1 passed"
+    done = fake.run("--seconds", "10")
+    assert done.returncode == 0, done.stdout
+
+
+def test_missing_sanitizer(fake: Fake) -> None:
+    done = fake.run(without="compute-sanitizer")
+    assert done.returncode == 1
+    outcomes = fake.outcomes()
+    for name in ("memcheck", "racecheck", "initcheck"):
+        assert outcomes.pop(name)["result"] == "not run"
+    assert {step["result"] for step in outcomes.values()} == {"passed"}
+    assert "  memcheck: not run. compute-sanitizer is not on the PATH" in done.stdout
+
+
+def test_figures_of_benchmarks_that_fail_later_are_kept(fake: Fake) -> None:
+    fake.does["benchmark.py"] += "; echo 'fp32-d64: out of memory'; exit 1"
+    done = fake.run()
+    assert done.returncode == 1
+    assert fake.outcomes()["benchmarks"]["result"] == "failed"
+    assert json.loads((fake.out / "run.json").read_text())["benchmarks"] == BENCHMARKS
+
+
+def test_interruption_leaves_a_record(fake: Fake, tmp_path: Path) -> None:
+    fake.does["assumptions.py"] = f"echo $$ > {tmp_path}/child; sleep 300"
+    process = fake.start()
+    while not (tmp_path / "child").exists() or not (tmp_path / "child").read_text().strip():
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=30)
+    assert process.returncode == 130
+    record = json.loads((fake.out / "run.json").read_text())
+    assert [step["name"] for step in record["steps"]] == STEPS[:4]
+    assert not alive(int((tmp_path / "child").read_text()))
+
+
+# ---- the steps, on the CPU ---------------------------------------------------------------------------------------
+
+
+def test_tests_of_the_device_are_right(tmp_path: Path) -> None:
+    """On the CPU's kernels, which other tests know to be right."""
+    options = ["-q", "-p", "no:cacheprovider", "--backend=cpu", str(HERE / "device")]
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", *options], cwd=ROOT, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stdout[-4000:]
+    assert int(done.stdout.split(" passed")[0].split()[-1]) > 500
+
+
+def test_small_set_is_right() -> None:
+    small_set = load("small_set")
+    assert os.environ.pop("PYTORCH_NO_CUDA_MEMORY_CACHING") == "1"
+    with rk.backend("cpu"):
+        assert small_set.right_input(torch.device("cpu"), lookups_only=False) > 50
+        assert small_set.wrong_input(torch.device("cpu"), lookups_only=True, modes=()) == 0
+
+
+class Event:
+    """A CUDA event on a machine without a GPU."""
+
+    def __init__(self, enable_timing: bool = True) -> None:
+        self.at = 0.0
+
+    def record(self) -> None:
+        self.at = time.perf_counter()
+
+    def synchronize(self) -> None:
+        pass
+
+    def elapsed_time(self, end: Event) -> float:
+        return (end.at - self.at) * 1e3
+
+
+def test_benchmarks_measure(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every kind of case in small, on the CPU."""
+    benchmark = load("benchmark")
+    backend: Callable[[str], Any] = rk.backend
+    monkeypatch.setattr(rk, "backend", lambda name: backend("cpu" if name == "cuda" else name))
+    monkeypatch.setattr(_backends, "why_not", lambda name: "there is no GPU" if name == "triton" else None)
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(benchmark, "SAMPLE_SECONDS", 1e-4)
+    device, seen = torch.device("cpu"), set()
+    for case in benchmark.cases():
+        kind = (case.dtype, case.ids, case.tables, case.kind)
+        if kind in seen:
+            continue
+        seen.add(kind)
+        small = benchmark.replace(case, rows=500, batch=8)
+        found = benchmark.measure(small, device, until=0.0)
+        assert found["name"] == small.name
+        sides = found["sides"]
+        assert sides["recsys_kernels, Triton"] == {"absent": "there is no GPU"}
+        ours = sides["recsys_kernels, CUDA C++"]
+        assert ours["rounds"] >= 3
+        assert ours["bytes_per_second"] == pytest.approx(found["bytes"] / ours["seconds"])
+        (torch_side,) = (side for name, side in sides.items() if name.startswith("torch"))
+        assert torch_side["low"] <= torch_side["ratio"] <= torch_side["high"]
+    assert len(seen) >= 8
+    run = load("run")
+    data = {"benchmarks": {"copy_bytes": 1, "copy_bytes_per_second": 1e12, "cases": [found]}}
+    assert found["name"] in run.markdown([], data)
+
+
+def test_bytes_of_a_call() -> None:
+    benchmark = load("benchmark")
+    work = benchmark.Workload(benchmark.Case("int8", 64, 10, 20, rows=100), torch.device("cpu"))
+    # 200 rows of 64 bytes, a scale and a bias of 2 bytes each, an index of 8; 11 offsets; 10 sums of 64 floats.
+    assert work.bytes_per_call == 200 * (64 + 4 + 8) + 11 * 8 + 10 * 64 * 4
+    work = benchmark.Workload(benchmark.Case("fp16", 64, 10, 20, rows=100, tables=3), torch.device("cpu"))
+    assert work.bytes_per_call == 600 * (128 + 8) + 31 * 8 + 30 * 64 * 2
+
+
+def test_assumptions_compile() -> None:
+    assumptions = load("assumptions")
+    assumptions_support = sys.modules["cuda_support"]
+    assumptions_support.require_toolkit()
+    for architecture in ("sm_75", "sm_90"):
+        assert assumptions.compile_program(Path(os.devnull), f"-arch={architecture}", "-cubin") is None
