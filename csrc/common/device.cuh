@@ -135,6 +135,11 @@ __device__ __forceinline__ bool is_aligned(const void* p, int bytes) {
 
 // ---- groups of lanes ----
 
+// Whether a condition holds for any lane of the warp. Loops with shuffles end by it even where all lanes
+// agree: the compiler knows that this is the same for all of them. Else it takes them to leave one by one,
+// and writes everything inside twice.
+__device__ __forceinline__ bool any_lane(bool condition) { return __any_sync(all_lanes, condition) != 0; }
+
 // The sum over the lanes whose numbers differ only in the bits [from, to), in each of them. All 32 lanes must
 // come here.
 template <typename Float>

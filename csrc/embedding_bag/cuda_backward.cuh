@@ -20,11 +20,11 @@ struct KeyArguments {
 };
 
 // Positions of a bag that count.
-__device__ __forceinline__ int64_t count_present(const Bags& b, const Range& range, const Team& team,
-                                                 uint32_t num_rows, const Bounds& bounds) {
-  int64_t count = 0;
-  for (int64_t at = range.begin; __any_sync(all_lanes, at < range.end); at += team.team) {
-    const int64_t position = at + team.in_group;
+__device__ __forceinline__ uint32_t count_present(const Bags& b, const Range& range, const Team& team,
+                                                  uint32_t num_rows, const Bounds& bounds) {
+  uint32_t count = 0;
+  for (uint32_t at = range.begin; any_lane(at < range.end); at += team.team) {
+    const uint32_t position = at + team.in_group;
     bool present = position < range.end;
     if (present) {
       const int64_t index = load_integer(b.indices, b.indices_64, position);
@@ -40,16 +40,16 @@ __global__ void __launch_bounds__(block_lanes) keys_kernel(const __grid_constant
   const Team team(a.log_team, 0);
   const Bags& b = a.bags;
   const int64_t step = warps_in_grid() * team.per_warp();
-  for (int64_t first = warp_number() * team.per_warp(); first < b.num_bags; first += step) {
+  for (int64_t first = warp_number() * team.per_warp(); any_lane(first < b.num_bags); first += step) {
     const int64_t bag = first + team.in_warp();
     Range range{0, 0};
     if (bag < b.num_bags) range = bag_range(b, bag, false, a.bounds);
     double one = 1.0;
     if (b.pooling == Pooling::mean) {
-      const int64_t count = count_present(b, range, team, a.num_rows, a.bounds);
+      const uint32_t count = count_present(b, range, team, a.num_rows, a.bounds);
       if (count > 1) one = 1.0 / static_cast<double>(count);
     }
-    for (int64_t position = range.begin + team.in_group; position < range.end; position += team.team) {
+    for (uint32_t position = range.begin + team.in_group; position < range.end; position += team.team) {
       const int64_t index = load_integer(b.indices, b.indices_64, position);
       const uint32_t row = checked_row(index, position, a.num_rows, b.padding_idx, a.bounds, {-1, 0});
       const uint32_t key = row == absent ? a.num_rows : row;
@@ -189,7 +189,7 @@ struct Segments {
     const uint32_t first_key = exists ? real_key(key_at(begin)) : 0;
     used_first = used_last = false;
     begin_run(first_key, exists && begin > 0 && real_key(key_at(begin - 1)) == first_key);
-    for (int64_t at = begin; __any_sync(all_lanes, at < end); at += team.group) {
+    for (int64_t at = begin; any_lane(at < end); at += team.group) {
       const int64_t entry = at + team.in_group;
       uint32_t own_key = 0, own_row = absent;
       Sum own_factor = 1;
@@ -208,7 +208,7 @@ struct Segments {
       }
       const int64_t left = end - at;
       const int inside = left < team.group ? static_cast<int>(left) : team.group;  // can be negative
-      for (int j = 0; j < team.group && __any_sync(all_lanes, j < inside); j += rows) {
+      for (int j = 0; j < team.group && any_lane(j < inside); j += rows) {
         batch(j, own_key, own_row, own_factor, inside);
       }
     }
@@ -232,7 +232,7 @@ __device__ __forceinline__ void sum_segments(const SegmentArguments& a, const Sh
   for (uint32_t tile = blockIdx.z * tile_bytes; tile < a.source.row_bytes; tile += gridDim.z * tile_bytes) {
     const uint32_t first = tile + static_cast<uint32_t>(team.in_group * share.bytes);
     const char* base = opaque(a.source.rows + first);
-    for (int64_t chunk = warp_number() * team.per_warp(); chunk < chunks; chunk += step) {
+    for (int64_t chunk = warp_number() * team.per_warp(); any_lane(chunk < chunks); chunk += step) {
       Segments<Share> segments(a, team, share, base, first, chunk + team.in_warp());
       segments.run(tile == 0);
     }
@@ -329,19 +329,19 @@ struct Dots {
     if (exists) range = bag_range(b, bag, false, a.bounds);
     Sum factor = 1;
     if (b.pooling == Pooling::mean) {
-      const int64_t count = count_present(b, range, team, a.table.num_rows, a.bounds);
+      const uint32_t count = count_present(b, range, team, a.table.num_rows, a.bounds);
       if (count > 1) factor = Sum{1} / static_cast<Sum>(count);
     }
     const char* grad = a.grad + (exists ? bag : 0) * a.grad_stride;
-    for (int64_t at = range.begin; __any_sync(all_lanes, at < range.end); at += team.group) {
-      const int64_t position = at + team.in_group;
+    for (uint32_t at = range.begin; any_lane(at < range.end); at += team.group) {
+      const uint32_t position = at + team.in_group;
       uint32_t own_row = absent;
       if (position < range.end) {
         const int64_t index = load_integer(b.indices, b.indices_64, position);
         own_row = checked_row(index, position, a.table.num_rows, b.padding_idx, a.bounds, {-1, 0});
       }
       Sum result = 0;
-      for (int j = 0; j < team.group && __any_sync(all_lanes, at + j < range.end); j += rows) {
+      for (int j = 0; j < team.group && any_lane(at + j < range.end); j += rows) {
         batch(j, own_row, grad, result);
       }
       if (position < range.end) store_float(a.out.data, a.out.type, position, result * factor);
@@ -355,7 +355,7 @@ __global__ void __launch_bounds__(block_lanes, 4) weights_kernel(const __grid_co
   const Share share(a.table.type, a.table.alignment);
   const Team team(log_group(a.table.row_bytes, share.bytes), 0);
   const int64_t step = warps_in_grid() * team.per_warp();
-  for (int64_t bag = warp_number() * team.per_warp(); bag < a.bags.num_bags; bag += step) {
+  for (int64_t bag = warp_number() * team.per_warp(); any_lane(bag < a.bags.num_bags); bag += step) {
     Dots<Share>{a, team, share}.run(bag);
   }
 }

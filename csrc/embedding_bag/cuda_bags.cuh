@@ -61,7 +61,9 @@ struct Team {
   __device__ __forceinline__ int source(int j) const { return lane - in_group + j; }
   // Where the index of row number `j` stands behind the first of as many as the team has lanes: the groups
   // take turns, so that short bags keep all of them busy.
-  __device__ __forceinline__ int place(int j) const { return (j << log_split) + split; }
+  __device__ __forceinline__ unsigned place(int j) const {
+    return static_cast<unsigned>((j << log_split) + split);
+  }
   __device__ __forceinline__ unsigned mask() const {
     return (all_lanes >> (warp_lanes - team)) << (lane & ~(team - 1));
   }
@@ -69,19 +71,19 @@ struct Team {
   __device__ __forceinline__ int in_warp() const { return lane >> log_team; }
 };
 
-// The shuffle tells the compiler that all lanes have the same number. Else it takes every loop over bags for
-// one that lanes leave one by one, and writes all its code twice.
 __device__ __forceinline__ int64_t warp_number() {
-  const int in_block = __shfl_sync(all_lanes, static_cast<int>(threadIdx.x) / warp_lanes, 0);
-  return static_cast<int64_t>(blockIdx.x) * block_warps + in_block;
+  return static_cast<int64_t>(blockIdx.x) * block_warps + threadIdx.x / warp_lanes;
 }
 
 __device__ __forceinline__ int64_t warps_in_grid() { return static_cast<int64_t>(gridDim.x) * block_warps; }
 
+// Positions in the indices, of which a call has fewer than 2^32: a lane has few registers.
 struct Range {
-  int64_t begin;
-  int64_t end;
+  uint32_t begin;
+  uint32_t end;
 };
+
+constexpr int64_t most_indices = (int64_t{1} << 32) - 64;
 
 __device__ __forceinline__ int64_t offset_on_device(const Bags& b, int64_t bag) {
   if (bag == b.num_bags && !b.has_last_offset) return b.num_indices;
@@ -91,25 +93,24 @@ __device__ __forceinline__ int64_t offset_on_device(const Bags& b, int64_t bag) 
 // The positions of a bag, within those that there are. `zero_start`: the first bag must begin at 0.
 __device__ __forceinline__ Range bag_range(const Bags& b, int64_t bag, bool zero_start,
                                            const Bounds& bounds) {
-  if (b.offsets == nullptr) return {bag * b.bag_length, (bag + 1) * b.bag_length};
+  if (b.offsets == nullptr) {
+    return {static_cast<uint32_t>(bag * b.bag_length), static_cast<uint32_t>((bag + 1) * b.bag_length)};
+  }
   const int64_t total = b.num_indices;
-  Range range{offset_on_device(b, bag), offset_on_device(b, bag + 1)};
-  const bool bad_begin = range.begin < 0 || range.begin > total;
-  const bool bad_end = range.end < range.begin || range.end > total;
-  const bool bad_first = bag == 0 && (bad_begin || (zero_start && range.begin != 0));
+  int64_t begin = offset_on_device(b, bag), end = offset_on_device(b, bag + 1);
+  const bool bad_begin = begin < 0 || begin > total;
+  const bool bad_end = end < begin || end > total;
+  const bool bad_first = bag == 0 && (bad_begin || (zero_start && begin != 0));
   if (bad_first || bad_end) {  // a later bag's beginning is the end of the bag before it, which reports it
-    record_fault(bounds, DeviceFault::offset, -1, bad_first ? 0 : bag + 1,
-                 bad_first ? range.begin : range.end, total, -1);
+    record_fault(bounds, DeviceFault::offset, -1, bad_first ? 0 : bag + 1, bad_first ? begin : end, total,
+                 -1);
   }
   if (bad_begin || bad_end) {
-    if (bounds.mode == BoundsCheck::clamp) {
-      range.begin = range.begin < 0 ? 0 : range.begin > total ? total : range.begin;
-      range.end = range.end < range.begin ? range.begin : range.end > total ? total : range.end;
-    } else {
-      range = {0, 0};
-    }
+    if (bounds.mode != BoundsCheck::clamp) return {0, 0};
+    begin = begin < 0 ? 0 : begin > total ? total : begin;
+    end = end < begin ? begin : end > total ? total : end;
   }
-  return range;
+  return {static_cast<uint32_t>(begin), static_cast<uint32_t>(end)};
 }
 
 // What a wrong index belongs to, for the message.

@@ -91,7 +91,7 @@ struct Pooler {
     return argmax || (D == Does::sum_or_max && feature.pooling == Pooling::max);
   }
 
-  __device__ __forceinline__ Looked<Sum> look_up(int64_t index, int64_t position, bool inside) const {
+  __device__ __forceinline__ Looked<Sum> look_up(int64_t index, uint32_t position, bool inside) const {
     Looked<Sum> own{absent, 0, 0};
     if (inside) {
       own.row = checked_row(index, position, table.num_rows, a.bags.padding_idx, a.bounds, feature.origin);
@@ -147,7 +147,7 @@ struct Pooler {
   }
 
   // `first_row`: the place of the bag's first row.
-  __device__ __forceinline__ void take_rows(int j, const Looked<Sum>& own, int first_row) {
+  __device__ __forceinline__ void take_rows(int j, const Looked<Sum>& own, unsigned first_row) {
     uint32_t row[rows_of_max], word[rows_of_max][Share::words];
     load(j, own, row, word);
     Sum scale[rows_of_max], shift[rows_of_max];
@@ -197,8 +197,8 @@ struct Pooler {
   }
 
   // Where the first of the team's lanes with `found` has its index, behind the team's first.
-  __device__ __forceinline__ int first_place(bool found) const {
-    int at = found ? team.place(team.in_group) : warp_lanes;
+  __device__ __forceinline__ unsigned first_place(bool found) const {
+    unsigned at = found ? team.place(team.in_group) : unsigned{warp_lanes};
     for (int lanes = 1; lanes < team.team; lanes <<= 1) {
       at = min(at, __shfl_xor_sync(all_lanes, at, lanes));
     }
@@ -238,29 +238,28 @@ struct Pooler {
       if constexpr (argmax) place[e] = absent;
     }
     bias = 0;
-    const int own_place = team.place(team.in_group);
-    int64_t count = 0;
+    const unsigned own_place = team.place(team.in_group), size = static_cast<unsigned>(team.team);
+    uint32_t count = 0;
     int since_fold = 0;
-    int64_t left = range.end - range.begin;  // indices of the bag from the team's first on
-    int64_t position = range.begin + own_place;
+    uint32_t left = range.end - range.begin;  // indices of the bag from the team's first on
+    uint32_t position = range.begin + own_place;
     int64_t index = own_place < left ? load_integer(a.bags.indices, a.bags.indices_64, position) : 0;
-    for (; __any_sync(all_lanes, left > 0); left -= team.team) {
+    for (; any_lane(left > 0); left = left > size ? left - size : 0) {
       const Looked<Sum> own = look_up(index, position, own_place < left);
       // The next indices come while these rows do.
-      position += team.team;
-      if (own_place + team.team < left) index = load_integer(a.bags.indices, a.bags.indices_64, position);
+      position += size;
+      if (own_place + size < left) index = load_integer(a.bags.indices, a.bags.indices_64, position);
       const bool present = own.row != absent;
-      int first_row = warp_lanes;
-      if (is_max() && __any_sync(all_lanes, count == 0)) first_row = first_place(present && count == 0);
+      unsigned first_row = warp_lanes;
+      if (is_max() && any_lane(count == 0)) first_row = first_place(present && count == 0);
       count += __popc(__ballot_sync(all_lanes, present) & team.mask());
       if (is_max()) {
-        for (int j = 0; j < team.group && __any_sync(all_lanes, team.place(j) < left); j += rows_of_max) {
+        for (int j = 0; j < team.group && any_lane(team.place(j) < left); j += rows_of_max) {
           take_rows(j, own, first_row);
         }
         continue;
       }
-      for (int j = 0; j < team.group && __any_sync(all_lanes, team.place(j) < left); j += rows)
-        add_rows(j, own);
+      for (int j = 0; j < team.group && any_lane(team.place(j) < left); j += rows) add_rows(j, own);
       if (share.quantized()) {
         bias += own.shift;
         since_fold += team.group;
@@ -275,7 +274,7 @@ struct Pooler {
     if (exists && team.split == 0 && first < table.row_bytes) store(bag, count);
   }
 
-  __device__ __forceinline__ void store(int64_t bag, int64_t count) {
+  __device__ __forceinline__ void store(int64_t bag, uint32_t count) {
     Sum factor = feature.multiplier;
     if (count > 1 && feature.pooling == Pooling::mean) factor /= static_cast<Sum>(count);
 #pragma unroll
@@ -301,7 +300,7 @@ __device__ __forceinline__ void pool_tiles(const PoolArguments& a, const DeviceT
   for (uint32_t tile = blockIdx.z * tile_bytes; tile < table.row_bytes; tile += gridDim.z * tile_bytes) {
     const uint32_t first = tile + static_cast<uint32_t>(team.in_group * share.bytes);
     const char* base = opaque(table.rows + first);
-    for (int64_t bag = warp_number() * team.per_warp(); bag < a.batch; bag += step) {
+    for (int64_t bag = warp_number() * team.per_warp(); any_lane(bag < a.batch); bag += step) {
       Pooler<Share, D> pooler(a, table, feature, team, share, base, first);
       pooler.run(bag);
     }

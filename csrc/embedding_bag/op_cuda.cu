@@ -4,6 +4,22 @@
 // Nothing here waits for the device, and the forward allocates nothing but its result: calls can be captured
 // in a CUDA graph. Wrong indices and offsets are found by the kernels and raised later (common/cuda_faults).
 
+#include "cuda_backward.cuh"
+#include "cuda_kernel.cuh"
+
+template __global__ void rk::pool_kernel<float>(const __grid_constant__ PoolArguments);
+template __global__ void rk::pool_kernel<double>(const __grid_constant__ PoolArguments);
+template __global__ void rk::argmax_kernel<float>(const __grid_constant__ PoolArguments);
+template __global__ void rk::argmax_kernel<double>(const __grid_constant__ PoolArguments);
+template __global__ void rk::segments_kernel<float>(const __grid_constant__ SegmentArguments);
+template __global__ void rk::segments_kernel<double>(const __grid_constant__ SegmentArguments);
+template __global__ void rk::weights_kernel<float>(const __grid_constant__ WeightArguments);
+template __global__ void rk::weights_kernel<double>(const __grid_constant__ WeightArguments);
+
+// nvcc compiles a file for the host and again for the GPUs. For these the kernels above are all there is to
+// do, and torch's headers would take longer than they.
+#if !defined(__CUDA_ARCH__)
+
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
@@ -12,8 +28,6 @@
 #include <vector>
 
 #include "arguments.h"
-#include "cuda_backward.cuh"
-#include "cuda_kernel.cuh"
 
 namespace {
 
@@ -46,6 +60,12 @@ struct Device {
     check(rk::emulated || first.is_cuda(), "the CUDA kernels need CUDA tensors");
   }
 };
+
+// The kernels count positions in 32 bits.
+void check_count(const Bags& bags) {
+  check(bags.num_indices < rk::most_indices, "a call on a GPU takes fewer than 2^32 - 64 indices, but has ",
+        bags.num_indices);
+}
 
 // An uninitialized contiguous tensor on the device of `first`, of one dimension or two.
 template <size_t Dims>
@@ -181,6 +201,7 @@ Tensor embedding_bag(const Tensor& weight_arg, const Tensor& indices, const std:
                      bool include_last_offset) {
   const BagArguments args(weight_arg, indices, offsets, per_sample_weights, mode, padding_idx,
                           include_last_offset);
+  check_count(args.bags);
   const Device device(weight_arg);
   const Tensor weight = rk::contiguous_rows(weight_arg, weight_arg, "weight");
   const Table table = rk::float_table(weight, "weight");
@@ -196,6 +217,7 @@ Tensor quantized_embedding_bag(const Tensor& weight_arg, const Tensor& scale_bia
                                int64_t padding_idx, bool include_last_offset, ScalarType dtype) {
   const BagArguments args(weight_arg, indices, offsets, per_sample_weights, mode, padding_idx,
                           include_last_offset);
+  check_count(args.bags);
   const Device device(weight_arg);
   const Tensor weight = rk::contiguous_rows(weight_arg, weight_arg, "weight");
   const Table table = rk::quantized_table(weight, scale_bias, weight_arg, exponent, embedding_dim, bits);
@@ -209,6 +231,7 @@ std::tuple<Tensor, Tensor> embedding_bag_max(const Tensor& weight_arg, const Ten
                                              const std::optional<Tensor>& offsets, int64_t padding_idx,
                                              bool include_last_offset, bool zero_start) {
   const BagArguments args(weight_arg, indices, offsets, std::nullopt, 2, padding_idx, include_last_offset);
+  check_count(args.bags);
   const Device device(weight_arg);
   const Tensor weight = rk::contiguous_rows(weight_arg, weight_arg, "weight");
   const Table table = rk::float_table(weight, "weight");
@@ -287,6 +310,7 @@ Tensor embedding_bag_collection(const std::vector<Tensor>& weights, const std::v
   check(features > 0 && all_bags % features == 0, "offsets must have F*B+1 entries for F = ", features,
         " features, but has ", all_bags + 1);
   const RowType out_type = rk::float_type(dtype, "dtype");
+  check_count(args.bags);
   const Device device(indices);
   std::vector<Tensor> rows;  // keeps contiguous copies alive
   const std::vector<DeviceTable> tables = collection_tables(weights, scale_bias, indices, out_type, rows);
@@ -369,6 +393,7 @@ Tensor embedding_bag_backward(const Tensor& grad_arg, const Tensor& indices,
   const BagArguments args(grad_arg, indices, offsets, per_sample_weights, mode, padding_idx,
                           include_last_offset);
   check(mode != 2, rk::no_max_gradient);
+  check_count(args.bags);
   const Device device(grad_arg);
   const Tensor grad = rk::contiguous_rows(grad_arg, grad_arg, "grad");
   const Table source = rk::float_table(grad, "grad");
@@ -420,6 +445,7 @@ Tensor embedding_bag_weights_backward(const Tensor& grad_arg, const Tensor& weig
                                       bool include_last_offset) {
   const BagArguments args(weight_arg, indices, offsets, std::nullopt, mode, padding_idx, include_last_offset);
   check(mode != 2, rk::no_max_gradient);
+  check_count(args.bags);
   const Device device(weight_arg);
   const Tensor weight = rk::contiguous_rows(weight_arg, weight_arg, "weight");
   const Tensor grad = rk::contiguous_rows(grad_arg, weight_arg, "grad");
@@ -456,3 +482,5 @@ STABLE_TORCH_LIBRARY_IMPL(RK_LIBRARY, RK_DEVICE_KEY, m) {
   m.impl("quantized_embedding_bag", TORCH_BOX(&quantized_embedding_bag));
   m.impl("embedding_bag_collection", TORCH_BOX(&embedding_bag_collection));
 }
+
+#endif
