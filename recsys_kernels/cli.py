@@ -111,7 +111,10 @@ def _parser() -> argparse.ArgumentParser:
         help="a MovieLens folder (100k, RecBole files, 1M, 20M or latest) or a Criteo TSV file, plain or .gz",
     )
     data.add_argument(
-        "--limit", type=_positive, metavar="N", help="use the latest N ratings, or the first N Criteo lines"
+        "--limit",
+        type=_positive,
+        metavar="N",
+        help="use the latest N ratings, or the first N Criteo lines (46 million take some 16 GB)",
     )
     data.add_argument(
         "--cache", type=Path, metavar="DIR", help="where fetched data is kept (default: your cache folder)"

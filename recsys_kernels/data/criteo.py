@@ -27,6 +27,9 @@ def is_criteo(path: Path) -> bool:
 def read_criteo(path: Path, limit: int | None = None, shares: tuple[float, float] = (0.8, 0.1)) -> Dataset:
     """Streams a Criteo log (plain or .gz) into examples.
 
+    The text is never held as a whole, the numbers are: 160 bytes a line, 270 while they are converted, and about 100
+    bytes for each distinct value; some 16 GB for the 46 million lines of the Kaggle log. ``limit`` bounds it.
+
     Args:
         path: the file; lines are in time order, as Criteo publishes them.
         limit: stop after so many lines.
