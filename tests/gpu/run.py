@@ -6,6 +6,7 @@ Uses the standard library only, so that it can say what is missing on a machine 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import shutil
@@ -37,9 +38,11 @@ class Step:
     data: str = ""
 
 
-def _tests(backend: str, *selection: str) -> list[str]:
+def _tests(backend: str, *files: str, workers: int = 0) -> list[str]:
     options = ["-q", "-p", "no:cacheprovider", "--tb=short", f"--backend={backend}"]
-    return ["python3", "-m", "pytest", *options, *selection]
+    if workers and importlib.util.find_spec("xdist"):
+        options += ["-n", str(workers)]
+    return ["python3", "-m", "pytest", *options, *(f"{HERE}/device/{name}" for name in files)]
 
 
 def _sanitizer(tool: str, *arguments: str) -> list[str]:
@@ -48,11 +51,14 @@ def _sanitizer(tool: str, *arguments: str) -> list[str]:
     return ["compute-sanitizer", *options, "python3", f"{HERE}/small_set.py", *arguments]
 
 
+_SMALL = ("test_operators.py", "test_faults.py", "test_modules.py")
 STEPS = [
-    Step("build", ["python3", "setup.py", "build_ext", "--inplace"], 90),
+    Step("build", ["python3", "setup.py", "build_ext", "--inplace"], 70),
     Step("machine", ["python3", f"{HERE}/machine.py"], 25, data="machine"),
-    Step("operators, CUDA C++", _tests("cuda", f"{HERE}/device"), 70),
-    Step("operators, Triton", _tests("triton", f"{HERE}/device"), 95),
+    Step("operators, CUDA C++", _tests("cuda", ""), 70),
+    # Compiling takes nearly all of the time, and is work for several cores; the other two files need the GPU alone.
+    Step("operators, Triton", _tests("triton", *_SMALL, workers=min(8, os.cpu_count() or 1)), 95),
+    Step("streams and sizes, Triton", _tests("triton", "test_streams.py", "test_large.py"), 25),
     Step("assumptions", ["python3", f"{HERE}/assumptions.py"], 30),
     Step("memcheck", _sanitizer("memcheck"), 35),
     Step("racecheck", _sanitizer("racecheck"), 35),

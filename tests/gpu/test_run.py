@@ -57,7 +57,7 @@ BENCHMARKS = {
     ],
 }  # fmt: skip
 STEPS = [
-    *("build", "machine", "operators, CUDA C++", "operators, Triton", "assumptions"),
+    *("build", "machine", "operators, CUDA C++", "operators, Triton", "streams and sizes, Triton", "assumptions"),
     *("memcheck", "racecheck", "initcheck", "benchmarks"),
 ]
 
@@ -72,6 +72,7 @@ class Fake:
             "setup.py": "echo built",
             "machine.py": f"echo '{json.dumps(MACHINE)}'",
             "backend=cuda": "echo '== 900 passed in 9.00s =='",
+            "test_streams.py": "echo '== 20 passed in 2.00s =='",
             "backend=triton": "echo '== 800 passed in 8.00s =='",
             "assumptions.py": "echo 'all: holds'",
             "tool memcheck": "echo '========= ERROR SUMMARY: 0 errors'",
@@ -118,7 +119,7 @@ def fake(tmp_path: Path) -> Fake:
 def test_everything_passes(fake: Fake) -> None:
     done = fake.run()
     assert done.returncode == 0, done.stdout
-    assert "all 9 steps passed" in done.stdout
+    assert "all 10 steps passed" in done.stdout
     outcomes = fake.outcomes()
     assert {step["result"] for step in outcomes.values()} == {"passed"}
     assert outcomes["operators, Triton"]["note"] == "800 passed in 8.00s"
@@ -152,7 +153,7 @@ def test_failures_do_not_stop_the_rest(fake: Fake) -> None:
         "operators, Triton": "exit status 1; 1 failed, 799 passed in 8.00s",
         "racecheck": "exit status -11",
     }
-    assert "3 of 9 steps did not pass:" in done.stdout
+    assert "3 of 10 steps did not pass:" in done.stdout
     assert "  operators, Triton: failed. exit status 1; 1 failed, 799 passed in 8.00s" in done.stdout
     assert "| racecheck | failed |" in (fake.out / "run.md").read_text()
     assert json.loads((fake.out / "run.json").read_text())["benchmarks"] == BENCHMARKS
@@ -226,7 +227,7 @@ def test_interruption_leaves_a_record(fake: Fake, tmp_path: Path) -> None:
     process.communicate(timeout=30)
     assert process.returncode == 130
     record = json.loads((fake.out / "run.json").read_text())
-    assert [step["name"] for step in record["steps"]] == STEPS[:4]
+    assert [step["name"] for step in record["steps"]] == STEPS[:5]
     assert not alive(int((tmp_path / "child").read_text()))
 
 
