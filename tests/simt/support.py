@@ -31,18 +31,20 @@ from recsys_kernels._native import BOUNDS_CHECKS, Fault, native
 HERE = Path(__file__).parent
 EMULATOR = HERE / "emulator"
 
+_UNDEFINED = "alignment,bounds,signed-integer-overflow,shift,integer-divide-by-zero"
+
 # Which of them a process uses: everything that the checked one sees is an exception; AddressSanitizer's runtime has to
 # be there when the process starts, and ends it.
 BUILDS = {
     "checked": {
         "define": "-DRK_SIMT_CHECKED",
-        "kernels": "-fsanitize=thread,undefined -fno-sanitize=vptr -fno-sanitize-recover=undefined"
+        "kernels": f"-fsanitize=thread,{_UNDEFINED} -fno-sanitize-recover=undefined"
         " --param tsan-distinguish-volatile=1 --param tsan-instrument-func-entry-exit=0",
         "link": "",
     },
     "address": {
         "define": "-DRK_SIMT_ADDRESS",
-        "kernels": "-fsanitize=address,undefined -fno-sanitize-recover=undefined",
+        "kernels": f"-fsanitize=address,{_UNDEFINED} -fno-sanitize-recover=undefined",
         "link": "-fsanitize=address,undefined",
     },
 }
@@ -73,7 +75,7 @@ def compiler() -> str:
     return found
 
 
-def _ninja_file(build: str, folder: Path, kernels: list[Path], program: list[Path]) -> str:
+def _ninja_file(build: str, kernels: list[Path], program: list[Path]) -> str:
     """Compiles the emulation, a library of kernels and a program of kernels, the latter two if there are sources."""
     script = build_script()
     quoted: Callable[[Path], str] = lambda path: script.ninja_argument(str(path))  # noqa: E731
@@ -117,7 +119,7 @@ def _ninja_file(build: str, folder: Path, kernels: list[Path], program: list[Pat
 def compiled(build: str, folder: Path, kernels: list[Path], program: list[Path] | None = None) -> Path:
     """The folder, with ``kernels.so`` (and ``program``) in it, built from what is new since the last time."""
     folder.mkdir(parents=True, exist_ok=True)
-    text = _ninja_file(build, folder, kernels, program or [])
+    text = _ninja_file(build, kernels, program or [])
     with (folder / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # another process may be at the same
         (folder / "build.ninja").write_text(text)

@@ -36,7 +36,7 @@ Place place;
 
 void handle(int signal, siginfo_t* info, void* data) {
   auto& registers = static_cast<ucontext_t*>(data)->uc_mcontext.gregs;
-  if (machine.running < 0 || machine.quiet || machine.owner != pthread_self()) {
+  if (!in_kernel()) {
     // Not ours: it happens again when this returns, and ends the process.
     ::signal(signal, SIG_DFL);
     return;

@@ -3,7 +3,6 @@
 #include "machine.h"
 
 #include <link.h>
-#include <pthread.h>
 
 #include <algorithm>
 #include <atomic>
@@ -325,10 +324,10 @@ int Ready::next(int rank) const {
 }
 
 void run(const Launch& launch) {
-  if (machine.running >= 0 && machine.owner == pthread_self()) fail("a kernel cannot launch a kernel");
+  if (machine.running >= 0 && machine.owner == __builtin_thread_pointer()) fail("a kernel cannot launch a kernel");
   check_launch(launch);
   std::lock_guard<std::mutex> lock(one_at_a_time);
-  machine.owner = pthread_self();
+  machine.owner = __builtin_thread_pointer();
   ++launches;
   struct Forget {
     ~Forget() { machine.launch = nullptr; }
@@ -525,7 +524,7 @@ void read_only(const void*, size_t) {}
 RK_SIMT_EXPORT void simt_seed(uint64_t seed) {
   std::lock_guard<std::mutex> lock(simt::one_at_a_time);
   simt::machine.strategy = static_cast<simt::Strategy>(seed % 3);
-  simt::machine.random.seed(seed);
+  simt::machine.random.state = seed;
 }
 
 RK_SIMT_EXPORT int64_t simt_launches() { return simt::launches; }

@@ -1,11 +1,8 @@
 // The emulated block and its threads, as machine.cpp and races.cpp share them.
 #pragma once
 
-#include <pthread.h>
-
 #include <atomic>
 #include <cstdint>
-#include <random>
 #include <string>
 #include <vector>
 
@@ -50,6 +47,20 @@ struct Warp {
   Group groups[warp_size];
 };
 
+// SplitMix64 (Steele, Lea and Flood 2014): random enough, and fast.
+struct Random {
+  using result_type = uint64_t;
+  uint64_t state = 0;
+  static constexpr uint64_t min() { return 0; }
+  static constexpr uint64_t max() { return ~uint64_t{0}; }
+  uint64_t operator()() {
+    uint64_t x = state += 0x9e3779b97f4a7c15u;
+    x = (x ^ x >> 30) * 0xbf58476d1ce4e5b9u;
+    x = (x ^ x >> 27) * 0x94d049bb133111ebu;
+    return x ^ x >> 31;
+  }
+};
+
 // Which threads can run, by rank: the order in which a strategy prefers them.
 class Ready {
  public:
@@ -77,9 +88,9 @@ struct Machine {
   // The launch.
   const Launch* launch = nullptr;
   Strategy strategy = Strategy::in_turn;
-  std::mt19937_64 random;
+  Random random;
   Context host;
-  std::atomic<pthread_t> owner{};  // whose launch it is
+  std::atomic<void*> owner{};  // whose launch it is: a thread of the operating system
   bool quiet = false;  // the emulation's own accesses to memory are going on
   std::string error;
 
@@ -114,7 +125,10 @@ std::string describe_memory(const void* address);
 [[noreturn]] void fail_at(const Place& place, const std::string& text);
 
 // Whether a kernel's thread is at work, and not the emulation itself or code of the host.
-inline bool in_kernel() { return machine.running >= 0 && !machine.quiet && machine.owner == pthread_self(); }
+inline bool in_kernel() {
+  return machine.running >= 0 && !machine.quiet &&
+         machine.owner.load(std::memory_order_relaxed) == __builtin_thread_pointer();
+}
 
 // What the checked build does at each step; empty in the others.
 void races_launch();

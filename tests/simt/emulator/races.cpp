@@ -4,13 +4,16 @@
 // whatever the schedule was; so are reads of shared memory that nobody has written, misaligned accesses, and
 // other threads' local variables.
 //
-// For each byte of memory is kept: the last write, and the reads since then, as far as a later write needs them (all
-// that one thread's next read comes after are forgotten). This is the FastTrack method (Flanagan and Freund 2009),
-// with a block's barriers as one clock and a vector of clocks only among the lanes of a warp.
+// For each word of four bytes (or each byte, where somebody touches less than a word) is kept: the last write, and the
+// reads since then, as far as a later write needs them (all that one thread's next read comes after are forgotten).
+// This is the FastTrack method (Flanagan and Freund 2009), with a block's barriers as one clock and a vector of clocks
+// only among the lanes of a warp.
 #if defined(RK_SIMT_CHECKED)
 
 #include <algorithm>
+#include <array>
 #include <cstring>
+#include <deque>
 #include <memory>
 #include <unordered_map>
 
@@ -34,16 +37,19 @@ struct Event {
 enum class Readers : uint8_t { none, one, lanes, warps, blocks };
 
 struct Cell {
-  uint32_t launch;  // what is below belongs to another launch, or another block's shared memory, if it differs
-  uint32_t owner;
+  uint32_t launch;  // what is below was of this one
+  uint32_t owner;   // and of this block's shared memory, if it is not 0
   Event write;
   Event read;         // of several readers the last one, to be named
   Event atomic_read;  // the last one: only plain writes collide with it
   bool atomic_write;
   bool constant;  // was read by __ldg
   Readers readers;
-  int32_t set;  // the lanes, when they are several
+  int32_t set;    // the lanes, when they are several
+  int32_t split;  // of a word: its bytes, if they are kept one by one, else -1
 };
+
+using Bytes = std::array<Cell, 4>;
 
 struct LaneSet {
   uint32_t mask;
@@ -52,28 +58,72 @@ struct LaneSet {
 
 constexpr size_t page_size = 4096;
 struct Page {
-  Cell cells[page_size];
+  Cell words[page_size / 4];
 };
 
 struct Shadow {
+  struct Known {
+    uintptr_t number;
+    Page* page;
+  };
   std::unordered_map<uintptr_t, std::unique_ptr<Page>> pages;
-  uintptr_t last_number = 0;
-  Page* last = nullptr;
+  std::array<Known, 256> known{};  // of these, for speed
   uint32_t launch = 0;
   std::vector<LaneSet> sets;
+  std::deque<Bytes> bytes;
   std::vector<uint32_t> clocks;  // [thread][lane]: what a thread knows of the lanes of its warp
 
-  Cell& cell(uintptr_t address) {
+  uint32_t& clock(int thread, int lane) { return clocks[thread * warp_size + lane]; }
+
+  // The word of an address. What it held of another launch, or another block's shared memory, is gone.
+  Cell& word(uintptr_t address, uint32_t owner) {
     const uintptr_t number = address / page_size;
-    if (last == nullptr || number != last_number) {
+    Known& found = known[number % known.size()];
+    if (found.page == nullptr || found.number != number) {
       std::unique_ptr<Page>& page = pages[number];
       if (page == nullptr) page = std::make_unique<Page>();
-      last = page.get();
-      last_number = number;
+      found = {number, page.get()};
     }
-    return last->cells[address % page_size];
+    Cell& cell = found.page->words[address % page_size / 4];
+    if (cell.launch == launch && cell.owner == owner) return cell;
+    const int32_t split = cell.launch == launch ? cell.split : -1;
+    cell = Cell{};
+    cell.launch = launch;
+    cell.owner = owner;
+    cell.split = split;
+    if (split >= 0) bytes[split].fill(Cell{});
+    return cell;
   }
-  uint32_t& clock(int thread, int lane) { return clocks[thread * warp_size + lane]; }
+
+  // From now on every byte of a word has what was the word's.
+  void split_up(Cell& word) {
+    word.split = static_cast<int32_t>(bytes.size());
+    bytes.emplace_back();
+    for (Cell& byte : bytes.back()) {
+      byte = word;
+      if (word.readers != Readers::lanes) continue;
+      byte.set = static_cast<int32_t>(sets.size());
+      sets.push_back(LaneSet(sets[word.set]));
+    }
+  }
+
+  // Calls visit(cell) for what holds the bytes.
+  template <typename Visit>
+  void visit(uintptr_t first, size_t size, uint32_t owner, Visit visit) {
+    const uintptr_t end = first + size;
+    while (first < end) {
+      const uintptr_t next = std::min(end, (first | 3) + 1);
+      Cell& cell = word(first, owner);
+      if (next - first == 4 && cell.split < 0) {
+        visit(cell);
+        first = next;
+        continue;
+      }
+      if (cell.split < 0) split_up(cell);
+      const int32_t split = cell.split;
+      for (; first < next; ++first) visit(bytes[split][first & 3]);
+    }
+  }
 };
 
 Shadow shadow;
@@ -168,10 +218,12 @@ void add_reader(Cell& cell, const Event& now) {
   }
 }
 
-bool is_shared(const char* p) {
+// Whose memory it is: the block's if it is shared, else 0.
+uint32_t owner_of(const char* p) {
   const auto inside = [p](const char* start, size_t size) { return p >= start && p < start + size; };
-  return inside(machine.dynamic_shared, machine.launch->shared_bytes) ||
-         inside(machine.static_shared, machine.static_shared_bytes);
+  const bool shared = inside(machine.dynamic_shared, machine.launch->shared_bytes) ||
+                      inside(machine.static_shared, machine.static_shared_bytes);
+  return shared ? static_cast<uint32_t>(machine.block_number) + 1 : 0;
 }
 
 // What has nothing to do with other threads: own variables, the launch's arguments, threadIdx.
@@ -190,9 +242,7 @@ bool is_private(const char* p, const void* code) {
   return false;
 }
 
-void access_byte(uintptr_t address, const Event& now, Access access, uint32_t owner, size_t size, const void* code) {
-  Cell& cell = shadow.cell(address);
-  if (cell.launch != shadow.launch || cell.owner != owner) cell = Cell{shadow.launch, owner, {}, {}, {}, {}, {}, {}, {}};
+void access_cell(Cell& cell, uintptr_t address, const Event& now, Access access, size_t size, const void* code) {
   const bool atomic = access == Access::atomic_read || access == Access::atomic_write;
   if (!(atomic && cell.atomic_write) && !ordered(cell.write, now)) {
     report(code, address, size, does_text(access), cell.atomic_write ? "wrote (atomically)" : "wrote", cell.write);
@@ -223,13 +273,11 @@ Event event_now(const void* code) {
           thread, static_cast<int32_t>(static_cast<const char*>(code) - code_base())};
 }
 
-// Whether any of these bytes has been written, in this launch and by this block if they are shared memory.
-bool written_by(uint32_t owner, uintptr_t first, size_t size) {
-  for (size_t i = 0; i < size; ++i) {
-    const Cell& cell = shadow.cell(first + i);
-    if (cell.launch == shadow.launch && cell.owner == owner && cell.write.block != 0) return true;
-  }
-  return false;
+// Whether any of these bytes of a block's shared memory has been written.
+bool written(uint32_t owner, uintptr_t first, size_t size) {
+  bool any = false;
+  shadow.visit(first, size, owner, [&any](Cell& cell) { any = any || cell.write.block != 0; });
+  return any;
 }
 
 void note(const void* address, size_t size, size_t alignment, Access access, const void* code) {
@@ -243,14 +291,14 @@ void note(const void* address, size_t size, size_t alignment, Access access, con
     fail_at(place, std::string(does_text(access)) + " " + std::to_string(size) + " bytes of " +
                        describe_memory(address) + ", which is not a multiple of " + std::to_string(alignment));
   }
-  const uint32_t owner = is_shared(p) ? static_cast<uint32_t>(machine.block_number) + 1 : 0;
+  const uint32_t owner = owner_of(p);
   const Event now = event_now(code);
   const bool reads = access == Access::read || access == Access::atomic_read;
-  if (owner != 0 && reads && !written_by(owner, first, size)) {
+  if (owner != 0 && reads && !written(owner, first, size)) {
     fail_at(place, "reads " + std::to_string(size) + " bytes of " + describe_memory(address) +
                        ", which no thread of this block has written");
   }
-  for (size_t i = 0; i < size; ++i) access_byte(first + i, now, access, owner, size, code);
+  shadow.visit(first, size, owner, [&](Cell& cell) { access_cell(cell, first, now, access, size, code); });
 }
 
 }  // namespace
@@ -258,10 +306,11 @@ void note(const void* address, size_t size, size_t alignment, Access access, con
 void races_launch() {
   ++shadow.launch;
   shadow.sets.clear();
+  shadow.bytes.clear();
   // What other launches touched may be gone.
-  if (shadow.pages.size() > 256) {
+  if (shadow.pages.size() > 1024) {
     shadow.pages.clear();
-    shadow.last = nullptr;
+    shadow.known = {};
   }
 }
 
@@ -288,14 +337,14 @@ void read_only(const void* address, size_t size) {
   if (!in_kernel()) return;
   const void* code = __builtin_return_address(0);
   note(address, size, 1, Access::read, code);
-  for (size_t i = 0; i < size; ++i) {
-    Cell& cell = shadow.cell(reinterpret_cast<uintptr_t>(address) + i);
+  const uintptr_t first = reinterpret_cast<uintptr_t>(address);
+  const uint32_t owner = owner_of(static_cast<const char*>(address));
+  shadow.visit(first, size, owner, [&](Cell& cell) {
     if (cell.write.block != 0) {
-      report(code, reinterpret_cast<uintptr_t>(address), size, "reads by __ldg, for which nobody may write there,",
-             "wrote", cell.write);
+      report(code, first, size, "reads by __ldg, for which nobody may write there,", "wrote", cell.write);
     }
     cell.constant = true;
-  }
+  });
 }
 
 }  // namespace simt
