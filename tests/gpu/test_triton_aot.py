@@ -24,6 +24,7 @@ from triton.backends.driver import DriverBase  # noqa: E402
 from triton.runtime import driver  # noqa: E402
 from triton_budgets import BUDGETS, TARGETS  # noqa: E402
 
+import recsys_kernels as rk  # noqa: E402
 from recsys_kernels.ops.embedding_bag import triton as operators  # noqa: E402
 from recsys_kernels.ops.embedding_bag import triton_kernels  # noqa: E402
 from recsys_kernels.ops.embedding_bag.reference import MAX, MEAN, SUM  # noqa: E402
@@ -123,6 +124,11 @@ def _collection(*tables: tuple[torch.dtype, int]) -> None:
     operators.embedding_bag_collection(weights, scales, plan, indices, offsets, None, total, out)
 
 
+def _unraised(mode: str, case: Callable[[], None]) -> None:
+    with rk.bounds_check(mode):
+        case()
+
+
 U8 = torch.uint8
 CASES: dict[str, Callable[[], None]] = {
     "fp32 64": lambda: _pool(F32, 64),
@@ -147,6 +153,10 @@ CASES: dict[str, Callable[[], None]] = {
     "collection fp64 64": lambda: _collection((F64, 64)),
     "collection int8 or int4 64": lambda: _collection((U8, 64)),
     "collection fp32 64, bf16 128, int8 or int4 64": lambda: _collection((F32, 64), (BF16, 128), (U8, 64)),
+    "fp32 64 clamped": lambda: _unraised("clamp", lambda: _pool(F32, 64)),
+    "int8 64 ignored": lambda: _unraised("ignore", lambda: _quantized(64, 8)),
+    "backward fp32 64 clamped": lambda: _unraised("clamp", lambda: _backward(F32)),
+    "collection fp32 64 ignored": lambda: _unraised("ignore", lambda: _collection((F32, 64))),
 }
 
 

@@ -93,4 +93,17 @@ BUDGETS: dict[str, dict[str, Budget]] = {
     "collection fp32 64, bf16 128, int8 or int4 64": {
         "collection_kernel": Budget((96, 80, 80, 64), 512, (4, 6)),
     },
+    "fp32 64 clamped": {
+        "bag_kernel": Budget((64, 64, 64, 40), 256, (4, 2)),
+    },
+    "int8 64 ignored": {
+        "bag_kernel": Budget((96, 80, 88, 56), 256, (2, 1)),
+    },
+    "backward fp32 64 clamped": {
+        "keys_kernel": Budget((64, 64, 64, 24), 0, (0, 0)),
+        "segments_kernel": Budget((64, 64, 64, 32), 256, (4, 2)),
+    },
+    "collection fp32 64 ignored": {
+        "collection_kernel": Budget((80, 72, 72, 64), 256, (4, 4)),
+    },
 }
