@@ -32,7 +32,7 @@ namespace {
 
 constexpr int poison = 0xff;  // NaN in every float type, -1 in every integer type
 constexpr size_t canary = 64;  // bytes on either side of the dynamic shared memory
-constexpr int64_t patience = 4'000'000;
+constexpr int64_t patience = 2'000'000;
 
 thread_local volatile char anchor;  // one thread-local variable that is always there
 std::mutex one_at_a_time;

@@ -2,7 +2,6 @@
 
 #include <dlfcn.h>
 
-#include <algorithm>
 #include <cstdio>
 #include <cstring>
 #include <map>
@@ -61,10 +60,6 @@ std::string raw(const void* code) {
 
 }  // namespace
 
-bool Place::operator==(const Place& other) const {
-  return count == other.count && std::equal(frames, frames + count, other.frames);
-}
-
 Place place_of_caller(const void* frame) {
   Place place;
   const auto* at = static_cast<const uintptr_t*>(frame);
@@ -72,6 +67,8 @@ Place place_of_caller(const void* frame) {
     if (at[1] == 0) break;
     // The call itself lies before the address to which it returns.
     place.frames[place.count++] = reinterpret_cast<const void*>(at[1] - 1);
+    place.hash = (place.hash ^ at[1]) * 0x9e3779b97f4a7c15u;
+    place.hash ^= place.hash >> 32;
     at = reinterpret_cast<const uintptr_t*>(at[0]);
   }
   return place;
