@@ -47,7 +47,9 @@ def main() -> int:
         "python": platform.python_version(),
         "nvcc": release[1] if release else "not on the PATH",
         "kernels": "not built" if facts["cuda"] is None else f"CUDA {facts['cuda']['release']}",
-        "operators": facts["operators"],
+        "CUDA tensors get": ", ".join(
+            f"{name}: {on.get('cuda', 'nothing')}" for name, on in facts["operators"].items()
+        ),
     }
     if torch.cuda.is_available():
         properties = torch.cuda.get_device_properties(0)

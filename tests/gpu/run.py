@@ -130,7 +130,7 @@ class Run:
         lines = [line for line in printed if line.strip()]
         if step.data:
             self.keep(step.data, lines)
-        last = "" if step.data or not lines else lines[-1].strip("= ")
+        last = "" if not lines or lines[-1].startswith("{") else lines[-1].strip("= ")
         return Outcome(step.name, result, time.monotonic() - start, "; ".join(filter(None, (note, last))), lines[-60:])
 
     def keep(self, name: str, lines: list[str]) -> None:
@@ -211,6 +211,7 @@ def _benchmarks(measured: dict[str, Any]) -> list[str]:
         f"{copy} bytes read and written.",
         "",
         *_table(("case", "side", "a call", "rows, indices and output", "of the copy", "its time over ours"), rows),
+        *(f"\n{name} was not measured: {reason}" for name, reason in measured["failed"].items()),
         "",
     ]
 

@@ -55,6 +55,7 @@ BENCHMARKS = {
             },
         }
     ],
+    "failed": {"int8-d64-b1-l50-uniform": "no time was left"},
 }  # fmt: skip
 STEPS = [
     *("build", "machine", "operators, CUDA C++", "operators, Triton", "streams and sizes, Triton", "assumptions"),
@@ -134,6 +135,7 @@ def test_everything_passes(fake: Fake) -> None:
         "A copy of 2.1 GB ran at 3000 GB/s, bytes read and written.",
         "| fp16-d64-b65536-l20-uniform | recsys_kernels, CUDA C++ | 70.0 us | 2700 GB/s | 90% |  |",
         "| fp16-d64-b65536-l20-uniform | torch | 210.0 us | 900 GB/s | 30% | 3.00 [2.90-3.10] |",
+        "int8-d64-b1-l50-uniform was not measured: no time was left",
         "| fp16-d64-b65536-l20-uniform | fbgemm_gpu | ModuleNotFoundError: No module named 'fbgemm_gpu' |  |  |  |",
     ):
         assert line in page, page
@@ -294,7 +296,7 @@ def test_benchmarks_measure(monkeypatch: pytest.MonkeyPatch) -> None:
         assert torch_side["low"] <= torch_side["ratio"] <= torch_side["high"]
     assert len(seen) >= 8
     run = load("run")
-    data = {"benchmarks": {"copy_bytes": 1, "copy_bytes_per_second": 1e12, "cases": [found]}}
+    data = {"benchmarks": {"copy_bytes": 1, "copy_bytes_per_second": 1e12, "cases": [found], "failed": {}}}
     assert found["name"] in run.markdown([], data)
 
 
