@@ -7,7 +7,10 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from .support import SEEDS, Emulation, emulation
+from .support import BUILD, SEEDS, Emulation, emulation
+
+# These run what they need in processes of their own.
+collect_ignore = [] if BUILD == "checked" else ["test_programs.py", "test_support.py"]
 
 
 @pytest.fixture(scope="session")

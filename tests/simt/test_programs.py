@@ -64,7 +64,7 @@ REPORTS = {
     "no_blocks": r"launching one_each: invalid configuration argument \(the grid is 0 x 1 x 1 blocks\)",
     "too_many_threads": r"launching one_each: invalid configuration argument \(the block is 1025 x 1 x 1 threads\)",
     "too_deep": r"launching one_each: invalid configuration argument \(the block is 1 x 1 x 65 threads\)",
-    "too_much_shared": r"launching one_each: invalid argument \(49153 bytes of dynamic shared memory, 49152 may be used",
+    "too_much_shared": r"invalid argument \(49153 bytes of dynamic shared memory, 49152 may be used\)",
     "more_shared_without_asking": r"launching one_each: invalid argument \(61440 bytes",
     "more_shared_than_there_is": "asking for shared memory: invalid argument",
     "kernel_launches_a_kernel": "a kernel cannot launch a kernel",
