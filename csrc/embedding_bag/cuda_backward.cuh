@@ -5,38 +5,46 @@
 
 namespace rk {
 
-// ---- which row a position adds to ----
+// ---- bags and their positions ----
 
-struct KeyArguments {
+// Checks every bag's offsets, each thread of the grid some of them.
+__device__ __forceinline__ void check_offsets(const Bags& b, const Bounds& bounds) {
+  if (b.offsets == nullptr) return;
+  const int64_t threads = static_cast<int64_t>(gridDim.x) * block_lanes;
+  for (int64_t bag = static_cast<int64_t>(blockIdx.x) * block_lanes + threadIdx.x; bag < b.num_bags;
+       bag += threads) {
+    bag_range(b, bag, false, bounds);
+  }
+}
+
+constexpr uint32_t no_bag = 0xffffffffu;
+
+// The bag that a position belongs to. Wrong offsets can make bags overlap: it still belongs to one at most.
+__device__ __forceinline__ uint32_t bag_of_position(const Bags& b, uint32_t position, const Bounds& bounds) {
+  if (b.offsets == nullptr) return position / static_cast<uint32_t>(b.bag_length);
+  int64_t low = 0, high = b.num_bags;  // the last bag that does not begin later is one of these
+  while (high - low > 1) {
+    const int64_t middle = (low + high) / 2;
+    if (offset_on_device(b, middle) <= position) {
+      low = middle;
+    } else {
+      high = middle;
+    }
+  }
+  const Range range = bag_range(b, low, false, {nullptr, bounds.mode});
+  return range.begin <= position && position < range.end ? static_cast<uint32_t>(low) : no_bag;
+}
+
+struct MeanArguments {
   Bags bags;
   Bounds bounds;
-  void* keys;  // for each position its row, or num_rows for none; int64 if keys_64, else int32
-  uint32_t* bag_of;
-  void* factors;  // what the bag's gradient is multiplied with, of type `factor_type`; or null
-  RowType factor_type;
-  bool keys_64;
+  void* factors;  // for each bag 1 over the number of its rows, of type Sum
   uint32_t num_rows;
   int32_t log_team;
 };
 
-// Positions of a bag that count.
-__device__ __forceinline__ uint32_t count_present(const Bags& b, const Range& range, const Team& team,
-                                                  uint32_t num_rows, const Bounds& bounds) {
-  uint32_t count = 0;
-  for (uint32_t at = range.begin; any_lane(at < range.end); at += team.team) {
-    const uint32_t position = at + team.in_group;
-    bool present = position < range.end;
-    if (present) {
-      const int64_t index = load_integer(b.indices, b.indices_64, position);
-      present = checked_row(index, position, num_rows, b.padding_idx, bounds, {-1, 0}) != absent;
-    }
-    count += __popc(__ballot_sync(all_lanes, present) & team.mask());
-  }
-  return count;
-}
-
-// Teams of one group each.
-__global__ void __launch_bounds__(block_lanes) keys_kernel(const __grid_constant__ KeyArguments a) {
+template <typename Sum>
+__global__ void __launch_bounds__(block_lanes) mean_kernel(const __grid_constant__ MeanArguments a) {
   const Team team(a.log_team, 0);
   const Bags& b = a.bags;
   const int64_t step = warps_in_grid() * team.per_warp();
@@ -44,26 +52,61 @@ __global__ void __launch_bounds__(block_lanes) keys_kernel(const __grid_constant
     const int64_t bag = first + team.in_warp();
     Range range{0, 0};
     if (bag < b.num_bags) range = bag_range(b, bag, false, a.bounds);
-    double one = 1.0;
-    if (b.pooling == Pooling::mean) {
-      const uint32_t count = count_present(b, range, team, a.num_rows, a.bounds);
-      if (count > 1) one = 1.0 / static_cast<double>(count);
-    }
-    for (uint32_t position = range.begin + team.in_group; position < range.end; position += team.team) {
-      const int64_t index = load_integer(b.indices, b.indices_64, position);
-      const uint32_t row = checked_row(index, position, a.num_rows, b.padding_idx, a.bounds, {-1, 0});
-      const uint32_t key = row == absent ? a.num_rows : row;
-      if (a.keys_64) {
-        static_cast<int64_t*>(a.keys)[position] = key;
-      } else {
-        static_cast<int32_t*>(a.keys)[position] = static_cast<int32_t>(key);
+    uint32_t count = 0;
+    for (uint32_t at = range.begin; any_lane(at < range.end); at += team.team) {
+      const uint32_t position = at + team.in_group;
+      bool present = position < range.end;
+      if (present) {
+        const int64_t index = load_integer(b.indices, b.indices_64, position);
+        present = checked_row(index, position, a.num_rows, b.padding_idx, a.bounds, {-1, 0}) != absent;
       }
-      a.bag_of[position] = static_cast<uint32_t>(bag);
-      if (a.factors == nullptr) continue;
-      double factor = one;
-      if (b.weights != nullptr) factor *= load_float<double>(b.weights, b.weights_type, position);
-      store_float(a.factors, a.factor_type, position, factor);
+      count += __popc(__ballot_sync(all_lanes, present) & team.mask());
     }
+    if (bag < b.num_bags && team.in_group == 0) {
+      static_cast<Sum*>(a.factors)[bag] = Sum{1} / static_cast<Sum>(max(count, 1u));
+    }
+  }
+}
+
+struct KeyArguments {
+  Bags bags;
+  Bounds bounds;
+  void* keys;  // for each position its row, or num_rows for none; int64 if keys_64, else int32
+  uint32_t* bag_of;
+  void* factors;             // what the bag's gradient is multiplied with, of type Sum; or null
+  const void* mean_factors;  // the bags' share of it; or null
+  bool keys_64;
+  uint32_t num_rows;
+};
+
+// A thread a position.
+template <typename Sum>
+__global__ void __launch_bounds__(block_lanes) keys_kernel(const __grid_constant__ KeyArguments a) {
+  const Bags& b = a.bags;
+  check_offsets(b, a.bounds);
+  const int64_t threads = static_cast<int64_t>(gridDim.x) * block_lanes;
+  for (int64_t i = static_cast<int64_t>(blockIdx.x) * block_lanes + threadIdx.x; i < b.num_indices;
+       i += threads) {
+    const uint32_t position = static_cast<uint32_t>(i), bag = bag_of_position(b, position, a.bounds);
+    uint32_t row = absent;
+    if (bag != no_bag) {
+      const int64_t index = load_integer(b.indices, b.indices_64, i);
+      row = checked_row(index, position, a.num_rows, b.padding_idx, a.bounds, {-1, 0});
+    }
+    const uint32_t key = row == absent ? a.num_rows : row;
+    if (a.keys_64) {
+      static_cast<int64_t*>(a.keys)[i] = key;
+    } else {
+      static_cast<int32_t*>(a.keys)[i] = static_cast<int32_t>(key);
+    }
+    if (row == absent) continue;  // nobody asks for the rest
+    a.bag_of[i] = bag;
+    if (a.factors == nullptr) continue;
+    Sum factor = 1;
+    if (b.weights != nullptr) factor = load_float<Sum>(b.weights, b.weights_type, i);
+    if (a.mean_factors != nullptr)
+      factor *= load_constant<Sum>(static_cast<const Sum*>(a.mean_factors) + bag);
+    static_cast<Sum*>(a.factors)[i] = factor;
   }
 }
 
@@ -265,40 +308,44 @@ struct WeightArguments {
   Bags bags;
   Bounds bounds;
   const char* grad;
-  int64_t grad_stride;  // bytes
-  Matrix out;           // one value a position
+  int64_t grad_stride;       // bytes
+  const void* mean_factors;  // for each bag, of type Sum; or null
+  Matrix out;                // one value a position
 };
 
-// A group of lanes takes a bag; each of its rows is multiplied with the bag's gradient and summed up. In
-// narrow shares only: 8 rows of 4 bytes a lane in flight, which is enough with the 1024 lanes that fit.
+// A group of lanes takes as many positions as it has lanes: each one's row times the gradient of its bag. In
+// narrow shares only: 4 rows and 4 gradients of 4 bytes a lane in flight, with the 1024 lanes that fit 32
+// KiB.
 template <typename Share>
 struct Dots {
   using Sum = typename Share::Sum;
-  static constexpr int rows = Share::rows;
+  static constexpr int rows = 4;
 
   const WeightArguments& a;
   const Team& team;
   const Share& share;
 
-  __device__ __forceinline__ void batch(int j, uint32_t own_row, const char* grad, Sum& result) const {
-    uint32_t row[rows];
+  __device__ __forceinline__ void batch(int j, uint32_t own_row, uint32_t own_bag, Sum& result) const {
+    uint32_t row[rows], bag[rows];
     Sum dot[rows];
 #pragma unroll
     for (int u = 0; u < rows; ++u) {
       row[u] = __shfl_sync(all_lanes, own_row, team.source(j + u));
+      bag[u] = __shfl_sync(all_lanes, own_bag, team.source(j + u));
       if (j + u >= team.group) row[u] = absent;
       dot[u] = 0;
     }
     const uint32_t between = static_cast<uint32_t>(team.group * share.bytes);
-    for (uint32_t at = team.in_group * share.bytes; at < a.table.row_bytes; at += between) {
-      uint32_t word[rows][Share::words], grad_word[Share::words];
-      share.load(grad_word, grad + at);
+    for (uint32_t tile = 0; tile < a.table.row_bytes; tile += between) {
+      const uint32_t at = tile + static_cast<uint32_t>(team.in_group * share.bytes);
+      uint32_t word[rows][Share::words], grad[rows][Share::words];
 #pragma unroll
       for (int u = 0; u < rows; ++u) {
 #pragma unroll
-        for (int w = 0; w < Share::words; ++w) word[u][w] = 0;
-        if (row[u] != absent) {
+        for (int w = 0; w < Share::words; ++w) word[u][w] = grad[u][w] = 0;
+        if (row[u] != absent && at < a.table.row_bytes) {
           share.load(word[u], a.table.rows + static_cast<uint64_t>(row[u]) * a.table.row_stride + at);
+          share.load(grad[u], a.grad + bag[u] * a.grad_stride + at);
         }
       }
       share.visit([&](auto type) {
@@ -307,8 +354,8 @@ struct Dots {
         for (int u = 0; u < rows; ++u) {
 #pragma unroll
           for (int e = 0; e < Share::words * 32 / element_bits(T); ++e) {
-            dot[u] = fma(static_cast<Sum>(element_of<T>(word[u], e)),
-                         static_cast<Sum>(element_of<T>(grad_word, e)), dot[u]);
+            const Sum x = element_of<T>(word[u], e), g = element_of<T>(grad[u], e);
+            dot[u] = fma(x, g, dot[u]);
           }
         }
       });
@@ -316,36 +363,31 @@ struct Dots {
 #pragma unroll
     for (int u = 0; u < rows; ++u) {
       dot[u] = sum_over(dot[u], 1, team.group);
-      // A row that does not count is zero, but zero times infinity is not.
-      if (team.in_group == j + u) result = row[u] == absent ? Sum{0} : dot[u];
+      if (team.in_group == j + u) result = dot[u];
     }
   }
 
-  __device__ __forceinline__ void run(int64_t bag) const {
+  // The positions from `begin` on.
+  __device__ __forceinline__ void run(int64_t begin) const {
     const Bags& b = a.bags;
-    bag += team.in_warp();
-    const bool exists = bag < b.num_bags;
-    Range range{0, 0};
-    if (exists) range = bag_range(b, bag, false, a.bounds);
-    Sum factor = 1;
-    if (b.pooling == Pooling::mean) {
-      const uint32_t count = count_present(b, range, team, a.table.num_rows, a.bounds);
-      if (count > 1) factor = Sum{1} / static_cast<Sum>(count);
-    }
-    const char* grad = a.grad + (exists ? bag : 0) * a.grad_stride;
-    for (uint32_t at = range.begin; any_lane(at < range.end); at += team.group) {
-      const uint32_t position = at + team.in_group;
-      uint32_t own_row = absent;
-      if (position < range.end) {
+    const int64_t position = begin + team.in_group;
+    uint32_t own_row = absent, own_bag = no_bag;
+    if (position < b.num_indices) {
+      own_bag = bag_of_position(b, static_cast<uint32_t>(position), a.bounds);
+      if (own_bag != no_bag) {
         const int64_t index = load_integer(b.indices, b.indices_64, position);
         own_row = checked_row(index, position, a.table.num_rows, b.padding_idx, a.bounds, {-1, 0});
       }
-      Sum result = 0;
-      for (int j = 0; j < team.group && any_lane(at + j < range.end); j += rows) {
-        batch(j, own_row, grad, result);
-      }
-      if (position < range.end) store_float(a.out.data, a.out.type, position, result * factor);
     }
+    Sum result = 0;
+    for (int j = 0; j < team.group && any_lane(begin + j < b.num_indices); j += rows) {
+      batch(j, own_row, own_bag, result);
+    }
+    if (position >= b.num_indices) return;
+    if (a.mean_factors != nullptr && own_row != absent) {
+      result *= load_constant<Sum>(static_cast<const Sum*>(a.mean_factors) + own_bag);
+    }
+    store_float(a.out.data, a.out.type, position, own_row == absent ? Sum{0} : result);
   }
 };
 
@@ -354,10 +396,11 @@ __global__ void __launch_bounds__(block_lanes, 4) weights_kernel(const __grid_co
   using Share = NarrowShare<Sum, std::is_same_v<Sum, double> ? 1 : 2>;
   const Share share(a.table.type, a.table.alignment);
   const Team team(log_group(a.table.row_bytes, share.bytes), 0);
-  const int64_t step = warps_in_grid() * team.per_warp();
-  for (int64_t bag = warp_number() * team.per_warp(); any_lane(bag < a.bags.num_bags); bag += step) {
-    Dots<Share>{a, team, share}.run(bag);
+  const int64_t step = warps_in_grid() * warp_lanes;
+  for (int64_t at = warp_number() * warp_lanes; any_lane(at < a.bags.num_indices); at += step) {
+    Dots<Share>{a, team, share}.run(at + team.in_warp() * team.group);
   }
+  check_offsets(a.bags, a.bounds);
 }
 
 }  // namespace rk

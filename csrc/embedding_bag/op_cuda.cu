@@ -11,6 +11,10 @@ template __global__ void rk::pool_kernel<float>(const __grid_constant__ PoolArgu
 template __global__ void rk::pool_kernel<double>(const __grid_constant__ PoolArguments);
 template __global__ void rk::argmax_kernel<float>(const __grid_constant__ PoolArguments);
 template __global__ void rk::argmax_kernel<double>(const __grid_constant__ PoolArguments);
+template __global__ void rk::mean_kernel<float>(const __grid_constant__ MeanArguments);
+template __global__ void rk::mean_kernel<double>(const __grid_constant__ MeanArguments);
+template __global__ void rk::keys_kernel<float>(const __grid_constant__ KeyArguments);
+template __global__ void rk::keys_kernel<double>(const __grid_constant__ KeyArguments);
 template __global__ void rk::segments_kernel<float>(const __grid_constant__ SegmentArguments);
 template __global__ void rk::segments_kernel<double>(const __grid_constant__ SegmentArguments);
 template __global__ void rk::weights_kernel<float>(const __grid_constant__ WeightArguments);
@@ -386,6 +390,23 @@ void sum_by_row(rk::SegmentArguments a, const Table& grad, const Tensor& like, c
   }
 }
 
+// For each bag 1 over the number of its rows.
+Tensor mean_factors(const Bags& bags, uint32_t num_rows, RowType type, const Tensor& like,
+                    const Device& device) {
+  const Tensor factors = empty(like, Length{bags.num_bags}, sum_type(type));
+  rk::MeanArguments a{};
+  a.bags = bags;
+  a.bounds = device.bounds;
+  a.factors = factors.data_ptr();
+  a.num_rows = num_rows;
+  while (a.log_team < 5 && bags.num_indices > (bags.num_bags << a.log_team)) ++a.log_team;
+  const dim3 grid = grid_of(blocks_for(bags.num_bags, 32 >> a.log_team), 1, 1);
+  with_sum(type, [&](auto sum) {
+    RK_LAUNCH(rk::mean_kernel<decltype(sum)>, grid, dim3(rk::block_lanes), 0, device.stream, a);
+  });
+  return factors;
+}
+
 Tensor embedding_bag_backward(const Tensor& grad_arg, const Tensor& indices,
                               const std::optional<Tensor>& offsets,
                               const std::optional<Tensor>& per_sample_weights, int64_t mode,
@@ -405,31 +426,34 @@ Tensor embedding_bag_backward(const Tensor& grad_arg, const Tensor& indices,
   const int64_t count = bags.num_indices;
   if (count == 0 || bags.num_bags == 0 || source.dim == 0) return out;
 
-  const bool keys_64 = num_embeddings > INT32_MAX;
-  const bool has_factors = mode == 1 || bags.weights != nullptr;
-  const ScalarType factor_type = sum_type(source.type);
-  Tensor keys = empty(grad, Length{count}, keys_64 ? ScalarType::Long : ScalarType::Int);
-  torch::stable::fill_(keys, static_cast<double>(num_embeddings));  // positions of no bag
-  const Tensor bag_of = empty(grad, Length{count}, ScalarType::Int);
-  const Tensor factors = empty(grad, Length{has_factors ? count : 0}, factor_type);
   rk::KeyArguments k{};
   k.bags = bags;
   k.bounds = device.bounds;
-  k.keys = keys.data_ptr();
-  k.keys_64 = keys_64;
-  k.bag_of = static_cast<uint32_t*>(bag_of.data_ptr());
-  k.factors = has_factors ? factors.data_ptr() : nullptr;
-  k.factor_type = rk::float_type(factor_type, "grad");
   k.num_rows = static_cast<uint32_t>(num_embeddings);
-  while (k.log_team < 5 && count > (bags.num_bags << k.log_team)) ++k.log_team;
-  RK_LAUNCH(rk::keys_kernel, grid_of(blocks_for(bags.num_bags, 32 >> k.log_team), 1, 1),
-            dim3(rk::block_lanes), 0, device.stream, k);
+  k.keys_64 = num_embeddings > INT32_MAX;
+  std::optional<Tensor> means, factors;
+  if (mode == 1) {
+    means = mean_factors(bags, k.num_rows, source.type, grad, device);
+    k.mean_factors = means->data_ptr();
+  }
+  if (mode == 1 || bags.weights != nullptr) {
+    factors = empty(grad, Length{count}, sum_type(source.type));
+    k.factors = factors->data_ptr();
+  }
+  const Tensor keys = empty(grad, Length{count}, k.keys_64 ? ScalarType::Long : ScalarType::Int);
+  const Tensor bag_of = empty(grad, Length{count}, ScalarType::Int);
+  k.keys = keys.data_ptr();
+  k.bag_of = static_cast<uint32_t*>(bag_of.data_ptr());
+  with_sum(source.type, [&](auto sum) {
+    RK_LAUNCH(rk::keys_kernel<decltype(sum)>, grid_of(blocks_for(count, 32), 1, 1), dim3(rk::block_lanes), 0,
+              device.stream, k);
+  });
   if (num_embeddings == 0) return out;
 
   const auto [sorted, order] = sort(keys);
   rk::SegmentArguments a{};
   a.keys = sorted.data_ptr();
-  a.keys_64 = keys_64;
+  a.keys_64 = k.keys_64;
   a.order = static_cast<const int64_t*>(order.data_ptr());
   a.bag_of = k.bag_of;
   a.factors = k.factors;
@@ -450,24 +474,29 @@ Tensor embedding_bag_weights_backward(const Tensor& grad_arg, const Tensor& weig
   const Tensor weight = rk::contiguous_rows(weight_arg, weight_arg, "weight");
   const Tensor grad = rk::contiguous_rows(grad_arg, weight_arg, "grad");
   const Table table = rk::float_table(weight, "weight"), source = rk::float_table(grad, "grad");
+  const Bags& bags = args.bags;
   check(source.type == table.type, "grad must have the type of weight");
-  check(grad.size(0) == args.bags.num_bags && source.dim == table.dim, "grad must have shape [",
-        args.bags.num_bags, ", ", table.dim, "]");
-  Tensor out = torch::stable::new_zeros(grad, indices.sizes());
-  if (args.bags.num_bags == 0 || table.dim == 0 || args.bags.num_indices == 0) return out;
+  check(grad.size(0) == bags.num_bags && source.dim == table.dim, "grad must have shape [", bags.num_bags,
+        ", ", table.dim, "]");
+  if (bags.num_bags == 0 || table.dim == 0) return torch::stable::new_zeros(grad, indices.sizes());
+  Tensor out = torch::stable::new_empty(grad, indices.sizes());
+  if (bags.num_indices == 0) return out;
   rk::WeightArguments a{};
   a.table = device_table(table, "weight");
   a.table.alignment = std::min(a.table.alignment, device_table(source, "grad").alignment);
-  a.bags = args.bags;
+  a.bags = bags;
   a.bounds = device.bounds;
   a.grad = static_cast<const char*>(source.rows);
   a.grad_stride = source.row_stride;
   a.out = {out.data_ptr(), 1, table.type};
-  const int log_group = lanes_of(a.table, table.type, false).log_group;
+  std::optional<Tensor> means;
+  if (mode == 1) {
+    means = mean_factors(bags, a.table.num_rows, table.type, grad, device);
+    a.mean_factors = means->data_ptr();
+  }
   with_sum(table.type, [&](auto sum) {
-    RK_LAUNCH(rk::weights_kernel<decltype(sum)>,
-              grid_of(blocks_for(args.bags.num_bags, 32 >> log_group), 1, 1), dim3(rk::block_lanes), 0,
-              device.stream, a);
+    RK_LAUNCH(rk::weights_kernel<decltype(sum)>, grid_of(blocks_for(bags.num_indices, 32), 1, 1),
+              dim3(rk::block_lanes), 0, device.stream, a);
   });
   return out;
 }
