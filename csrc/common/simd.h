@@ -116,6 +116,23 @@ inline void prefetch_l2(const void* p) { __builtin_prefetch(p, 0, 2); }
 inline void prefetch_l1(const void* p) { __builtin_prefetch(p, 0, 3); }
 #endif
 
+inline int32_t load_word(const void* p) {
+  int32_t x;
+  std::memcpy(&x, p, sizeof x);
+  return x;
+}
+
+// Every 4 bytes become bytes 0 and 2 and then bytes 1 and 3 as 16-bit numbers, in place; `count` bytes, a
+// multiple of 4, with room for twice as many.
+inline void split_bytes(uint8_t* p, int64_t count) {
+  for (int64_t i = count - 4; i >= 0; i -= 4) {
+    const uint32_t four = static_cast<uint32_t>(load_word(p + i));
+    const uint32_t even = four & 0x00ff00ffu, odd = four >> 8 & 0x00ff00ffu;
+    std::memcpy(p + 2 * i, &even, sizeof even);
+    std::memcpy(p + 2 * i + 4, &odd, sizeof odd);
+  }
+}
+
 // ---- addresses ----
 
 // Writes the addresses of 8 rows; false when an index is not below `num_rows` or equals `excluded`.
@@ -155,6 +172,10 @@ inline bool row_addresses(const Index* indices, uint64_t num_rows, int64_t exclu
 // *_i4           rows hold two elements a byte, the even one in the low half; a load gives the even elements
 // of
 //                `lanes` bytes in one vector and the odd ones in another. interleave() restores the order.
+// at_most, at_least   NaN stays NaN
+// *_i            vectors of 32-bit integers;  round_i rounds to nearest, of equals to the even one
+// dot            acc + the products of 4 unsigned bytes (the same for all lanes) with 4 signed bytes a lane,
+//                exactly; splits_bytes: it takes the unsigned ones as split_bytes leaves them
 
 #if defined(__AVX512F__)
 
@@ -209,6 +230,64 @@ inline void interleave(vf& even, vf& odd) {
 inline void store_f32(float* p, vf x) { _mm512_storeu_ps(p, x); }
 inline void store_f32(float* p, vf x, int n) { _mm512_mask_storeu_ps(p, first(n), x); }
 
+inline vf sub(vf a, vf b) { return _mm512_sub_ps(a, b); }
+inline vf div(vf a, vf b) { return _mm512_div_ps(a, b); }
+inline vf at_most(vf x, vf limit) { return _mm512_min_ps(limit, x); }
+inline vf at_least(vf x, vf limit) { return _mm512_max_ps(limit, x); }
+inline float smallest(vf x) { return _mm512_reduce_min_ps(x); }
+inline float largest(vf x) { return _mm512_reduce_max_ps(x); }
+
+using vi = __m512i;
+inline vi zero_i() { return _mm512_setzero_si512(); }
+inline vi broadcast_i(int32_t x) { return _mm512_set1_epi32(x); }
+inline vi load_i32(const int32_t* p) { return _mm512_loadu_si512(p); }
+inline vi add_i(vi a, vi b) { return _mm512_add_epi32(a, b); }
+inline vi sub_i(vi a, vi b) { return _mm512_sub_epi32(a, b); }
+inline vi mul_i(vi a, vi b) { return _mm512_mullo_epi32(a, b); }
+inline vi max_i(vi a, vi b) { return _mm512_max_epi32(a, b); }
+inline int32_t largest_i(vi x) { return _mm512_reduce_max_epi32(x); }
+inline vf to_float(vi x) { return _mm512_cvtepi32_ps(x); }
+inline vi round_i(vf x) { return _mm512_cvtps_epi32(x); }
+inline vi bits_i(vf x) { return _mm512_castps_si512(x); }
+inline vf float_i(vi x) { return _mm512_castsi512_ps(x); }
+inline vi magnitude_bits(vf x) { return _mm512_and_si512(bits_i(x), _mm512_set1_epi32(0x7fffffff)); }
+inline vi shift_left_23(vi x) { return _mm512_slli_epi32(x, 23); }
+inline void store_u8(uint8_t* p, vi x) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(x));
+}
+template <int J>
+inline vf weight_as_float(const int8_t* p) {
+  return to_float(_mm512_srai_epi32(_mm512_slli_epi32(_mm512_loadu_si512(p), 24 - 8 * J), 24));
+}
+#if defined(__AVX512VNNI__)
+using Weights4 = vi;
+using Bytes4 = vi;
+inline Weights4 load_weights(const int8_t* p) { return _mm512_loadu_si512(p); }
+constexpr bool splits_bytes = false;
+inline Bytes4 broadcast_bytes(const uint8_t* p) { return _mm512_set1_epi32(load_word(p)); }
+// In assembly: gcc 12 copies every accumulator there and back around the intrinsic.
+inline vi dot(vi acc, Bytes4 a, Weights4 w) {
+  asm("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(a), "vm"(w));
+  return acc;
+}
+#else
+struct Weights4 {
+  vi even, odd;
+};
+using Bytes4 = Weights4;
+inline Weights4 load_weights(const int8_t* p) {
+  const vi w = _mm512_loadu_si512(p);
+  return {_mm512_srai_epi16(_mm512_slli_epi16(w, 8), 8), _mm512_srai_epi16(w, 8)};
+}
+constexpr bool splits_bytes = true;
+inline Bytes4 broadcast_bytes(const uint8_t* p) {
+  return {_mm512_set1_epi32(load_word(p)), _mm512_set1_epi32(load_word(p + 4))};
+}
+inline vi dot(vi acc, Bytes4 a, Weights4 w) {
+  return add_i(acc, add_i(_mm512_madd_epi16(a.even, w.even), _mm512_madd_epi16(a.odd, w.odd)));
+}
+#endif
+
 #elif defined(__AVX2__)
 
 constexpr int lanes = 8;
@@ -248,6 +327,54 @@ inline void interleave(vf& even, vf& odd) {
 }
 
 inline void store_f32(float* p, vf x) { _mm256_storeu_ps(p, x); }
+
+inline vf sub(vf a, vf b) { return _mm256_sub_ps(a, b); }
+inline vf div(vf a, vf b) { return _mm256_div_ps(a, b); }
+inline vf at_most(vf x, vf limit) { return _mm256_min_ps(limit, x); }
+inline vf at_least(vf x, vf limit) { return _mm256_max_ps(limit, x); }
+
+using vi = __m256i;
+inline vi zero_i() { return _mm256_setzero_si256(); }
+inline vi broadcast_i(int32_t x) { return _mm256_set1_epi32(x); }
+inline vi load_i32(const int32_t* p) { return _mm256_loadu_si256(reinterpret_cast<const vi*>(p)); }
+inline vi add_i(vi a, vi b) { return _mm256_add_epi32(a, b); }
+inline vi sub_i(vi a, vi b) { return _mm256_sub_epi32(a, b); }
+inline vi mul_i(vi a, vi b) { return _mm256_mullo_epi32(a, b); }
+inline vi max_i(vi a, vi b) { return _mm256_max_epi32(a, b); }
+inline vf to_float(vi x) { return _mm256_cvtepi32_ps(x); }
+inline vi round_i(vf x) { return _mm256_cvtps_epi32(x); }
+inline vi bits_i(vf x) { return _mm256_castps_si256(x); }
+inline vf float_i(vi x) { return _mm256_castsi256_ps(x); }
+inline vi magnitude_bits(vf x) { return _mm256_and_si256(bits_i(x), _mm256_set1_epi32(0x7fffffff)); }
+inline vi shift_left_23(vi x) { return _mm256_slli_epi32(x, 23); }
+inline void store_u8(uint8_t* p, vi x) {
+  const __m128i halves = _mm_packus_epi32(_mm256_castsi256_si128(x), _mm256_extracti128_si256(x, 1));
+  _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packus_epi16(halves, halves));
+}
+template <int J>
+inline vf weight_as_float(const int8_t* p) {
+  const vi w = _mm256_loadu_si256(reinterpret_cast<const vi*>(p));
+  return to_float(_mm256_srai_epi32(_mm256_slli_epi32(w, 24 - 8 * J), 24));
+}
+// maddubs would take one instruction for two of these, but saturates: 255 * 127 * 2 exceeds 16 bits.
+struct Weights4 {
+  vi even, odd;
+};
+using Bytes4 = Weights4;
+inline Weights4 load_weights(const int8_t* p) {
+  const vi w = _mm256_loadu_si256(reinterpret_cast<const vi*>(p));
+  return {_mm256_srai_epi16(_mm256_slli_epi16(w, 8), 8), _mm256_srai_epi16(w, 8)};
+}
+constexpr bool splits_bytes = true;
+inline Bytes4 broadcast_bytes(const uint8_t* p) {
+  return {_mm256_set1_epi32(load_word(p)), _mm256_set1_epi32(load_word(p + 4))};
+}
+inline vi dot(vi acc, Bytes4 a, Weights4 w) {
+  acc = add_i(acc, add_i(_mm256_madd_epi16(a.even, w.even), _mm256_madd_epi16(a.odd, w.odd)));
+  // One after the other: gcc would have all products wait in registers, and the sums in memory.
+  asm volatile("" : "+x"(acc));
+  return acc;
+}
 
 #else
 
@@ -296,6 +423,81 @@ inline void interleave(vf& even, vf& odd) {
 
 inline void store_f32(float* p, vf x) { std::memcpy(p, &x, sizeof x); }
 
+inline vf sub(vf a, vf b) { return a - b; }
+inline vf div(vf a, vf b) { return a / b; }
+inline vf at_most(vf x, vf limit) { return x > limit ? limit : x; }
+inline vf at_least(vf x, vf limit) { return x < limit ? limit : x; }
+
+typedef int32_t vi __attribute__((vector_size(16)));
+inline vi zero_i() { return vi{}; }
+inline vi broadcast_i(int32_t x) { return vi{x, x, x, x}; }
+inline vi load_i32(const int32_t* p) {
+  vi x;
+  std::memcpy(&x, p, sizeof x);
+  return x;
+}
+inline vi add_i(vi a, vi b) { return a + b; }
+inline vi sub_i(vi a, vi b) { return a - b; }
+inline vi mul_i(vi a, vi b) { return a * b; }
+inline vi max_i(vi a, vi b) { return a > b ? a : b; }
+inline vf to_float(vi x) { return __builtin_convertvector(x, vf); }
+// To nearest, of equals the even one: 1.5 * 2^23 leaves no bits behind the point. For magnitudes below 2^22.
+inline vi round_i(vf x) {
+  vf shifted = x + 12582912.0f;
+  vi bits;
+  std::memcpy(&bits, &shifted, sizeof bits);
+  return bits - 0x4b400000;
+}
+inline vi bits_i(vf x) { return reinterpret_cast<vi>(x); }
+inline vf float_i(vi x) { return reinterpret_cast<vf>(x); }
+inline vi magnitude_bits(vf x) { return bits_i(x) & 0x7fffffff; }
+inline vi shift_left_23(vi x) { return x << 23; }
+inline void store_u8(uint8_t* p, vi x) {
+  for (int i = 0; i < lanes; ++i) p[i] = static_cast<uint8_t>(x[i]);
+}
+template <int J>
+inline vf weight_as_float(const int8_t* p) {
+  return vf{static_cast<float>(p[J]), static_cast<float>(p[4 + J]), static_cast<float>(p[8 + J]),
+            static_cast<float>(p[12 + J])};
+}
+struct Weights4 {
+  vi of[4];
+};
+struct Bytes4 {
+  int32_t of[4];
+};
+inline Weights4 load_weights(const int8_t* p) {
+  Weights4 w;
+  for (int j = 0; j < 4; ++j) w.of[j] = vi{p[j], p[4 + j], p[8 + j], p[12 + j]};
+  return w;
+}
+constexpr bool splits_bytes = false;
+inline Bytes4 broadcast_bytes(const uint8_t* p) { return {{p[0], p[1], p[2], p[3]}}; }
+inline vi dot(vi acc, const Bytes4& a, const Weights4& w) {
+  for (int j = 0; j < 4; ++j) acc += w.of[j] * a.of[j];
+  return acc;
+}
+
+#endif
+
+#if !defined(__AVX512F__)
+inline float smallest(vf x) {
+  float least = x[0];
+  for (int i = 1; i < lanes; ++i) least = x[i] < least ? x[i] : least;
+  return least;
+}
+inline float largest(vf x) {
+  float most = x[0];
+  for (int i = 1; i < lanes; ++i) most = x[i] > most ? x[i] : most;
+  return most;
+}
+inline int32_t largest_i(vi x) {
+  int32_t of[lanes];
+  std::memcpy(of, &x, sizeof of);
+  int32_t most = of[0];
+  for (int i = 1; i < lanes; ++i) most = of[i] > most ? of[i] : most;
+  return most;
+}
 #endif
 
 // Stores of the first n elements, rounded to nearest even.

@@ -1,0 +1,85 @@
+// The int8 matmul kernels: raw pointers, sizes and strides; nothing of torch.
+//
+// kernel.cpp is compiled once per instruction-set level; each object exports one table of functions.
+#pragma once
+
+#include <cstdint>
+
+namespace rk {
+
+enum class FloatType : int32_t { f32, f16, bf16 };
+
+// How activations come in: quantized row by row, with one scale for all, or left as floats.
+enum class Scheme : int32_t { dynamic, fixed, weight_only };
+
+enum class Epilogue : int32_t { none, relu, gelu, sigmoid, silu };
+
+constexpr int64_t block = 16;  // output columns that lie together in a packed layer
+
+// What stands at the start of a packed layer.
+struct LayerHeader {
+  int32_t magic, version, k, n, group, scheme, epilogue, has_bias;
+  float input_scale;
+  int32_t input_zero_point;
+  int32_t reserved[6];
+};
+static_assert(sizeof(LayerHeader) == 64);
+constexpr int32_t layer_magic = 0x384b4352, layer_version = 1;
+// Beyond this the sums of 255 * 127 would leave 32 bits.
+constexpr int64_t max_k = 65536;
+
+// A packed layer: y = epilogue(x W^T + bias) for W [n][k].
+struct Layer {
+  int64_t k, n, groups, group;  // `group`: how many of k share a scale; all of them where groups is 1
+  Scheme scheme;
+  Epilogue epilogue;
+  float input_scale;
+  int32_t input_zero_point;
+  const float* scales;    // [groups][padded n]
+  const float* bias;      // [padded n]
+  const int32_t* sums;    // [groups][padded n]: of the weights of a column
+  const int8_t* weights;  // [padded n / 16][padded k / 4][16][4]
+
+  int64_t padded_k() const { return (k + 3) / 4 * 4; }
+  int64_t padded_n() const { return (n + block - 1) / block * block; }
+};
+
+// A matrix of floats whose rows stand `stride` elements apart.
+struct FloatMatrix {
+  void* data;
+  int64_t stride;
+  FloatType type;
+};
+
+// One row of quantized activations stands for scale * (q - zero_point).
+struct RowScale {
+  float scale;  // NaN where the row holds NaN or infinity
+  int32_t zero_point;
+};
+
+// Memory for `rows` rows of every layer's input and output.
+struct Scratch {
+  float* floats[2];  // [rows][widest padded n, or k]
+  int64_t width;
+  uint8_t* bytes;  // [rows][twice the largest padded k]
+  int64_t bytes_stride;
+  RowScale* scales;  // [rows]
+};
+
+struct Int8MatmulKernels {
+  // Sends rows [first, last) of `in` through all layers into `out`, `rows` at a time. With a single layer
+  // only the columns of the blocks [first_block, last_block) are computed.
+  void (*run)(const Layer*, int64_t layers, const FloatMatrix& in, const FloatMatrix& out, int64_t first,
+              int64_t last, int64_t rows, int64_t first_block, int64_t last_block, const Scratch&);
+};
+
+}  // namespace rk
+
+extern "C" {
+extern const rk::Int8MatmulKernels rk_int8_matmul_generic;
+#if RK_HIGHEST_ISA > 0
+extern const rk::Int8MatmulKernels rk_int8_matmul_avx2;
+extern const rk::Int8MatmulKernels rk_int8_matmul_avx512;
+extern const rk::Int8MatmulKernels rk_int8_matmul_avx512_vnni;
+#endif
+}
