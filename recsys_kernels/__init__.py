@@ -17,6 +17,7 @@ from .ops.embedding_bag import (
     QuantizedEmbedding,
     QuantizedEmbeddingBag,
 )
+from .ops.int8_matmul import Int8Linear, Int8MLP
 
 if TYPE_CHECKING:
     from .compress.optimize import optimize
@@ -29,6 +30,8 @@ __all__ = [
     "EmbeddingBag",
     "EmbeddingBagCollection",
     "EmbeddingBagConfig",
+    "Int8Linear",
+    "Int8MLP",
     "QuantizedEmbedding",
     "QuantizedEmbeddingBag",
     "backend",

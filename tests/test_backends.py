@@ -33,6 +33,9 @@ OPERATORS = (
     "quantized_embedding_bag",
     "embedding_bag_collection",
     "quantize_rowwise",
+    "int8_linear",
+    "int8_pack",
+    "int8_chain",
 )
 
 
@@ -74,6 +77,13 @@ def operator_calls() -> list[tuple[str, tuple[Any, ...]]]:
     for bits in (8, 4):
         rows = torch.zeros(6, 9 if bits == 8 else 5, dtype=torch.uint8)
         calls.append(("quantize_rowwise", (torch.randn(6, 9), bits, -3, rows, torch.zeros(6, 2, dtype=torch.float16))))
+    layers = testing.int8_linear_samples(torch.bfloat16, small=True)[::23]
+    calls += [("int8_linear", layer.args) for layer in layers]
+    calls += [("int8_pack", layer.layer) for layer in layers]
+    for layer in layers:
+        rows_of_layer = layer.input.reshape(-1, layer.weight.shape[1])
+        packed = ops.int8_pack(*layer.layer)
+        calls.append(("int8_chain", (rows_of_layer, packed, layer.weight.shape[0], layer.dtype)))
     return calls
 
 
@@ -153,6 +163,15 @@ def flat(count: int) -> tuple[torch.Tensor, ...]:
     return torch.arange(count) % 20, torch.tensor([0, 2, 4, 4, 6, 7, count])
 
 
+def int8_layer(activation: str, epilogue: str | None, in_features: int = 40, **options: Any) -> rk.Int8Linear:
+    linear = torch.nn.Linear(in_features, 9)
+    return rk.Int8Linear.from_float(linear, activation, epilogue=epilogue, **options)
+
+
+def rows(count: int) -> tuple[torch.Tensor, ...]:
+    return (torch.randn(count, 40, generator=torch.Generator().manual_seed(count)),)
+
+
 MODULES: dict[str, tuple[Callable[[], torch.nn.Module], Callable[[int], tuple[torch.Tensor, ...]]]] = {
     "EmbeddingBag": (lambda: rk.EmbeddingBag(20, 8, mode="sum"), bags),
     "EmbeddingBag max": (lambda: rk.EmbeddingBag(20, 8, mode="max", padding_idx=1), bags),
@@ -163,6 +182,10 @@ MODULES: dict[str, tuple[Callable[[], torch.nn.Module], Callable[[int], tuple[to
         lambda: rk.QuantizedEmbedding.from_float(torch.nn.Embedding(20, 9)),
         lambda count: (torch.arange(count * 2).reshape(count, 2) % 20,),
     ),
+    "Int8Linear": (lambda: int8_layer("dynamic", "gelu"), rows),
+    "Int8Linear frozen": (lambda: int8_layer("weight_only", "relu").requires_grad_(False), rows),
+    "Int8Linear static": (lambda: int8_layer("static", None, granularity=32, input_range=(-2, 3)), rows),
+    "Int8MLP": (lambda: rk.Int8MLP(int8_layer("dynamic", "silu"), int8_layer("dynamic", "sigmoid", 9)), rows),
     "Collection": (collection, flat),
     "Collection int8": (lambda: collection().quantize(), flat),
     "Collection mixed": (lambda: collection().quantize({"a": 4}), flat),

@@ -1,0 +1,404 @@
+"""A linear layer with int8 weights."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+
+from ... import _backends
+from . import op, reference
+from .reference import GROUPS, MAX_IN_FEATURES, MIN_SCALE, STATIC
+
+_MODULES: dict[str, type[torch.nn.Module]] = {
+    "relu": torch.nn.ReLU,
+    "gelu": torch.nn.GELU,
+    "sigmoid": torch.nn.Sigmoid,
+    "silu": torch.nn.SiLU,
+}
+
+
+class Seen(NamedTuple):
+    """A layer's tensors and how often each had been written to, by which a change can be seen later."""
+
+    weight: torch.Tensor
+    weight_version: int
+    scale: torch.Tensor
+    scale_version: int
+    bias: torch.Tensor | None
+    bias_version: int
+    qparams: torch.Tensor | None
+    qparams_version: int
+
+
+def input_qparams(low: float, high: float) -> torch.Tensor:
+    """Scale and zero point of a range of activations, float32 [2].
+
+    Raises:
+        ValueError: not a range.
+    """
+    ends = torch.tensor([low, high], dtype=torch.float32)
+    if not (low < high and bool(torch.isfinite(ends).all())):
+        raise ValueError(f"input_range must be (low, high) with low < high, both finite, but is {(low, high)}")
+    scale, zero_point = reference.range_qparams(ends[0].clamp(max=0.0), ends[1].clamp(min=0.0))
+    return torch.stack([scale, zero_point])
+
+
+def quantize_weight(weight: torch.Tensor, granularity: str | int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Symmetric int8 weights in [-127, 127] and their float32 scales: max|w| / 127.
+
+    Returns:
+        int8 [N, K], and [N, 1] ("channel"), [1, 1] ("tensor") or [N, ceil(K / granularity)].
+
+    Raises:
+        ValueError: a row holds NaN or infinity (named).
+    """
+    weight = weight.detach().float()
+    bad = ~torch.isfinite(weight).all(1)
+    if not weight.is_meta and bad.any():
+        raise ValueError(f"row {int(bad.nonzero()[0])} of weight holds NaN or infinity and can't be quantized")
+    if granularity == "tensor":
+        largest = weight.abs().amax().reshape(1, 1)
+    elif granularity == "channel":
+        largest = weight.abs().amax(1, keepdim=True)
+    else:
+        group = int(granularity)
+        parts = torch.nn.functional.pad(weight, (0, -weight.shape[1] % group)).unflatten(1, (-1, group))
+        largest = parts.abs().amax(2)
+    scale = (largest / 127.0).clamp(min=MIN_SCALE)
+    spread = scale if scale.shape[1] == 1 else scale.repeat_interleave(int(granularity), 1)[:, : weight.shape[1]]
+    return torch.round(weight / spread).clamp(-127.0, 127.0).to(torch.int8), scale
+
+
+class Int8Linear(torch.nn.Module):
+    """``torch.nn.Linear`` with int8 weights, an int8 product and a fused activation function.
+
+    Weights are quantized symmetrically, ``weight = q * weight_scale``; activations to 8 bits with a scale and a zero
+    point (Jacob et al., "Quantization and Training of Neural Networks for Efficient Integer-Arithmetic-Only
+    Inference", 2018). Products are summed exactly in int32. A row of the input with NaN or infinity gives a row of
+    NaN and touches no other.
+
+    State (``state_dict``): ``weight`` int8 [out_features, in_features]; ``weight_scale`` float32 [out_features, 1]
+    (per channel), [1, 1] (per tensor) or [out_features, groups]; the parameter ``bias`` float32 [out_features];
+    ``input_qparams`` float32 [2], scale and zero point of the activations (``"static"`` only). On the CPU the kernels
+    read a packed copy, which is made at the first call and again when one of these was replaced or written to.
+
+    The gradients of input and bias go through the dequantized weights. ``.half()``, ``.bfloat16()`` and ``.to(dtype)``
+    choose the type of the output; the state keeps its types.
+
+    A new layer has zero weights, to load a state into; :meth:`from_float` quantizes one.
+
+    Args:
+        in_features: from 1 to 65536 (beyond, sums would overflow int32).
+        out_features: from 1.
+        bias: whether there is one.
+        activation: how the input is taken. ``"dynamic"``: quantized by the range of each row. ``"static"``: by
+            ``input_range``, values outside of it are clipped. ``"weight_only"``: in float.
+        epilogue: a function that is applied to the result: None, ``"relu"``, ``"gelu"`` (erf), ``"sigmoid"`` or
+            ``"silu"``.
+        granularity: what shares a scale: ``"channel"`` (an output channel), ``"tensor"``, or 32, 64 or 128 columns of
+            a channel.
+        input_range: (low, high) of the input, for ``"static"``. A layer to load a state into can do without.
+        dtype: type of the output: float32, float16 or bfloat16. The input may have any of them.
+        device: where the layer lives.
+
+    Raises:
+        ValueError: an argument that is none of these.
+    """
+
+    weight: torch.Tensor
+    weight_scale: torch.Tensor
+    bias: torch.nn.Parameter | None
+    input_qparams: torch.Tensor | None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        activation: str = "dynamic",
+        epilogue: str | None = None,
+        granularity: str | int = "channel",
+        input_range: tuple[float, float] | None = None,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        if not 1 <= in_features <= MAX_IN_FEATURES or out_features < 1:
+            raise ValueError(
+                f"in_features must be from 1 to {MAX_IN_FEATURES} and out_features at least 1, "
+                f"but are {in_features} and {out_features}"
+            )
+        self._scheme, self._epilogue = op.scheme_number(activation), op.epilogue_number(epilogue)
+        if granularity not in ("channel", "tensor", *GROUPS):
+            raise ValueError(f"granularity must be 'channel', 'tensor', 32, 64 or 128, but is {granularity!r}")
+        if input_range is not None and activation != "static":
+            raise ValueError(f"input_range is for activation='static', but activation is {activation!r}")
+        self.dtype = _output_type(dtype or torch.get_default_dtype())
+        self.in_features, self.out_features = in_features, out_features
+        self.activation, self.epilogue, self.granularity = activation, epilogue, granularity
+        grouped = isinstance(granularity, int)
+        groups = reference.num_groups(in_features, int(granularity)) if grouped else 1
+        # One group is one scale a channel.
+        self._group = int(granularity) if groups > 1 else 0
+        scales = (1 if granularity == "tensor" else out_features, groups)
+        with torch.inference_mode(False):  # inference tensors would not say when they are written to
+            self.register_buffer("weight", torch.zeros(out_features, in_features, dtype=torch.int8, device=device))
+            self.register_buffer("weight_scale", torch.full(scales, MIN_SCALE, dtype=torch.float32, device=device))
+            zeros = torch.zeros(out_features, dtype=torch.float32, device=device)
+            self.register_parameter("bias", torch.nn.Parameter(zeros) if bias else None)
+            qparams = None
+            if self._scheme == STATIC:
+                # Without a range the scale is 0, which forward() refuses.
+                qparams = torch.zeros(2) if input_range is None else input_qparams(*input_range)
+            self.register_buffer("input_qparams", None if qparams is None else qparams.to(device))
+        self._seen: Seen | None = None
+        self._packed: torch.Tensor | None = None
+
+    @classmethod
+    def from_float(
+        cls,
+        linear: torch.nn.Linear,
+        activation: str = "dynamic",
+        *,
+        epilogue: str | None = None,
+        granularity: str | int = "channel",
+        input_range: tuple[float, float] | None = None,
+    ) -> Int8Linear:
+        """Quantizes a float layer. The layer itself is not changed.
+
+        Args:
+            linear: the layer.
+            activation, epilogue, granularity, input_range: see the class.
+
+        Raises:
+            TypeError: not such a module.
+            ValueError: an unknown option; ``"static"`` without a range; weights in float64; a row of weights or a bias
+                with NaN or infinity (named).
+        """
+        if not isinstance(linear, torch.nn.Linear):
+            raise TypeError(f"linear must be a torch.nn.Linear, but is a {type(linear).__name__}")
+        if activation == "static" and input_range is None:
+            raise ValueError("activation='static' needs input_range=(low, high), the range of the layer's input")
+        weight, bias = linear.weight, linear.bias
+        new = cls(
+            weight.shape[1],
+            weight.shape[0],
+            bias is not None,
+            activation,
+            epilogue,
+            granularity,
+            input_range,
+            weight.dtype,
+            weight.device,
+        )
+        new._set(weight, bias)
+        return new.train(linear.training)
+
+    @torch.no_grad()
+    def _set(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+        q, scale = quantize_weight(weight, self.granularity)
+        self.weight.copy_(q)
+        self.weight_scale.copy_(scale)
+        if self.bias is not None and bias is not None:
+            if not bias.is_meta and not torch.isfinite(bias).all():
+                at = int((~torch.isfinite(bias)).nonzero()[0])
+                raise ValueError(f"element {at} of bias is NaN or infinity")
+            self.bias.copy_(bias)
+            self.bias.requires_grad_(bias.requires_grad)
+
+    def dequantize(self) -> torch.Tensor:
+        """The weights as floats, [out_features, in_features] of type ``self.dtype``."""
+        return op.dequantize(self.weight, self.weight_scale, self._group).to(self.dtype)
+
+    @torch.no_grad()
+    def to_float(self) -> torch.nn.Module:
+        """A ``torch.nn.Linear`` with the dequantized weights; with an epilogue, that and its module in a Sequential."""
+        linear = torch.nn.Linear(
+            self.in_features, self.out_features, self.bias is not None, self.weight.device, self.dtype
+        )
+        linear.weight.copy_(self.dequantize())
+        if self.bias is not None:
+            linear.bias.copy_(self.bias)
+            linear.bias.requires_grad_(self.bias.requires_grad)
+        if self.epilogue is None:
+            return linear.train(self.training)
+        return torch.nn.Sequential(linear, _MODULES[self.epilogue]()).train(self.training)
+
+    # ---- the packed copy --------------------------------------------------------------------------------------------
+
+    def is_as(self, seen: Seen | None) -> bool:
+        """Whether no tensor of the layer was replaced or written to since it was seen."""
+        # Straight from the dicts, one comparison after the other: a request of one row takes 3 us.
+        buffers = self._buffers
+        if seen is None:
+            return False
+        weight, weight_version, scale, scale_version, bias, bias_version, qparams, qparams_version = seen
+        return (
+            buffers["weight"] is weight
+            and buffers["weight_scale"] is scale
+            and self._parameters["bias"] is bias
+            and buffers["input_qparams"] is qparams
+            and weight._version == weight_version
+            and scale._version == scale_version
+            and (bias is None or bias._version == bias_version)
+            and (qparams is None or qparams._version == qparams_version)
+        )
+
+    def see(self) -> Seen:
+        """The layer's tensors as they are now."""
+        with torch.inference_mode(False):
+            # An inference tensor does not count what is written to it.
+            for name, buffer in self._buffers.items():
+                if buffer is not None and buffer.is_inference():
+                    self._buffers[name] = buffer.clone()
+            if self.bias is not None and self.bias.is_inference():
+                self.bias = torch.nn.Parameter(self.bias.clone(), self.bias.requires_grad)
+        bias, qparams = self.bias, self.input_qparams
+        return Seen(
+            self.weight,
+            self.weight._version,
+            self.weight_scale,
+            self.weight_scale._version,
+            bias,
+            0 if bias is None else bias._version,
+            qparams,
+            0 if qparams is None else qparams._version,
+        )
+
+    def operands(self) -> op.Operands:
+        """The layer as the operators take it: from ``weight`` to ``activation``."""
+        buffers = self._buffers
+        weight, scale = buffers["weight"], buffers["weight_scale"]
+        assert weight is not None
+        assert scale is not None
+        if self.granularity == "tensor":
+            scale = scale.expand(self.out_features, 1)
+        bias, qparams = self._parameters["bias"], buffers["input_qparams"]
+        return weight, scale, self._group, bias, qparams, self._scheme, self._epilogue
+
+    def pack(self) -> torch.Tensor:
+        """The layer as the CPU kernels read it, made anew."""
+        qparams = self.input_qparams
+        if qparams is not None and not qparams[0] > 0:
+            raise RuntimeError(
+                "a static layer needs the range of its input: give Int8Linear input_range=(low, high), "
+                "or load a state_dict with input_qparams"
+            )
+        with torch.inference_mode(False), torch.no_grad():
+            return _backends.implementation("int8_pack", self.weight)(*self.operands())
+
+    def _current_pack(self) -> torch.Tensor | None:
+        """The packed copy, as fresh as the state; None where the canonical operands are used."""
+        weight = self._buffers["weight"]
+        assert weight is not None
+        if not runs_packed(weight):
+            return None
+        packed = self._packed
+        if packed is None or not self.is_as(self._seen):
+            self._packed, seen = None, self.see()
+            packed = self.pack()
+            if type(packed) is torch.Tensor:  # not a fake one
+                self._packed, self._seen = packed, seen
+        return packed
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """[..., in_features] of float32, float16 or bfloat16 to [..., out_features].
+
+        Raises:
+            RuntimeError: a wrong shape, type or device; a static layer that has no range yet.
+        """
+        return self.run(input, self.dtype)
+
+    def run(self, input: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """:meth:`forward` with another type of the output."""
+        if torch.compiler.is_compiling():
+            return op.run_layer(input, *self.operands(), dtype)
+        packed = self._current_pack()
+        if packed is not None:
+            bias = self._parameters["bias"]
+            needs_grad = input.requires_grad or (bias is not None and bias.requires_grad)
+            if not (needs_grad and torch.is_grad_enabled()):
+                return op.chain(input, packed, self.out_features, dtype)
+        return op.run_layer(input, *self.operands(), dtype, packed)
+
+    # ---- state ------------------------------------------------------------------------------------------------------
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Any,
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,
+        missing: Any,
+        unexpected: Any,
+        errors: Any,
+    ) -> None:
+        wrong = [
+            f"{prefix}{name} {reason} in the state_dict"
+            for name, buffer in self._buffers.items()
+            if buffer is not None and isinstance(given := state_dict.get(prefix + name), torch.Tensor)
+            if (reason := _wrong_state(name, given, buffer))
+        ]
+        bias = state_dict.get(prefix + "bias")
+        if isinstance(bias, torch.Tensor) and not bias.is_floating_point():
+            wrong.append(f"{prefix}bias must be a float type, but is {bias.dtype} in the state_dict")
+        errors.extend(wrong)
+        if wrong:
+            return
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)
+        if self.bias is not None and self.bias.dtype != torch.float32:  # assigned, not copied
+            self.bias = torch.nn.Parameter(self.bias.detach().float(), self.bias.requires_grad)
+        self._packed = None
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Int8Linear:
+        # .half() and .to(dtype) choose the type of the output; the stored tensors have types of their own.
+        dtype = _output_type(fn(torch.empty(0, dtype=self.dtype)).dtype)
+
+        def keep_type(tensor: torch.Tensor) -> torch.Tensor:
+            new = fn(tensor)
+            return new if new.dtype == tensor.dtype else tensor.to(new.device)
+
+        super()._apply(keep_type, recurse)
+        self.dtype, self._packed = dtype, None
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Copies and files hold the canonical state only.
+        return {**self.__dict__, "_seen": None, "_packed": None}
+
+    def extra_repr(self) -> str:
+        parts = [f"{self.in_features}, {self.out_features}, bias={self.bias is not None}"]
+        parts.append(f"activation={self.activation!r}")
+        if self.epilogue is not None:
+            parts.append(f"epilogue={self.epilogue!r}")
+        if self.granularity != "channel":
+            parts.append(f"granularity={self.granularity!r}")
+        return ", ".join(parts)
+
+
+def runs_packed(weight: torch.Tensor) -> bool:
+    """Whether layers with such weights run from their packed copy at present."""
+    return weight.device.type == "cpu" and _backends.chosen("int8_chain", "cpu") == "cpu"
+
+
+def _output_type(dtype: torch.dtype) -> torch.dtype:
+    if dtype not in reference.FLOATS:
+        raise ValueError(f"an int8 layer gives float32, float16 or bfloat16, but dtype is {dtype}")
+    return dtype
+
+
+def _wrong_state(name: str, given: torch.Tensor, buffer: torch.Tensor) -> str | None:
+    """What is wrong with a buffer that is to be loaded, or None. Its shape is checked by torch."""
+    if given.dtype != buffer.dtype:  # torch would cast floats to meaningless integers
+        return f"must be {buffer.dtype}, but is {given.dtype}"
+    if given.is_meta or name == "weight":
+        return None
+    if not torch.isfinite(given).all():
+        return "holds NaN or infinity"
+    if name == "weight_scale":
+        return None if (given > 0).all() else "must be positive"
+    scale, zero_point = given.tolist() if given.shape == buffer.shape else (0.0, 0.0)
+    good = scale >= 0 and 0 <= zero_point <= 255 and zero_point == math.floor(zero_point)
+    return None if good else f"must be a scale and an integer from 0 to 255, but is {(scale, zero_point)}"

@@ -1,0 +1,175 @@
+"""A run of int8 layers in one call."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+
+from . import op
+from .linear import Int8Linear, Seen, runs_packed
+
+_EPILOGUES: dict[type[torch.nn.Module], str] = {
+    torch.nn.ReLU: "relu",
+    torch.nn.GELU: "gelu",
+    torch.nn.Sigmoid: "sigmoid",
+    torch.nn.SiLU: "silu",
+}
+
+
+class Int8MLP(torch.nn.Sequential):
+    """:class:`Int8Linear` layers one after the other, on the CPU in one call.
+
+    Between the layers values are float32, whatever the type of the output, which is that of the last layer. On other
+    devices, and where a gradient is needed, the layers run one by one.
+
+    State (``state_dict``): that of the layers, under their numbers.
+
+    Args:
+        layers: each as wide as the one before it gives.
+
+    Raises:
+        TypeError: not such a layer.
+        ValueError: no layer, or widths that do not fit.
+    """
+
+    def __init__(self, *layers: Int8Linear) -> None:
+        super().__init__(*layers)
+        self._check_layers()
+        self._seen: list[Seen] = []
+        self._packed: torch.Tensor | None = None
+
+    @classmethod
+    def from_float(
+        cls,
+        mlp: torch.nn.Sequential,
+        activation: str = "dynamic",
+        *,
+        granularity: str | int = "channel",
+        input_ranges: Sequence[tuple[float, float]] | None = None,
+    ) -> Int8MLP:
+        """Quantizes a ``torch.nn.Sequential`` and folds its activation functions into the layers.
+
+        Args:
+            mlp: of Linear, ReLU, GELU (erf), Sigmoid, SiLU, Dropout and Identity, and of such Sequentials. At most one
+                function after each Linear. Dropout and Identity are left out.
+            activation, granularity: see :class:`Int8Linear`; the same for every layer.
+            input_ranges: (low, high) of the input of each Linear, for ``"static"``.
+
+        Raises:
+            TypeError: not a Sequential, or one with another module (named).
+            ValueError: no Linear, a function that can't be folded (named), or input_ranges of another length; and what
+                :meth:`Int8Linear.from_float` raises.
+        """
+        if not isinstance(mlp, torch.nn.Sequential):
+            raise TypeError(f"mlp must be a torch.nn.Sequential, but is a {type(mlp).__name__}")
+        steps = _steps(mlp)
+        if not steps:
+            raise ValueError("mlp holds no torch.nn.Linear")
+        if input_ranges is not None and len(input_ranges) != len(steps):
+            raise ValueError(f"input_ranges must have one range for each of the {len(steps)} layers")
+        if activation == "static" and input_ranges is None:
+            raise ValueError("activation='static' needs input_ranges, the range of each layer's input")
+        layers = [
+            Int8Linear.from_float(
+                linear,
+                activation,
+                epilogue=epilogue,
+                granularity=granularity,
+                input_range=None if input_ranges is None else input_ranges[number],
+            )
+            for number, (linear, epilogue) in enumerate(steps)
+        ]
+        return cls(*layers).train(mlp.training)
+
+    def to_float(self) -> torch.nn.Sequential:
+        """The layers with dequantized weights, and their functions, in one Sequential."""
+        modules: list[torch.nn.Module] = []
+        for layer in self._layers():
+            new = layer.to_float()
+            modules.extend(new) if isinstance(new, torch.nn.Sequential) else modules.append(new)
+        return torch.nn.Sequential(*modules).train(self.training)
+
+    def _layers(self) -> list[Int8Linear]:
+        return list(self._modules.values())  # type: ignore[arg-type]
+
+    def _check_layers(self) -> None:
+        layers = self._layers()
+        if not layers:
+            raise ValueError("an Int8MLP needs at least one layer")
+        for number, layer in enumerate(layers):
+            if not isinstance(layer, Int8Linear):
+                raise TypeError(f"layer {number} must be an Int8Linear, but is a {type(layer).__name__}")
+        for number in range(1, len(layers)):
+            given, taken = layers[number - 1].out_features, layers[number].in_features
+            if given != taken:
+                raise ValueError(f"layer {number} takes {taken} features, but the one before it gives {given}")
+
+    def _current_pack(self, layers: list[Int8Linear]) -> torch.Tensor:
+        """The packed layers, as fresh as their state."""
+        packed = self._packed
+        if packed is None or len(layers) != len(self._seen) or not all(map(Int8Linear.is_as, layers, self._seen)):
+            self._check_layers()
+            self._packed, seen = None, [layer.see() for layer in layers]
+            packed = torch.cat([layer.pack() for layer in layers])
+            if type(packed) is torch.Tensor:  # not a fake one
+                self._packed, self._seen = packed, seen
+        return packed
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """[..., in_features of the first layer] to [..., out_features of the last]; errors as in :class:`Int8Linear`.
+
+        Hooks of the layers are not called where all of them run in one call.
+        """
+        layers = self._layers()
+        last = layers[-1]
+        if not torch.compiler.is_compiling() and not _needs_grad(input, layers):
+            weight = last._buffers["weight"]
+            assert weight is not None
+            if runs_packed(weight):
+                return op.chain(input, self._current_pack(layers), last.out_features, last.dtype)
+        for layer in layers[:-1]:
+            input = layer.run(input, torch.float32)
+        return last(input)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Int8MLP:
+        super()._apply(fn, recurse)
+        self._packed = None
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Copies and files hold the canonical state only.
+        return {**self.__dict__, "_seen": [], "_packed": None}
+
+
+def _needs_grad(input: torch.Tensor, layers: list[Int8Linear]) -> bool:
+    if not torch.is_grad_enabled():
+        return False
+    biases = (layer._parameters["bias"] for layer in layers)
+    return input.requires_grad or any(bias is not None and bias.requires_grad for bias in biases)
+
+
+def _flat(modules: torch.nn.Sequential, prefix: str = "") -> Iterator[tuple[str, torch.nn.Module]]:
+    for name, module in modules.named_children():
+        if isinstance(module, torch.nn.Sequential) and not isinstance(module, Int8MLP):
+            yield from _flat(module, f"{prefix}{name}.")
+        else:
+            yield prefix + name, module
+
+
+def _steps(mlp: torch.nn.Sequential) -> list[tuple[torch.nn.Linear, str | None]]:
+    """The layers of a float MLP, each with the function that follows it."""
+    steps: list[tuple[torch.nn.Linear, str | None]] = []
+    for name, module in _flat(mlp):
+        if isinstance(module, torch.nn.Linear):
+            steps.append((module, None))
+        elif type(module) in _EPILOGUES:
+            if not steps or steps[-1][1] is not None:
+                raise ValueError(f"{name} ({module}) does not follow a Linear, so that it can't be folded into one")
+            if isinstance(module, torch.nn.GELU) and module.approximate != "none":
+                raise ValueError(f"{name} ({module}) is not the exact function, which is the one that layers have")
+            steps[-1] = (steps[-1][0], _EPILOGUES[type(module)])
+        elif not isinstance(module, torch.nn.Dropout | torch.nn.Identity):
+            raise TypeError(f"{name} is a {type(module).__name__}, which an Int8MLP can't hold")
+    return steps
