@@ -84,7 +84,11 @@ def objects_of_level(build: Path, level: str) -> list[Path]:
 def stable_functions() -> set[str]:
     """The C functions that torch 2.10 has, from the installed headers with the target version's guards applied."""
     include = TORCH / "include"
-    headers = ("torch/csrc/stable/c/shim.h", "torch/csrc/inductor/aoti_torch/c/shim.h")
+    headers = (
+        "torch/csrc/stable/c/shim.h",
+        "torch/csrc/inductor/aoti_torch/c/shim.h",
+        "torch/csrc/inductor/aoti_torch/generated/c_shim_aten.h",  # what torch/csrc/stable/ops.h calls
+    )
     text = checked(
         *(compiler(), "-E", "-P", "-x", "c++", "-std=c++17", f"-I{include}"),
         *("-DTORCH_TARGET_VERSION=0x020a000000000000", "-"),
