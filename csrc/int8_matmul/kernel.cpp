@@ -199,59 +199,81 @@ inline void group_sums(const Layer& layer, const Tile& t, int64_t group, Sums<M,
   }
 }
 
+// Bias and activation function of a vector of columns, for all rows of a tile.
 template <int M, int V>
-inline void finish(const Layer& layer, const Tile& t, Sums<M, V>& y) {
-  for (int i = 0; i < M; ++i) {
+inline void finish(const Layer& layer, const Tile& t, int v, vf (&y)[M]) {
+  // Copies: the compiler must take the output for something that overlaps the layer.
+  const Epilogue epilogue = layer.epilogue;
+  const int64_t column = t.column + v * lanes, left = layer.n - column, stride = t.out_stride;
+  if (left <= 0) return;
+  float* out = t.out + column;
+  const vf bias = simd::load_f32(layer.bias + column);
+  if (epilogue == Epilogue::none || epilogue == Epilogue::relu) {
+    const vf least = simd::broadcast(epilogue == Epilogue::relu ? 0.0f : -__builtin_inff());
 #pragma GCC unroll 4
-    for (int v = 0; v < V; ++v) {
-      const int64_t column = t.column + v * lanes, left = layer.n - column;
-      if (left <= 0) break;
-      const vf result = apply(layer.epilogue, simd::add(y[i][v], simd::load_f32(layer.bias + column)));
-      float* out = t.out + i * t.out_stride + column;
-      if (left >= lanes) {
-        simd::store_f32(out, result);
-      } else {
-        simd::store_f32(out, result, static_cast<int>(left));
-        break;
+    for (int i = 0; i < M; ++i) y[i] = simd::at_least(simd::add(y[i], bias), least);
+  } else {
+    for (int i = 0; i < M; ++i) y[i] = apply(epilogue, simd::add(y[i], bias));
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < M; ++i) {
+    if (left >= lanes) {
+      simd::store_f32(out + i * stride, y[i]);
+    } else {
+      simd::store_f32(out + i * stride, y[i], static_cast<int>(left));
+    }
+  }
+}
+
+// A tile of quantized activations whose weights have one scale a column: by far the most.
+template <int M, int V>
+inline void tile_of_columns(const Layer& layer, const Tile& t) {
+  vi acc[M][V];
+  dot_bytes<M, V>(layer, t, 0, layer.padded_k() / 4, acc);
+  const int32_t* sums = layer.sums + t.column;
+  const float* scales = layer.scales + t.column;
+#pragma GCC unroll 4
+  for (int v = 0; v < V; ++v) {
+    const vi of_weights = simd::load_i32(sums + v * lanes);
+    const vf scale = simd::load_f32(scales + v * lanes);
+    vf y[M];
+#pragma GCC unroll 4
+    for (int i = 0; i < M; ++i) {
+      const vi sum = simd::sub_i(acc[i][v], simd::mul_i(simd::broadcast_i(t.rows[i].zero_point), of_weights));
+      y[i] = simd::mul(simd::to_float(sum), simd::mul(simd::broadcast(t.rows[i].scale), scale));
+    }
+    finish<M, V>(layer, t, v, y);
+  }
+}
+
+template <int M, int V>
+__attribute__((noinline)) void tile_of_groups(const Layer& layer, const Tile& t) {
+  const bool bytes = layer.scheme != Scheme::weight_only;
+  Sums<M, V> y, part;
+  for (int64_t group = 0; group < layer.groups; ++group) {
+    group_sums<M, V>(layer, t, group, part);
+    const float* scales = layer.scales + group * layer.padded_n() + t.column;
+    for (int i = 0; i < M; ++i) {
+      for (int v = 0; v < V; ++v) {
+        const vf scaled = simd::mul(part[i][v], simd::load_f32(scales + v * lanes));
+        y[i][v] = group == 0 ? scaled : simd::add(y[i][v], scaled);
       }
     }
+  }
+  for (int v = 0; v < V; ++v) {
+    vf column[M];
+    for (int i = 0; i < M; ++i) {
+      column[i] = bytes ? simd::mul(y[i][v], simd::broadcast(t.rows[i].scale)) : y[i][v];
+    }
+    finish<M, V>(layer, t, v, column);
   }
 }
 
 template <int M, int B>
 void tile(const Layer& layer, const Tile& t) {
   constexpr int V = B * vectors_a_block;
-  Sums<M, V> y;
-  group_sums<M, V>(layer, t, 0, y);
-  const float* scales = layer.scales + t.column;
-  const bool bytes = layer.scheme != Scheme::weight_only;
-  if (layer.groups == 1) {
-#pragma GCC unroll 4
-    for (int i = 0; i < M; ++i) {
-#pragma GCC unroll 4
-      for (int v = 0; v < V; ++v) {
-        const vf of_column = simd::load_f32(scales + v * lanes);
-        y[i][v] =
-            simd::mul(y[i][v], bytes ? simd::mul(simd::broadcast(t.rows[i].scale), of_column) : of_column);
-      }
-    }
-    return finish<M, V>(layer, t, y);
-  }
-  Sums<M, V> part;
-  for (int64_t group = 0; group < layer.groups; ++group) {
-    if (group > 0) group_sums<M, V>(layer, t, group, part);
-    for (int i = 0; i < M; ++i) {
-      for (int v = 0; v < V; ++v) {
-        const vf of_column = simd::load_f32(scales + group * layer.padded_n() + v * lanes);
-        y[i][v] =
-            group == 0 ? simd::mul(y[i][v], of_column) : simd::add(y[i][v], simd::mul(part[i][v], of_column));
-      }
-    }
-  }
-  for (int i = 0; bytes && i < M; ++i) {
-    for (int v = 0; v < V; ++v) y[i][v] = simd::mul(y[i][v], simd::broadcast(t.rows[i].scale));
-  }
-  finish<M, V>(layer, t, y);
+  if (layer.groups == 1 && layer.scheme != Scheme::weight_only) return tile_of_columns<M, V>(layer, t);
+  tile_of_groups<M, V>(layer, t);
 }
 
 template <int B>
