@@ -6,4 +6,29 @@ from cuda_code import Budget
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "sm_120")
 
-BUDGETS: dict[str, Budget] = {}
+
+def _everywhere(registers: int) -> dict[str, int]:
+    return dict.fromkeys(ARCHITECTURES, registers)
+
+
+# Registers count in steps: blocks are of 256 threads, of which a multiprocessor runs 8 at once with 32 registers a
+# thread, 6 with 40, 5 with 48, 4 with 64, 3 with 80 and 2 with 128. Figures are those of nvcc 13.0, rounded up to the
+# next step. Local memory is never allowed: a spill costs more traffic than the rows.
+#
+# Wide loads are the 16-byte loads of rows into registers of their own, which is what a lane has in flight: 8 rows of a
+# bag, 4 gradients of a row. float64 tables, and rows that a maximum or a weight's gradient reads, are read in smaller
+# pieces: there are few of them, and more code for them would only make the library larger.
+BUDGETS: dict[str, Budget] = {
+    "pool_kernel<float>": Budget(_everywhere(80), 0, 8),
+    "pool_kernel<double>": Budget(_everywhere(64), 0, 0),
+    "argmax_kernel<float>": Budget(_everywhere(64), 0, 0),
+    "argmax_kernel<double>": Budget(_everywhere(64), 0, 0),
+    "mean_kernel<float>": Budget(_everywhere(32) | {"sm_120": 40}, 0, 0),
+    "mean_kernel<double>": Budget(_everywhere(32) | {"sm_120": 40}, 0, 0),
+    "keys_kernel<float>": Budget(_everywhere(32), 0, 0),
+    "keys_kernel<double>": Budget(_everywhere(32), 0, 0),
+    "segments_kernel<float>": Budget(_everywhere(80), 0, 4),
+    "segments_kernel<double>": Budget(_everywhere(80), 0, 0),
+    "weights_kernel<float>": Budget(_everywhere(64), 0, 0),
+    "weights_kernel<double>": Budget(_everywhere(64), 0, 0),
+}
