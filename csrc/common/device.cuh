@@ -39,6 +39,14 @@ __device__ __forceinline__ const char* opaque(const char* p) {
   return p;
 }
 
+// The same pointer, of which the compiler then knows that it points to global memory.
+__device__ __forceinline__ char* in_global(char* p) {
+#if !defined(RK_SIMT)
+  __builtin_assume(__isGlobal(p));
+#endif
+  return p;
+}
+
 // Through the read-only cache: for memory that nobody writes while the kernel runs.
 template <typename V>
 __device__ __forceinline__ V load_constant(const void* p) {

@@ -25,13 +25,16 @@ struct PoolArguments {
   int32_t dim;
   float multiplier;
   int32_t log_split;
-  int64_t batch;
+  uint32_t batch;  // bags of a feature
   int64_t features;
   int64_t num_tables;   // of all launches
   int64_t first_table;  // the number of tables[0]
   int32_t launch_tables;
   bool zero_start;
+  bool one_row;  // most bags have one row at most
 };
+
+static_assert(sizeof(PoolArguments) <= 4096, "what a kernel may take");
 
 // What one feature reads and writes.
 struct Feature {
@@ -226,64 +229,113 @@ struct Pooler {
     }
   }
 
-  // Pools the bags of a warp: those from `bag` on that its teams take.
-  __device__ __forceinline__ void run(int64_t bag) {
-    bag += team.in_warp();
-    const bool exists = bag < a.batch;
+  // The bags that a warp takes at once, from `bag` on: 2^log_each a team, of which its lanes hold one each.
+  // If none has more than one row they can be done together, and the rows of a group's bags come together:
+  // one after the other, a lane would wait for offsets, index and row of each. Else team by team.
+  __device__ __forceinline__ void run_all(uint32_t bag, int log_each) {
+    const int each = 1 << log_each, first_own = team.in_warp() << log_each;
+    const uint32_t own = bag + first_own + team.in_group;
     Range range{0, 0};
-    if (exists) range = bag_range(a.bags, feature.first_bag + bag, a.zero_start, a.bounds);
+    if (team.split == 0 && team.in_group < each && own < a.batch) {
+      range = bag_range(a.bags, feature.first_bag + own, a.zero_start, a.bounds);
+    }
+    const bool single = D == Does::sum && a.one_row && !any_lane(range.end - range.begin > 1);
+    for (int i = 0; i < each; ++i) {
+      // Bag number i * teams + k is team k's.
+      const int number = i * team.per_warp() + team.in_warp();
+      const int holder = ((number >> log_each) << team.log_team) + (number & (each - 1));
+      const uint32_t begin = __shfl_sync(all_lanes, range.begin, single ? team.lane : holder);
+      const uint32_t end = __shfl_sync(all_lanes, range.end, single ? team.lane : holder);
+      run({begin, end}, bag + (single ? first_own : number), single);
+      if (single) return;
+    }
+  }
+
+  // Pools each team's bag. `single`: each lane's, the bags of a group beginning with `bag`.
+  __device__ __forceinline__ void run(Range range, uint32_t bag, bool single) {
+    const bool exists = bag < a.batch;
 #pragma unroll
     for (int e = 0; e < elements; ++e) {
       sum[e] = is_max() ? -INFINITY : 0.0f;
       if constexpr (argmax) place[e] = absent;
     }
     bias = 0;
-    const unsigned own_place = team.place(team.in_group), size = static_cast<unsigned>(team.team);
+    const unsigned own_place = single ? 0 : team.place(team.in_group),
+                   size = static_cast<unsigned>(team.team);
     uint32_t count = 0;
     int since_fold = 0;
     uint32_t left = range.end - range.begin;  // indices of the bag from the team's first on
     uint32_t position = range.begin + own_place;
     int64_t index = own_place < left ? load_integer(a.bags.indices, a.bags.indices_64, position) : 0;
-    for (; any_lane(left > 0); left = left > size ? left - size : 0) {
+    while (single || any_lane(left > 0)) {
       const Looked<Sum> own = look_up(index, position, own_place < left);
+      if constexpr (D == Does::sum) {
+        if (single) return store_single(own, bag);
+      }
       // The next indices come while these rows do.
       position += size;
       if (own_place + size < left) index = load_integer(a.bags.indices, a.bags.indices_64, position);
       const bool present = own.row != absent;
-      unsigned first_row = warp_lanes;
-      if (is_max() && any_lane(count == 0)) first_row = first_place(present && count == 0);
+      const bool is_begin = count == 0;
       count += __popc(__ballot_sync(all_lanes, present) & team.mask());
       if (is_max()) {
+        const unsigned first_row =
+            any_lane(is_begin) ? first_place(present && is_begin) : unsigned{warp_lanes};
         for (int j = 0; j < team.group && any_lane(team.place(j) < left); j += rows_of_max) {
           take_rows(j, own, first_row);
         }
-        continue;
-      }
-      for (int j = 0; j < team.group && any_lane(team.place(j) < left); j += rows) add_rows(j, own);
-      if (share.quantized()) {
-        bias += own.shift;
-        since_fold += team.group;
-        if (since_fold >= warp_lanes) {
-          fold();
-          since_fold = 0;
+      } else {
+        for (int j = 0; j < team.group && any_lane(team.place(j) < left); j += rows) add_rows(j, own);
+        if (share.quantized()) {
+          bias += own.shift;
+          since_fold += team.group;
+          if (since_fold >= warp_lanes) {
+            fold();
+            since_fold = 0;
+          }
         }
       }
+      left = left > size ? left - size : 0;
     }
     if (!is_max() && share.quantized()) fold();
     combine();
     if (exists && team.split == 0 && first < table.row_bytes) store(bag, count);
   }
 
-  __device__ __forceinline__ void store(int64_t bag, uint32_t count) {
+  // One row, or none, for each of a group's bags from `bag` on.
+  __device__ __forceinline__ void store_single(const Looked<Sum>& own, uint32_t bag) {
+    uint32_t row[rows], word[rows][Share::words];
+    load(0, own, row, word);
+    const uint32_t bags = first < table.row_bytes && bag < a.batch ? a.batch - bag : 0;
+    char* out = row_of(bag);
+#pragma unroll
+    for (int u = 0; u < rows; ++u) {
+      const Sum scale = scale_of(u, own);
+      const Sum shift = share.quantized() ? __shfl_sync(all_lanes, own.shift, team.source(u)) : Sum{0};
+#pragma unroll
+      for (int e = 0; e < elements; ++e) sum[e] = 0;
+      share.visit([&](auto type) { add<decltype(type)::value>(word[u], scale); });
+#pragma unroll
+      for (int e = 0; e < elements; ++e) sum[e] = (sum[e] + shift) * feature.multiplier;
+      if (u < team.group && u < bags) share.store(out, a.out.type, first, feature.dim, sum);
+      out += a.out.stride * (element_bits(a.out.type) / 8);
+    }
+  }
+
+  __device__ __forceinline__ char* row_of(uint32_t bag) const {
+    return in_global(feature.out + bag * a.out.stride * (element_bits(a.out.type) / 8));
+  }
+
+  __device__ __forceinline__ void store(uint32_t bag, uint32_t count) {
     Sum factor = feature.multiplier;
     if (count > 1 && feature.pooling == Pooling::mean) factor /= static_cast<Sum>(count);
 #pragma unroll
     for (int e = 0; e < elements; ++e) sum[e] = count == 0 ? Sum{0} : sum[e] * factor;
-    char* row = feature.out + bag * a.out.stride * (element_bits(a.out.type) / 8);
-    share.store(row, a.out.type, first, feature.dim, sum);
+    share.store(row_of(bag), a.out.type, first, feature.dim, sum);
     if constexpr (argmax) {
       share.for_each_column(first, feature.dim, [&](int e, int32_t column) {
-        a.argmax[bag * feature.dim + column] = place[e] == absent ? -1 : static_cast<int64_t>(place[e]);
+        a.argmax[int64_t{bag} * feature.dim + column] =
+            place[e] == absent ? -1 : static_cast<int64_t>(place[e]);
       });
     }
   }
@@ -294,15 +346,19 @@ template <Does D, typename Share>
 __device__ __forceinline__ void pool_tiles(const PoolArguments& a, const DeviceTable& table,
                                            const Feature& feature, const Share& share) {
   const int log_lanes = log_group(table.row_bytes, share.bytes);
-  const Team team(log_lanes, min(a.log_split, 5 - log_lanes));
+  // Of equal maxima the first wins: one group takes them in order.
+  const Team team(log_lanes, D == Does::argmax ? 0 : min(a.log_split, 5 - log_lanes));
   const uint32_t tile_bytes = static_cast<uint32_t>(share.bytes) << log_lanes;
-  const int64_t step = warps_in_grid() * team.per_warp();
+  // Bags that a team takes at once: as many as a lane can have rows in flight, if they have a row each.
+  const int log_each = D == Does::sum && a.one_row ? min(log_lanes, Share::log_rows) : 0;
+  const int at_once = team.per_warp() << log_each;
+  const int64_t step = warps_in_grid() * at_once;
   for (uint32_t tile = blockIdx.z * tile_bytes; tile < table.row_bytes; tile += gridDim.z * tile_bytes) {
     const uint32_t first = tile + static_cast<uint32_t>(team.in_group * share.bytes);
     const char* base = opaque(table.rows + first);
-    for (int64_t bag = warp_number() * team.per_warp(); any_lane(bag < a.batch); bag += step) {
+    for (int64_t bag = warp_number() * at_once; any_lane(bag < a.batch); bag += step) {
       Pooler<Share, D> pooler(a, table, feature, team, share, base, first);
-      pooler.run(bag);
+      pooler.run_all(static_cast<uint32_t>(bag), log_each);
     }
   }
 }
@@ -371,7 +427,7 @@ __device__ __forceinline__ int read_plan(const PoolArguments& a, int64_t number,
   feature.pooling = static_cast<Pooling>(p[plan_pooling]);
   feature.multiplier = p[plan_bits] == 0 ? 1.0f : power_of_two(static_cast<int>(p[plan_exponent]));
   feature.out = static_cast<char*>(a.out.data) + p[plan_column] * (element_bits(a.out.type) / 8);
-  feature.first_bag = number * a.batch;
+  feature.first_bag = number * int64_t{a.batch};
   feature.origin = {static_cast<int32_t>(number), static_cast<int32_t>(p[plan_table])};
   return table;
 }

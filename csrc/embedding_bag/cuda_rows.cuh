@@ -102,6 +102,8 @@ __device__ __forceinline__ auto element_of(const uint32_t (&word)[Words], int e)
 
 __host__ __device__ constexpr int wide_bytes(RowType type) { return type == RowType::u4 ? 8 : 16; }
 
+__host__ __device__ constexpr int log_wide_rows(RowType type) { return type == RowType::f32 ? 3 : 2; }
+
 __host__ __device__ constexpr int narrow_bytes(RowType type, uint32_t alignment) {
   if (type == RowType::f64) return 8;
   return alignment >= 4 ? 4 : element_bits(type) == 16 ? 2 : 1;
@@ -115,7 +117,8 @@ struct WideShare {
   static constexpr int bytes = wide_bytes(T);
   static constexpr int words = bytes / 4;
   static constexpr int elements = bytes * 8 / element_bits(T);
-  static constexpr int rows = T == RowType::f32 ? 8 : 4;  // at a time
+  static constexpr int log_rows = log_wide_rows(T);
+  static constexpr int rows = 1 << log_rows;  // at a time
   static constexpr bool one_type = true;
 
   static __device__ __forceinline__ constexpr bool quantized() { return is_quantized(T); }
@@ -156,7 +159,8 @@ struct NarrowShare {
   static constexpr bool is_double = std::is_same_v<Sum, double>;
   static constexpr int words = is_double ? 2 : 1;
   static constexpr int elements = Elements;
-  static constexpr int rows = is_double ? 4 : 8;
+  static constexpr int log_rows = is_double ? 2 : 3;
+  static constexpr int rows = 1 << log_rows;
   static constexpr bool one_type = is_double;
   RowType type;
   int bytes;

@@ -65,10 +65,12 @@ struct Device {
   }
 };
 
-// The kernels count positions in 32 bits.
-void check_count(const Bags& bags) {
+// The kernels count positions and bags in 32 bits.
+void check_counts(const Bags& bags) {
   check(bags.num_indices < rk::most_indices, "a call on a GPU takes fewer than 2^32 - 64 indices, but has ",
         bags.num_indices);
+  check(bags.num_bags < rk::most_indices, "a call on a GPU takes fewer than 2^32 - 64 bags, but has ",
+        bags.num_bags);
 }
 
 // An uninitialized contiguous tensor on the device of `first`, of one dimension or two.
@@ -114,8 +116,11 @@ DeviceTable device_table(const Table& t, const char* name) {
           alignment_of(t.rows, row_bytes, t.num_rows > 1 ? t.row_stride : 0)};
 }
 
-// How a kernel will go through rows: the lanes of a group, and the tiles that it needs for a row.
+// How a kernel will go through rows: in which shares, the lanes of a group, and the tiles that it needs for a
+// row.
 struct Lanes {
+  RowType type;
+  bool wide;
   int log_group;
   int64_t tiles;
 };
@@ -123,33 +128,49 @@ struct Lanes {
 Lanes lanes_of(const DeviceTable& t, RowType type, bool wide) {
   const int bytes = wide ? rk::wide_bytes(type) : rk::narrow_bytes(type, t.alignment);
   const int log = rk::log_group(t.row_bytes, bytes);
-  return {log, ((int64_t{t.row_bytes} - 1) >> log) / bytes + 1};
+  return {type, wide, log, ((int64_t{t.row_bytes} - 1) >> log) / bytes + 1};
 }
 
-constexpr int64_t most_y = 65535;  // blocks in the second and third dimension of a grid
+// Blocks in the dimensions of a grid, and lanes that fill a GPU: 1024 on each of 128 multiprocessors. In the
+// emulation few are many, so that also small calls try what large ones need.
+constexpr int64_t most_x = rk::emulated ? 3 : (int64_t{1} << 31) - 1;
+constexpr int64_t most_y = rk::emulated ? 2 : 65535;
+constexpr int64_t many_lanes = rk::emulated ? 256 : int64_t{1} << 17;
 
-int64_t blocks_for(int64_t teams, int per_warp) {
-  const int64_t in_block = int64_t{rk::block_warps} * per_warp;
-  return (teams + in_block - 1) / in_block;
+int64_t blocks_for(int64_t bags, int bags_in_warp) {
+  const int64_t in_block = int64_t{rk::block_warps} * bags_in_warp;
+  return (bags + in_block - 1) / in_block;
 }
 
 dim3 grid_of(int64_t x, int64_t y, int64_t z) {
-  constexpr int64_t most_x = (int64_t{1} << 31) - 1;
   return dim3(static_cast<unsigned>(std::min(x, most_x)), static_cast<unsigned>(std::min(y, most_y)),
               static_cast<unsigned>(std::min(z, most_y)));
 }
 
-// log2 of the groups that share a bag. As many bags as fill a GPU (2^18 lanes: 2048 on each of 128
-// multiprocessors) take a group each. With fewer, groups share bags as long as each has four rows to read at
-// once.
-int log_split(int64_t bags, int64_t indices, int log_lanes) {
-  int log = 0;
-  while (log_lanes + log < 5 && (bags << (log_lanes + log)) < (int64_t{1} << 17) && bags > 0 &&
-         indices / bags >= (int64_t{8} << log)) {
-    ++log;
+// How bags are shared out.
+struct Sharing {
+  int log_split;  // log2 of the groups that share a bag
+  bool one_row;   // bags have one row at most, mostly, so that a group takes several
+
+  // As many bags as fill a GPU take a group each, or less. With fewer, groups share bags as long as each has
+  // four rows to read at once.
+  Sharing(int64_t bags, int64_t indices, int log_group) : log_split(0), one_row(false) {
+    if (bags << log_group >= many_lanes) {
+      one_row = indices <= bags;
+      return;
+    }
+    while (log_group + log_split < 5 && bags << (log_group + log_split) < many_lanes &&
+           indices / std::max<int64_t>(1, bags) >= int64_t{8} << log_split) {
+      ++log_split;
+    }
   }
-  return log;
-}
+
+  int bags_in_warp(const Lanes& lanes) const {
+    const int log = 5 - std::min(5, lanes.log_group + log_split);
+    return 1 << (one_row && lanes.wide ? log + std::min(lanes.log_group, rk::log_wide_rows(lanes.type))
+                                       : log);
+  }
+};
 
 // ---- pooling ----
 
@@ -168,9 +189,8 @@ struct PoolLaunch {
   dim3 grid;
 };
 
-// One table. `may_split`: groups may share a bag.
-PoolLaunch pool_launch(const Table& table, const Bags& bags, const Matrix& out, const Device& device,
-                       bool may_split) {
+// One table.
+PoolLaunch pool_launch(const Table& table, const Bags& bags, const Matrix& out, const Device& device) {
   rk::PoolArguments a{};
   a.tables[0] = device_table(table, "weight");
   // The kernel decides in the same way.
@@ -178,22 +198,24 @@ PoolLaunch pool_launch(const Table& table, const Bags& bags, const Matrix& out, 
                     rk::is_wide(a.tables[0], table.type, table.dim) &&
                     table.dim * rk::element_bits(out.type) % 128 == 0;
   const Lanes lanes = lanes_of(a.tables[0], table.type, wide);
+  const Sharing sharing(bags.num_bags, bags.num_indices, lanes.log_group);
   a.bags = bags;
   a.out = out;
   a.bounds = device.bounds;
   a.type = table.type;
   a.dim = static_cast<int32_t>(table.dim);
   a.multiplier = table.multiplier;
-  a.log_split = may_split ? log_split(bags.num_bags, bags.num_indices, lanes.log_group) : 0;
-  a.batch = bags.num_bags;
+  a.log_split = sharing.log_split;
+  a.one_row = sharing.one_row;
+  a.batch = static_cast<uint32_t>(bags.num_bags);
   a.features = a.num_tables = a.launch_tables = 1;
   a.zero_start = true;
-  return {a, grid_of(blocks_for(bags.num_bags, 32 >> (lanes.log_group + a.log_split)), 1, lanes.tiles)};
+  return {a, grid_of(blocks_for(bags.num_bags, sharing.bags_in_warp(lanes)), 1, lanes.tiles)};
 }
 
 void pool(const Table& table, const Bags& bags, const Matrix& out, const Device& device) {
   if (bags.num_bags == 0 || table.dim == 0) return;
-  const PoolLaunch launch = pool_launch(table, bags, out, device, true);
+  const PoolLaunch launch = pool_launch(table, bags, out, device);
   with_sum(table.type, [&](auto sum) {
     RK_LAUNCH(rk::pool_kernel<decltype(sum)>, launch.grid, dim3(rk::block_lanes), 0, device.stream,
               launch.arguments);
@@ -205,7 +227,7 @@ Tensor embedding_bag(const Tensor& weight_arg, const Tensor& indices, const std:
                      bool include_last_offset) {
   const BagArguments args(weight_arg, indices, offsets, per_sample_weights, mode, padding_idx,
                           include_last_offset);
-  check_count(args.bags);
+  check_counts(args.bags);
   const Device device(weight_arg);
   const Tensor weight = rk::contiguous_rows(weight_arg, weight_arg, "weight");
   const Table table = rk::float_table(weight, "weight");
@@ -221,7 +243,7 @@ Tensor quantized_embedding_bag(const Tensor& weight_arg, const Tensor& scale_bia
                                int64_t padding_idx, bool include_last_offset, ScalarType dtype) {
   const BagArguments args(weight_arg, indices, offsets, per_sample_weights, mode, padding_idx,
                           include_last_offset);
-  check_count(args.bags);
+  check_counts(args.bags);
   const Device device(weight_arg);
   const Tensor weight = rk::contiguous_rows(weight_arg, weight_arg, "weight");
   const Table table = rk::quantized_table(weight, scale_bias, weight_arg, exponent, embedding_dim, bits);
@@ -235,7 +257,7 @@ std::tuple<Tensor, Tensor> embedding_bag_max(const Tensor& weight_arg, const Ten
                                              const std::optional<Tensor>& offsets, int64_t padding_idx,
                                              bool include_last_offset, bool zero_start) {
   const BagArguments args(weight_arg, indices, offsets, std::nullopt, 2, padding_idx, include_last_offset);
-  check_count(args.bags);
+  check_counts(args.bags);
   const Device device(weight_arg);
   const Tensor weight = rk::contiguous_rows(weight_arg, weight_arg, "weight");
   const Table table = rk::float_table(weight, "weight");
@@ -244,8 +266,7 @@ std::tuple<Tensor, Tensor> embedding_bag_max(const Tensor& weight_arg, const Ten
   Tensor argmax = empty(weight, Shape{num_bags, table.dim}, ScalarType::Long);
   if (num_bags == 0 || table.dim == 0) return {out, argmax};
   const Matrix result{out.data_ptr(), table.dim, table.type};
-  // Of equal values the first wins, so that one group takes them in order.
-  PoolLaunch launch = pool_launch(table, args.bags, result, device, false);
+  PoolLaunch launch = pool_launch(table, args.bags, result, device);
   launch.arguments.argmax = static_cast<int64_t*>(argmax.data_ptr());
   launch.arguments.zero_start = zero_start;
   with_sum(table.type, [&](auto sum) {
@@ -283,14 +304,15 @@ std::vector<DeviceTable> collection_tables(const std::vector<Tensor>& weights,
 // A grid for features of any of the tables. Where tables need different numbers of blocks, which feature
 // needs how many is not known here, and blocks that find nothing to do cost time as well: enough to fill a
 // GPU go round until every bag is done.
-dim3 collection_grid(const std::vector<DeviceTable>& tables, int64_t batch, int64_t features, int log_split) {
+dim3 collection_grid(const std::vector<DeviceTable>& tables, int64_t batch, int64_t features,
+                     const Sharing& sharing) {
   constexpr int64_t enough = 16384;
   int64_t fewest = INT64_MAX, most = 1, tiles = 1;
   for (const DeviceTable& t : tables) {
     for (const RowType type : {t.type, t.type == RowType::u8 ? RowType::u4 : t.type}) {
       const bool wide = rk::is_wide(t, type, rk::columns_in(t.row_bytes, type));
       const Lanes lanes = lanes_of(t, type, wide);
-      const int64_t blocks = blocks_for(batch, 32 >> std::min(5, lanes.log_group + log_split));
+      const int64_t blocks = blocks_for(batch, sharing.bags_in_warp(lanes));
       fewest = std::min(fewest, blocks);
       most = std::max(most, blocks);
       tiles = std::max(tiles, lanes.tiles);
@@ -314,7 +336,7 @@ Tensor embedding_bag_collection(const std::vector<Tensor>& weights, const std::v
   check(features > 0 && all_bags % features == 0, "offsets must have F*B+1 entries for F = ", features,
         " features, but has ", all_bags + 1);
   const RowType out_type = rk::float_type(dtype, "dtype");
-  check_count(args.bags);
+  check_counts(args.bags);
   const Device device(indices);
   std::vector<Tensor> rows;  // keeps contiguous copies alive
   const std::vector<DeviceTable> tables = collection_tables(weights, scale_bias, indices, out_type, rows);
@@ -325,12 +347,15 @@ Tensor embedding_bag_collection(const std::vector<Tensor>& weights, const std::v
   a.out = {out.data_ptr(), total_dim, out_type};
   a.bounds = device.bounds;
   a.plan = static_cast<const int64_t*>(plan.tensor.data_ptr());
-  a.batch = all_bags / features;
+  a.batch = static_cast<uint32_t>(all_bags / features);
   a.features = features;
   a.num_tables = static_cast<int64_t>(tables.size());
-  a.log_split = log_split(all_bags, args.bags.num_indices, 0);
+  // A group of the usual 16 lanes, for want of a better guess before the plan is read.
+  const Sharing sharing(all_bags, args.bags.num_indices, 4);
+  a.log_split = sharing.log_split;
+  a.one_row = sharing.one_row;
   a.zero_start = true;
-  const dim3 grid = collection_grid(tables, a.batch, features, a.log_split);
+  const dim3 grid = collection_grid(tables, a.batch, features, sharing);
   do {  // once also without tables, to find the features that want one
     const int64_t count = std::min<int64_t>(a.num_tables - a.first_table, rk::tables_in_launch);
     std::copy_n(tables.begin() + a.first_table, count, a.tables);
@@ -414,7 +439,7 @@ Tensor embedding_bag_backward(const Tensor& grad_arg, const Tensor& indices,
   const BagArguments args(grad_arg, indices, offsets, per_sample_weights, mode, padding_idx,
                           include_last_offset);
   check(mode != 2, rk::no_max_gradient);
-  check_count(args.bags);
+  check_counts(args.bags);
   const Device device(grad_arg);
   const Tensor grad = rk::contiguous_rows(grad_arg, grad_arg, "grad");
   const Table source = rk::float_table(grad, "grad");
@@ -469,7 +494,7 @@ Tensor embedding_bag_weights_backward(const Tensor& grad_arg, const Tensor& weig
                                       bool include_last_offset) {
   const BagArguments args(weight_arg, indices, offsets, std::nullopt, mode, padding_idx, include_last_offset);
   check(mode != 2, rk::no_max_gradient);
-  check_count(args.bags);
+  check_counts(args.bags);
   const Device device(weight_arg);
   const Tensor weight = rk::contiguous_rows(weight_arg, weight_arg, "weight");
   const Tensor grad = rk::contiguous_rows(grad_arg, weight_arg, "grad");

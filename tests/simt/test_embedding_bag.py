@@ -294,6 +294,34 @@ def test_bags_of_many_lengths(kernels: Emulation, seed: int, mode: int) -> None:
             assert_matches(kernels.operator("embedding_bag")(*sample.args), expected_embedding_bag(sample))
 
 
+@pytest.mark.parametrize("lengths", ["ones", "ones and zeros", "a few longer"])
+def test_bags_of_one_row(kernels: Emulation, seed: int, lengths: str) -> None:
+    """Many of them, which groups take several at once; and a bag among them that has more."""
+    kernels.seed(seed)
+    rng = torch.Generator().manual_seed(33)
+    count = torch.ones(301, dtype=torch.int64)
+    if lengths != "ones":
+        count[torch.randint(0, 301, (60,), generator=rng)] = 0
+    if lengths == "a few longer":
+        count[[7, 100, 300]] = torch.tensor([2, 40, 3])
+    offsets = torch.cat([torch.zeros(1, dtype=torch.int64), count.cumsum(0)])
+    size = int(offsets[-1])
+    indices, weights = torch.randint(0, 20, (size,), generator=rng), torch.randn(size, generator=rng)
+    kinds = [(dtype, 0) for dtype in FLOAT_DTYPES] + [(torch.uint8, 8), (torch.uint8, 4)]
+    for dim in (4, 8, 16, 64, 128, 256, 1056):
+        for dtype, bits in kinds:
+            bags = (indices, offsets, weights.to(dtype) if not bits else weights, MEAN, 6, True)
+            with named((dim, dtype, bits)):
+                if bits:
+                    args = (*quantized_table(20, dim, bits), 3, dim, bits, *bags, torch.float32)
+                    out = kernels.operator("quantized_embedding_bag")(*args)
+                    assert_matches(out, reference.quantized_embedding_bag(*args))
+                else:
+                    weight = torch.randn(20, dim, generator=rng).to(dtype)
+                    out = kernels.operator("embedding_bag")(weight, *bags)
+                    assert_matches(out, expected_embedding_bag(BagSample("", weight, *bags)))
+
+
 def test_nan_and_infinity(kernels: Emulation, seed: int) -> None:
     """As in torch: of a maximum's rows a NaN stays when it is the first. A row that does not count spoils nothing."""
     kernels.seed(seed)
