@@ -236,11 +236,12 @@ def test_interruption_leaves_a_record(fake: Fake, tmp_path: Path) -> None:
 # ---- the steps, on the CPU ---------------------------------------------------------------------------------------
 
 
-def test_tests_of_the_device_are_right(tmp_path: Path) -> None:
-    """On the CPU's kernels, which other tests know to be right."""
-    options = ["-q", "-p", "no:cacheprovider", "--backend=cpu", str(HERE / "device")]
+@pytest.mark.parametrize("backend", ["cpu", "emulated"])
+def test_tests_of_the_device_are_right(backend: str) -> None:
+    """On the CPU's kernels, which other tests know to be right, and on the emulated ones, which raise as a GPU's do."""
+    options = ["-q", "-p", "no:cacheprovider", f"--backend={backend}", str(HERE / "device")]
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", *options], cwd=ROOT, capture_output=True, text=True, timeout=300
+        [sys.executable, "-m", "pytest", *options], cwd=ROOT, capture_output=True, text=True, timeout=900
     )
     assert done.returncode == 0, done.stdout[-4000:]
     assert int(done.stdout.split(" passed")[0].split()[-1]) > 500

@@ -1,7 +1,7 @@
 """The operators on a GPU: `pytest tests/gpu/device --backend=cuda` or `--backend=triton`.
 
-`--backend=cpu` runs the same tests on the CPU's kernels, which shows that the tests are right. Without the option
-nothing is collected here.
+`--backend=cpu` runs the same tests on the CPU's kernels, which shows that the tests are right, and `--backend=emulated`
+those of operators on the emulated CUDA kernels. Without the option nothing is collected here.
 """
 
 from __future__ import annotations
@@ -21,11 +21,16 @@ sys.path[:0] = [str(HERE.parent), str(TESTS), str(TESTS / "triton_interpreter")]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--backend", choices=["cuda", "triton", "cpu"], help="run the operators on this backend")
+    parser.addoption(
+        "--backend", choices=["cuda", "triton", "cpu", "emulated"], help="run the operators on this backend"
+    )
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
-    return True if config.getoption("--backend", None) is None else None
+    backend = config.getoption("--backend", None)
+    emulated = ("test_operators.py", "test_faults.py")
+    unfit = backend == "emulated" and collection_path.suffix == ".py" and collection_path.name not in emulated
+    return True if backend is None or unfit else None
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -43,7 +48,13 @@ def backend(request: pytest.FixtureRequest) -> str:
 @pytest.fixture(scope="session")
 def device(backend: str) -> torch.device:
     """Where their tensors are."""
-    return torch.device("cpu" if backend == "cpu" else "cuda")
+    return torch.device("cuda" if backend in ("cuda", "triton") else "cpu")
+
+
+@pytest.fixture(scope="session")
+def raises_later(backend: str) -> bool:
+    """Whether an operator returns before anybody knows what its kernel finds wrong."""
+    return backend in ("cuda", "emulated")
 
 
 @pytest.fixture
@@ -55,15 +66,24 @@ def gpu(device: torch.device) -> torch.device:
 
 
 @pytest.fixture(autouse=True)
-def _on_backend(backend: str) -> Iterator[None]:
+def _on_backend(backend: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Every operator on the backend, fresh memory full of NaN, and no fault left over from the test before."""
     import recsys_kernels as rk
 
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True, warn_only=True)
     assert torch.utils.deterministic.fill_uninitialized_memory
-    with rk.backend(backend):
-        yield
+    if backend == "emulated":
+        from simt.support import emulation
+
+        kernels = emulation()
+        assert kernels is not None
+        monkeypatch.setattr(rk, "check_bounds", lambda device=None: kernels.check_bounds())
+        with kernels.active():
+            yield
+    else:
+        with rk.backend(backend):
+            yield
     torch.use_deterministic_algorithms(False)
     rk.check_bounds()
 
