@@ -21,8 +21,8 @@ def _everywhere(registers: int) -> dict[str, int]:
 BUDGETS: dict[str, Budget] = {
     "pool_kernel<float>": Budget(_everywhere(80), 0, 8),
     "pool_kernel<double>": Budget(_everywhere(64), 0, 0),
-    "argmax_kernel<float>": Budget(_everywhere(64), 0, 0),
-    "argmax_kernel<double>": Budget(_everywhere(64), 0, 0),
+    "argmax_kernel<float>": Budget(_everywhere(48), 0, 0),
+    "argmax_kernel<double>": Budget(_everywhere(48), 0, 0),
     "mean_kernel<float>": Budget(_everywhere(32) | {"sm_120": 40}, 0, 0),
     "mean_kernel<double>": Budget(_everywhere(32) | {"sm_120": 40}, 0, 0),
     "keys_kernel<float>": Budget(_everywhere(32), 0, 0),
