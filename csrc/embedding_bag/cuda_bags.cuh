@@ -71,11 +71,17 @@ struct Team {
   __device__ __forceinline__ int in_warp() const { return lane >> log_team; }
 };
 
+// Computed anew where it is needed: kept, it would take a register from the rows.
 __device__ __forceinline__ int64_t warp_number() {
-  return static_cast<int64_t>(blockIdx.x) * block_warps + threadIdx.x / warp_lanes;
+  return static_cast<int64_t>(blockIdx.x) * block_warps + opaque(static_cast<int>(threadIdx.x)) / warp_lanes;
 }
 
 __device__ __forceinline__ int64_t warps_in_grid() { return static_cast<int64_t>(gridDim.x) * block_warps; }
+
+// In 32 bits, which are fewer registers: the largest number stands for all that are larger.
+__device__ __forceinline__ uint32_t low_word(int64_t x) {
+  return x > 0xffffffff ? 0xffffffffu : static_cast<uint32_t>(x);
+}
 
 // Positions in the indices, of which a call has fewer than 2^32: a lane has few registers.
 struct Range {

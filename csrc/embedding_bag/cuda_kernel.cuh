@@ -51,6 +51,7 @@ struct Feature {
 template <typename Sum>
 struct Looked {
   uint32_t row;
+  uint32_t scale_bias;  // of the row alone, two halves
   Sum scale;
   Sum shift;
 };
@@ -65,7 +66,7 @@ struct Pooler {
   using Sum = typename Share::Sum;
   static constexpr int elements = Share::elements;
   static constexpr int rows = Share::rows;
-  static constexpr int rows_of_max = 4;
+  static constexpr int rows_of_max = 8;
   static constexpr bool argmax = D == Does::argmax;
 
   const PoolArguments& a;
@@ -95,7 +96,7 @@ struct Pooler {
   }
 
   __device__ __forceinline__ Looked<Sum> look_up(int64_t index, uint32_t position, bool inside) const {
-    Looked<Sum> own{absent, 0, 0};
+    Looked<Sum> own{absent, 0, 0, 0};
     if (inside) {
       own.row = checked_row(index, position, table.num_rows, a.bags.padding_idx, a.bounds, feature.origin);
     }
@@ -104,8 +105,10 @@ struct Pooler {
     if (share.quantized()) {
       // 2-byte loads: inside of rows they need not lie on a multiple of 4.
       const char* p = table.scale_bias + static_cast<uint64_t>(own.row) * table.scale_bias_stride;
-      own.scale = f16_to_float(load_constant<unsigned short>(p));
-      own.shift = f16_to_float(load_constant<unsigned short>(p + 2));
+      const uint32_t scale = load_constant<unsigned short>(p), bias = load_constant<unsigned short>(p + 2);
+      own.scale_bias = scale | bias << 16;
+      own.scale = f16_to_float(scale);
+      own.shift = f16_to_float(bias);
     }
     if (a.bags.weights != nullptr && !is_max()) {
       const Sum weight = load_float<Sum>(a.bags.weights, a.bags.weights_type, position);
@@ -153,17 +156,18 @@ struct Pooler {
   __device__ __forceinline__ void take_rows(int j, const Looked<Sum>& own, unsigned first_row) {
     uint32_t row[rows_of_max], word[rows_of_max][Share::words];
     load(j, own, row, word);
-    Sum scale[rows_of_max], shift[rows_of_max];
+    uint32_t scale_bias[rows_of_max];
+    unsigned present = 0;  // in bits, of which there are enough, where of registers there are not
 #pragma unroll
     for (int u = 0; u < rows_of_max; ++u) {
-      scale[u] = share.quantized() ? __shfl_sync(all_lanes, own.scale, team.source(j + u)) : Sum{1};
-      shift[u] = share.quantized() ? __shfl_sync(all_lanes, own.shift, team.source(j + u)) : Sum{0};
+      present |= row[u] == absent ? 0 : 1u << u;
+      scale_bias[u] = share.quantized() ? __shfl_sync(all_lanes, own.scale_bias, team.source(j + u)) : 0;
     }
     share.visit([&](auto type) {
 #pragma unroll
       for (int u = 0; u < rows_of_max; ++u) {
-        take_greater<decltype(type)::value>(word[u], scale[u], shift[u], team.place(j + u) == first_row,
-                                            row[u]);
+        take_greater<decltype(type)::value>(word[u], scale_bias[u], (present >> u & 1) != 0,
+                                            team.place(j + u) == first_row, row[u]);
       }
     });
   }
@@ -186,13 +190,14 @@ struct Pooler {
   // The first row is taken as it is and later ones only where they are greater, as torch does: of equal
   // values the first wins, and a NaN is kept only from the first row.
   template <RowType T>
-  __device__ __forceinline__ void take_greater(const uint32_t (&word)[Share::words], Sum scale, Sum shift,
-                                               bool is_first, uint32_t row) {
+  __device__ __forceinline__ void take_greater(const uint32_t (&word)[Share::words], uint32_t scale_bias,
+                                               bool is_present, bool is_first, uint32_t row) {
 #pragma unroll
     for (int e = 0; e < Share::words * 32 / element_bits(T); ++e) {
       Sum x = element_of<T>(word, e);
-      if (is_quantized(T)) x = fma(x, scale, shift);
-      if (row == absent) x = -INFINITY;
+      if (is_quantized(T))
+        x = fma(x, Sum{f16_to_float(scale_bias & 0xffffu)}, Sum{f16_to_float(scale_bias >> 16)});
+      if (!is_present) x = -INFINITY;
       const bool take = is_first | (x > sum[e]);
       sum[e] = take ? x : sum[e];
       if constexpr (argmax) place[e] = take ? row : place[e];
@@ -352,13 +357,14 @@ __device__ __forceinline__ void pool_tiles(const PoolArguments& a, const DeviceT
   // Bags that a team takes at once: as many as a lane can have rows in flight, if they have a row each.
   const int log_each = D == Does::sum && a.one_row ? min(log_lanes, Share::log_rows) : 0;
   const int at_once = team.per_warp() << log_each;
-  const int64_t step = warps_in_grid() * at_once;
+  const uint32_t step = low_word(warps_in_grid() * at_once);
   for (uint32_t tile = blockIdx.z * tile_bytes; tile < table.row_bytes; tile += gridDim.z * tile_bytes) {
     const uint32_t first = tile + static_cast<uint32_t>(team.in_group * share.bytes);
     const char* base = opaque(table.rows + first);
-    for (int64_t bag = warp_number() * at_once; any_lane(bag < a.batch); bag += step) {
+    for (uint32_t bag = low_word(warp_number() * at_once); any_lane(bag < a.batch);
+         bag = step < a.batch - bag ? bag + step : a.batch) {
       Pooler<Share, D> pooler(a, table, feature, team, share, base, first);
-      pooler.run_all(static_cast<uint32_t>(bag), log_each);
+      pooler.run_all(bag, log_each);
     }
   }
 }

@@ -382,29 +382,40 @@ std::tuple<Tensor, Tensor> sort(const Tensor& keys) {
 
 ScalarType sum_type(RowType type) { return type == RowType::f64 ? ScalarType::Double : ScalarType::Float; }
 
+// log2 of the entries that a group sums one after the other: 32, or, where that leaves most of a GPU without
+// work, as many as the group has lanes (8 at least), which then read all their numbers at once.
+constexpr int most_log_chunk = 5;
+
+int log_chunk(int64_t entries, int log_group) {
+  int log = most_log_chunk;
+  while (log > std::max(3, log_group) && (entries >> log) << log_group < many_lanes / 2) --log;
+  return log;
+}
+
 // Adds up the gradients that belong to one row: by chunks, then the sums of the rows that chunks share.
 void sum_by_row(rk::SegmentArguments a, const Table& grad, const Tensor& like, const Device& device) {
-  // 32 entries a group leave some thousand groups also of a small batch; later there are few entries.
-  constexpr int first_log_chunk = 5, later_log_chunk = 6;
   Table source = grad;
   Tensor partial, next_keys;
-  for (a.log_chunk = first_log_chunk;; a.log_chunk = later_log_chunk) {
+  while (true) {
+    a.source = device_table(source, "grad");
+    a.dim = static_cast<int32_t>(source.dim);
+    const Lanes lanes = lanes_of(a.source, source.type, rk::is_wide(a.source, source.type, source.dim));
+    // Later there are few entries, and few launches are better.
+    a.log_chunk = a.order != nullptr ? log_chunk(a.count, lanes.log_group) : most_log_chunk;
     const int64_t chunks = ((a.count - 1) >> a.log_chunk) + 1;
     const ScalarType type = sum_type(source.type);
     const Tensor sums = empty(like, Shape{chunks > 1 ? 2 * chunks : 0, source.dim}, type);
     const Tensor keys = empty(like, Length{2 * chunks}, ScalarType::Long);
-    a.source = device_table(source, "grad");
-    a.dim = static_cast<int32_t>(source.dim);
     a.partial = {sums.data_ptr(), source.dim, rk::float_type(type, "grad")};
     a.next_keys = static_cast<int64_t*>(keys.data_ptr());
-    const Lanes lanes = lanes_of(a.source, source.type, rk::is_wide(a.source, source.type, source.dim));
     const dim3 grid = grid_of(blocks_for(chunks, 32 >> lanes.log_group), 1, lanes.tiles);
     with_sum(source.type, [&](auto sum) {
       RK_LAUNCH(rk::segments_kernel<decltype(sum)>, grid, dim3(rk::block_lanes), 0, device.stream, a);
     });
-    // torch hands out memory again in the order of the stream, so these may go while they are still read.
-    partial = sums, next_keys = keys;
     if (chunks == 1) return;
+    // torch hands out memory again in the order of the stream, so what was here may go while it is still
+    // read.
+    partial = sums, next_keys = keys;
     source = rk::float_table(partial, "grad");
     a.keys = next_keys.data_ptr();
     a.keys_64 = true;
