@@ -188,7 +188,8 @@ def _sparse_backward(
 ) -> torch.Tensor:
     """The gradient as a sparse tensor with one (not coalesced) row for each index, as torch gives it.
 
-    The indices passed the forward's checks, so this only gathers: the bag's gradient for each of its indices.
+    On the CPU the indices passed the forward's checks, so this only gathers: the bag's gradient for each of its
+    indices. On a GPU wrong ones may not have been told of yet, or be let pass.
     """
     rows = indices.reshape(-1)
     if offsets is None:
@@ -199,8 +200,14 @@ def _sparse_backward(
         rows = rows[: int(end)] if spec.include_last_offset else rows
     bag = torch.repeat_interleave(lengths)
     keep = None
+    if rows.is_cuda and _backends.bounds_mode() == "clamp":
+        rows = rows.clamp(0, num_embeddings - 1)
+    elif rows.is_cuda:
+        keep = (rows >= 0) & (rows < num_embeddings)
     if spec.padding_idx >= 0:
-        keep = rows != spec.padding_idx
+        real = rows != spec.padding_idx
+        keep = real if keep is None else keep & real
+    if keep is not None:
         lengths = torch.zeros_like(lengths).index_add_(0, bag, keep.to(lengths.dtype))
         rows, bag = rows[keep], bag[keep]
     if spec.mode == MEAN:
