@@ -8,11 +8,12 @@ namespace rk {
 #if RK_ARCH >= 800 || RK_ARCH == 0
 
 // D += A * B by the 32 lanes of a warp together: A of 16 x 32 and B of 32 x 8 signed bytes, D of 16 x 8
-// integers, which wrap round. With group = lane / 4 and place = lane % 4, and byte 0 the lowest of a
-// register, a lane holds
-//   byte i of a[r]:  A[group + 8 * (r % 2)][4 * place + i + 16 * (r / 2)]   (four neighbours in a row of A)
-//   byte i of b[r]:  B[4 * place + i + 16 * r][group]                       (four neighbours in a column of
-//   B) d[r]:            D[group + 8 * (r / 2)][2 * place + r % 2]
+// integers, which wrap round. With group = lane / 4 and place = lane % 4, a lane holds (byte 0 of a register
+// is its lowest one)
+//
+//   byte i of a[r]:  A[group + 8 * (r % 2)][4 * place + i + 16 * (r / 2)], four neighbours in a row
+//   byte i of b[r]:  B[4 * place + i + 16 * r][group], four neighbours in a column
+//   d[r]:            D[group + 8 * (r / 2)][2 * place + r % 2]
 
 #if !defined(RK_SIMT)
 

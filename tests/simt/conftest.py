@@ -45,3 +45,5 @@ def _poison() -> Iterator[None]:
     assert torch.empty(3).isnan().all()
     yield
     torch.use_deterministic_algorithms(False)
+    used = emulation() if emulation.cache_info().currsize else None
+    assert used is None or (error := used.host_error()) is None, error

@@ -59,21 +59,31 @@ _FLAGS = (
     "-std=c++17 -g1 -fPIC -fvisibility=hidden -Wall -Wextra -Werror=return-type"
     " -fno-omit-frame-pointer -fno-optimize-sibling-calls -DRK_SIMT"
 )
-_KERNEL_FLAGS = "-O1 -fno-strict-aliasing -ffp-contract=off -ftrivial-auto-var-init=pattern -Wno-unknown-pragmas"
+_KERNEL_FLAGS = (
+    "-O1 -fno-strict-aliasing -ffp-contract=off -ftrivial-auto-var-init=pattern -fno-gnu-unique -Wno-unknown-pragmas"
+    " -Daoti_torch_empty_strided=simt_empty_strided -Daoti_torch_get_data_ptr=simt_get_data_ptr"
+    " -Dtorch_get_mutable_data_ptr=simt_get_mutable_data_ptr -Dtorch_get_const_data_ptr=simt_get_const_data_ptr"
+    " -Daoti_torch_delete_tensor_object=simt_delete_tensor_object"
+)
 
 
+def compiler() -> str:
+    """The C++ compiler."""
+    return os.environ.get("CXX", "").strip() or "g++"
+
+
+@functools.cache
 def why_not() -> str | None:
     """Why kernels cannot be emulated on this machine, or None."""
     if sys.platform != "linux" or platform.machine().lower() not in ("x86_64", "amd64"):
         return "the emulation's context switch is written for x86-64 Linux"
+    # The checks are made of its instrumentation, and of what it does with variables that start without a value.
+    command = [*shlex.split(compiler()), "-dM", "-E", "-x", "c++", os.devnull]
+    said = subprocess.run(command, capture_output=True, text=True).stdout if shutil.which(command[0]) else ""
+    macros = dict(line.split(" ", 2)[1:] for line in said.splitlines() if line.count(" ") >= 2)
+    if int(macros.get("__GNUC__", 0)) < 12 or "__clang__" in macros:
+        return f"kernels are emulated with g++ 12 or newer, and {compiler()} is none"
     return None
-
-
-def compiler() -> str:
-    """The C++ compiler, which has to be g++: the checks are made of its instrumentation."""
-    found = os.environ.get("CXX", "").strip() or "g++"
-    assert shutil.which(shlex.split(found)[0]), f"no {found}"
-    return found
 
 
 def _ninja_file(build: str, kernels: list[Path], program: list[Path]) -> str:
@@ -109,11 +119,13 @@ def _ninja_file(build: str, kernels: list[Path], program: list[Path]) -> str:
             lines.append(f"build {objects[-1]}: {rule} {script.ninja_path(source)}")
         return objects
 
+    # First, so that of functions that both have (std::string's) the linker takes the emulation's: it must not watch
+    # its own accesses to memory.
     emulator = compile_all("emulator", sorted(EMULATOR.glob("*.cpp")))
     if kernels:
-        lines.append(f"build kernels.so: library {' '.join(compile_all('kernels', kernels) + emulator)}")
+        lines.append(f"build kernels.so: library {' '.join(emulator + compile_all('kernels', kernels))}")
     if program:
-        lines.append(f"build program: program {' '.join(compile_all('kernels', program) + emulator)}")
+        lines.append(f"build program: program {' '.join(emulator + compile_all('kernels', program))}")
     return "\n".join([*lines, ""])
 
 
@@ -142,6 +154,10 @@ def kernel_sources() -> list[Path]:
     return sorted((ROOT / "csrc").glob("*/op_cuda.cu")) + sorted((ROOT / "csrc" / "common").glob("*.cu"))
 
 
+def _faults_source() -> str:
+    return (ROOT / "csrc" / "common" / "cuda_faults.cu").read_text()
+
+
 class Emulation:
     """A library of emulated kernels that has been loaded.
 
@@ -166,6 +182,9 @@ class Emulation:
         has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
         self.operators = frozenset(n for n in _backends._references if has_kernel(f"{namespace}::{n}", "CPU"))
         self._calls = 0
+        if BUILD == "checked":
+            # While csrc/common/cuda_faults.cu keeps its record, which kernels write, in the host's memory here.
+            self._functions.simt_any_memory(int("new FaultRecord{};" in _faults_source()))
 
     def seed(self, seed: int) -> None:
         """From here on the order of blocks and threads is a function of this number."""
@@ -175,9 +194,10 @@ class Emulation:
         """How many kernels have been launched."""
         return int(self._functions.simt_launches())
 
-    def function(self, name: str) -> Any:
-        """One of the functions that the library exports, for ctypes."""
-        return getattr(self._functions, name)
+    def host_error(self) -> str | None:
+        """What an operator's host code did wrong since the last launch: the next one would raise it."""
+        text = ctypes.create_string_buffer(2000)
+        return text.value.decode() if self._functions.simt_take_host_error(text, ctypes.c_size_t(2000)) else None
 
     def operator(self, name: str) -> Any:
         """An emulated operator."""

@@ -37,6 +37,7 @@ GET_THERE = "has ended, but .* all threads of a block must get there|have ended 
 ELSEWHERE = "waits for lanes one of which waits for this one elsewhere"
 SHARED = r"\d bytes of .* shared memory.*"
 UNWRITTEN = f"reads {SHARED}, which no thread of this block has written"
+NOT_DEVICE = "which are not the device's, or past the end of a tensor"
 RACE = "with no barrier between the two"
 
 # What is said of the wrong version of each case: what both builds see, whatever the seed.
@@ -95,9 +96,13 @@ CHECKED = (
         "write_after_ldg": "read by __ldg, for which nobody may write there",
         "variable_of_another_thread": "touches a local variable of another thread",
         "variable_of_the_host": "touches the host's stack",
-        "read_nowhere": "at memory.cu:.* crashed: touched memory that is not there, at 0x10000000020",
+        "memory_of_the_host": f"at memory.cu:.*{NOT_DEVICE}",
+        "host_reads_the_device": r"^simt: code of the host touches memory of the device, at memory.cu:\d+$",
+        "read_too_far": f"at memory.cu:.* touches 4 bytes .*{NOT_DEVICE}",
+        "write_too_far": f"at memory.cu:.* touches 4 bytes .*{NOT_DEVICE}",
+        "read_nowhere": f"at memory.cu:.*{NOT_DEVICE}",
         "too_many_calls": "need more stack than there is",
-        "dynamic_shared_too_far": "wrote outside of the dynamic shared memory",
+        "dynamic_shared_too_far": "touches 4 bytes of memory outside of the dynamic shared memory",
         "static_shared_too_far": "an index past the end of an array",
         "misaligned_vector": r"at memory.cu:\d+: misaligned: global memory at .* is not a multiple of 16",
         "overflow": "a product of signed integers overflows",

@@ -46,7 +46,18 @@ torch::stable::Tensor block_sums(const torch::stable::Tensor& values, int64_t th
   return out;
 }
 
-STABLE_TORCH_LIBRARY_IMPL(simt_support, RK_DEVICE_KEY, m) { m.impl("block_sums", TORCH_BOX(&block_sums)); }
+torch::stable::Tensor fresh_memory(const torch::stable::Tensor&) {
+  const int64_t sizes[2] = {50, 7}, strides[2] = {7, 1};
+  const int32_t type = aoti_torch_dtype_float32(), place = aoti_torch_device_type_cpu();
+  AtenTensorHandle handle;
+  aoti_torch_empty_strided(2, sizes, strides, type, place, 0, &handle);
+  return torch::stable::Tensor(handle);
+}
+
+STABLE_TORCH_LIBRARY_IMPL(simt_support, RK_DEVICE_KEY, m) {
+  m.impl("block_sums", TORCH_BOX(&block_sums));
+  m.impl("fresh_memory", TORCH_BOX(&fresh_memory));
+}
 """
 
 
@@ -58,6 +69,7 @@ def block_sums(tmp_path_factory: pytest.TempPathFactory) -> Iterator[torch._ops.
         source.write_text(SOURCE)
     library = torch.library.Library("simt_support", "DEF")
     library.define("block_sums(Tensor values, int threads) -> Tensor")
+    library.define("fresh_memory(Tensor like) -> Tensor")
     torch.ops.load_library(str(compiled(BUILD, source.parent.parent, [source]) / "kernels.so"))
     yield torch.ops.simt_support.block_sums.default
     library._destroy()
@@ -66,6 +78,12 @@ def block_sums(tmp_path_factory: pytest.TempPathFactory) -> Iterator[torch._ops.
 def test_operator_runs_on_cpu_tensors(block_sums: torch._ops.OpOverload) -> None:
     values = torch.arange(1000.0)
     assert torch.equal(block_sums(values, 128), torch.stack([part.sum() for part in values.split(128)]))
+
+
+def test_memory_that_an_operator_asks_for_is_poisoned(block_sums: torch._ops.OpOverload) -> None:
+    used_before = [torch.full((50, 7), 3.0) for _ in range(20)]
+    del used_before
+    assert torch.ops.simt_support.fresh_memory(torch.ones(1)).isnan().all()
 
 
 def test_launch_error_is_raised_and_the_next_call_is_well(block_sums: torch._ops.OpOverload) -> None:

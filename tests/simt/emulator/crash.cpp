@@ -26,10 +26,12 @@ Place place;
 [[noreturn]] void crashed() {
   const char* bottom = machine.current().context.bottom;
   const char* p = static_cast<const char*>(touched);
-  if (p >= bottom - 4096 && p < bottom) fail_at(place, "its local variables and calls need more stack than there is");
+  if (p >= bottom - 4096 && p < bottom)
+    fail_at(place, "its local variables and calls need more stack than there is");
   char text[120];
-  snprintf(text, sizeof text, touched == nullptr ? "crashed: a misaligned vector, or an address that cannot be"
-                                                 : "crashed: touched memory that is not there, at %p",
+  snprintf(text, sizeof text,
+           touched == nullptr ? "crashed: a misaligned vector, or an address that cannot be"
+                              : "crashed: touched memory that is not there, at %p",
            touched);
   fail_at(place, text);
 }
@@ -62,7 +64,7 @@ CatchCrashes::CatchCrashes() {
   stack.ss_sp = handler_stack;
   stack.ss_size = sizeof handler_stack;
   sigaltstack(&stack, &stack_before_);
-  struct sigaction action {};
+  struct sigaction action{};
   action.sa_sigaction = handle;
   action.sa_flags = SA_SIGINFO | SA_ONSTACK;
   for (int i = 0; i < 2; ++i) sigaction(signals[i], &action, &before_[i]);

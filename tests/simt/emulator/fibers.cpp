@@ -63,7 +63,8 @@ void Stacks::start(Context& context, void (*entry)()) {
   }
   context.size = size;
   context.shadow = nullptr;
-  // As if `entry` had been called from address 0 by a function whose frame pointer was 0: walks up the stack end there.
+  // As if `entry` had been called from address 0 by a function whose frame pointer was 0: walks up the stack
+  // end there.
   uintptr_t* top = reinterpret_cast<uintptr_t*>(context.bottom + size) - 8;
   for (int i = 0; i < 8; ++i) top[i] = 0;
   top[6] = reinterpret_cast<uintptr_t>(entry);

@@ -1,6 +1,9 @@
-// The calls of the CUDA runtime that host code makes, for one emulated device whose streams do everything at once.
+// The calls of the CUDA runtime that host code makes, for one emulated device whose streams do everything at
+// once.
 
 #include "host.h"
+
+#include "memory.h"
 
 #include <cuda_runtime_api.h>
 
@@ -15,16 +18,16 @@
 
 namespace {
 
-// An sm_75 device's limits, the smallest of those that are to be served, but with few and small multiprocessors: code
-// that sizes its grid by them meets grids that do not cover the work at once.
+// An sm_75 device's limits, the smallest of those that are to be served, but with few and small
+// multiprocessors: code that sizes its grid by them meets grids that do not cover the work at once.
 constexpr int multiprocessors = 3;
 constexpr int threads_per_multiprocessor = 1024;
 constexpr int shared_by_default = 48 << 10;
 constexpr int shared_if_asked = 64 << 10;
 
 std::mutex guard;
-std::map<const void*, int> shared_limit;            // of kernels that have asked for more than the default
-std::map<const void*, unsigned> pinned;             // flags of what cudaHostAlloc gave
+std::map<const void*, int> shared_limit;  // of kernels that have asked for more than the default
+std::map<const void*, unsigned> pinned;   // flags of what cudaHostAlloc gave
 
 // Not in thread-local memory: that is shared memory of blocks here (see simt.h).
 cudaError_t& last_error() {
@@ -37,10 +40,13 @@ cudaError_t result(cudaError_t error) {
   return error;
 }
 
-cudaError_t allocate(void** memory, size_t size) {
-  *memory = size == 0 ? nullptr : malloc(size);
-  if (size != 0 && *memory == nullptr) return result(cudaErrorMemoryAllocation);
-  if (size != 0) memset(*memory, 0xff, size);  // NaN, and -1
+cudaError_t allocate(void** memory, size_t size, bool of_host_too = false) {
+  *memory = nullptr;
+  if (size == 0) return cudaSuccess;
+  *memory = malloc(size);
+  if (*memory == nullptr) return result(cudaErrorMemoryAllocation);
+  memset(*memory, 0xff, size);  // NaN, and -1
+  simt::add_memory(*memory, *memory, size, of_host_too);
   return cudaSuccess;
 }
 
@@ -51,8 +57,8 @@ namespace simt {
 void check_launch(const Launch& launch) {
   const dim3 g = launch.grid, b = launch.block;
   const auto refuse = [&launch](cudaError_t error, const std::string& why) {
-    throw std::runtime_error(std::string("launching ") + launch.name + ": " + cudaGetErrorString(error) + " (" + why +
-                             ")");
+    throw std::runtime_error(std::string("launching ") + launch.name + ": " + cudaGetErrorString(error) +
+                             " (" + why + ")");
   };
   const auto size = [](const dim3& d) {
     return std::to_string(d.x) + " x " + std::to_string(d.y) + " x " + std::to_string(d.z);
@@ -108,24 +114,29 @@ const char* cudaGetErrorString(cudaError_t error) {
 
 cudaError_t cudaMalloc(void** memory, size_t size) { return allocate(memory, size); }
 cudaError_t cudaMallocAsync(void** memory, size_t size, cudaStream_t) { return allocate(memory, size); }
+cudaError_t cudaMallocManaged(void** memory, size_t size, unsigned) { return allocate(memory, size, true); }
 cudaError_t cudaFree(void* memory) {
+  if (memory != nullptr && !simt::forget_memory(memory)) return result(cudaErrorInvalidValue);
   free(memory);
   return cudaSuccess;
 }
 cudaError_t cudaFreeAsync(void* memory, cudaStream_t) { return cudaFree(memory); }
 
 cudaError_t cudaHostAlloc(void** memory, size_t size, unsigned flags) {
-  const cudaError_t error = allocate(memory, size);
+  const cudaError_t error = allocate(memory, size, true);
   std::lock_guard<std::mutex> lock(guard);
   if (error == cudaSuccess) pinned[*memory] = flags;
   return error;
 }
 
-cudaError_t cudaMallocHost(void** memory, size_t size) { return cudaHostAlloc(memory, size, cudaHostAllocDefault); }
+cudaError_t cudaMallocHost(void** memory, size_t size) {
+  return cudaHostAlloc(memory, size, cudaHostAllocDefault);
+}
 
 cudaError_t cudaFreeHost(void* memory) {
   std::lock_guard<std::mutex> lock(guard);
   if (memory != nullptr && pinned.erase(memory) == 0) return result(cudaErrorInvalidValue);
+  simt::forget_memory(memory);
   free(memory);
   return cudaSuccess;
 }

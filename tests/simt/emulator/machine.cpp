@@ -1,4 +1,5 @@
-// Runs launches: the blocks one after the other, the threads of a block as fibers in the order that a seed gives.
+// Runs launches: the blocks one after the other, the threads of a block as fibers in the order that a seed
+// gives.
 
 #include "machine.h"
 
@@ -16,6 +17,7 @@
 
 #include "crash.h"
 #include "host.h"
+#include "memory.h"
 
 #if defined(RK_SIMT_ADDRESS)
 #include <sanitizer/asan_interface.h>
@@ -31,8 +33,7 @@ Machine machine;
 namespace {
 
 constexpr int poison = 0xff;  // NaN in every float type, -1 in every integer type
-constexpr size_t canary = 64;  // bytes on either side of the dynamic shared memory
-constexpr int64_t patience = 2'000'000;
+constexpr int64_t patience = 500'000;
 
 thread_local volatile char anchor;  // one thread-local variable that is always there
 std::mutex one_at_a_time;
@@ -64,7 +65,8 @@ void all_are_ready() {
   for (int i = 0; i < machine.threads; ++i) machine.ready.add(i);
 }
 
-// Decides which lanes that wait for active_mask at one place learn that they are together: all, or any of them.
+// Decides which lanes that wait for active_mask at one place learn that they are together: all, or any of
+// them.
 void answer_who_is_active(Thread& asking) {
   const int first = machine.running & ~(warp_size - 1);
   const bool all = machine.strategy == Strategy::in_turn || machine.random() % 2 == 0;
@@ -117,7 +119,8 @@ void thread_start() {
   end_thread();
 }
 
-// Stops the current thread (or the host) for now, or for ever, and runs the one whose turn it is: maybe itself.
+// Stops the current thread (or the host) for now, or for ever, and runs the one whose turn it is: maybe
+// itself.
 void let_others_run(bool for_ever) {
   Context& from = machine.running < 0 ? machine.host : machine.current().context;
   Context* to = &machine.host;
@@ -200,7 +203,7 @@ void find_static_shared() {
       const ElfW(Phdr)* tls = nullptr;
       bool ours = false;
       for (int i = 0; i < info->dlpi_phnum; ++i) {
-        const ElfW(Phdr)& header = info->dlpi_phdr[i];
+        const ElfW(Phdr) & header = info->dlpi_phdr[i];
         const uintptr_t start = info->dlpi_addr + header.p_vaddr, at = reinterpret_cast<uintptr_t>(&machine);
         if (header.p_type == PT_LOAD && at >= start && at < start + header.p_memsz) ours = true;
         if (header.p_type == PT_TLS) tls = &header;
@@ -210,7 +213,8 @@ void find_static_shared() {
       bytes = tls->p_memsz;
       return 1;
     };
-    if (dl_iterate_phdr(visit, address) == 0) throw std::runtime_error("simt: thread-local memory was not found");
+    if (dl_iterate_phdr(visit, address) == 0)
+      throw std::runtime_error("simt: thread-local memory was not found");
   }
   machine.static_shared = address - anchor_offset;
   machine.static_shared_bytes = bytes;
@@ -324,7 +328,9 @@ int Ready::next(int rank) const {
 }
 
 void run(const Launch& launch) {
-  if (machine.running >= 0 && machine.owner == __builtin_thread_pointer()) fail("a kernel cannot launch a kernel");
+  if (machine.running >= 0 && machine.owner == __builtin_thread_pointer())
+    fail("a kernel cannot launch a kernel");
+  raise_host_error();
   check_launch(launch);
   std::lock_guard<std::mutex> lock(one_at_a_time);
   machine.owner = __builtin_thread_pointer();
@@ -355,6 +361,7 @@ void* dynamic_shared() { return machine.dynamic_shared; }
 unsigned lane() { return static_cast<unsigned>(machine.running) % warp_size; }
 
 void fail_at(const Place& place, const std::string& text) {
+  machine.quiet = true;  // until the next launch
   const auto triple = [](const uint3& i) {
     return "(" + std::to_string(i.x) + "," + std::to_string(i.y) + "," + std::to_string(i.z) + ")";
   };
@@ -403,8 +410,10 @@ void collective(const char* what, unsigned mask, void* slot, Finish finish) {
     if (group.mask == mask && group.place == t.place) {
       mine = &group;
     } else if ((group.mask & bit) != 0 && (group.arrived & mask) != 0) {
-      fail("%s with mask 0x%08x waits for lanes one of which waits for this one elsewhere: %s with mask 0x%08x", what,
-           mask, where_it_waits(first + __builtin_ctz(group.arrived & mask)).c_str(), group.mask);
+      fail(
+          "%s with mask 0x%08x waits for lanes one of which waits for this one elsewhere: %s with mask "
+          "0x%08x",
+          what, mask, where_it_waits(first + __builtin_ctz(group.arrived & mask)).c_str(), group.mask);
     }
   }
   if (mine == nullptr) {
@@ -449,7 +458,8 @@ unsigned barrier(const char* what, bool predicate) {
     int other = 0;
     while (machine.thread[other].state != State::at_barrier) ++other;
     if (strcmp(machine.thread[other].what, what) != 0 || !(machine.thread[other].place == t.place)) {
-      fail("%s, but %s: all threads of a block must meet at the same one", what, where_it_waits(other).c_str());
+      fail("%s, but %s: all threads of a block must meet at the same one", what,
+           where_it_waits(other).c_str());
     }
   }
   if (++machine.waiting < machine.threads) {
@@ -489,9 +499,11 @@ void may_switch() {
   if (machine.running < 0 || machine.random() % 4 != 0) return;
   if (machine.strategy == Strategy::by_priority) {
     // Without this, a thread that spins would never let the one that it waits for run.
-    const int mine = machine.rank[machine.running], other = static_cast<int>(machine.random() % machine.threads);
+    const int mine = machine.rank[machine.running],
+              other = static_cast<int>(machine.random() % machine.threads);
     const int there = machine.by_rank[other];
-    const bool ready = machine.thread[there].state == State::ready || machine.thread[there].state == State::new_;
+    const bool ready =
+        machine.thread[there].state == State::ready || machine.thread[there].state == State::new_;
     if (other != mine && ready) {
       std::swap(machine.by_rank[mine], machine.by_rank[other]);
       std::swap(machine.rank[machine.running], machine.rank[there]);
@@ -525,6 +537,17 @@ RK_SIMT_EXPORT void simt_seed(uint64_t seed) {
   std::lock_guard<std::mutex> lock(simt::one_at_a_time);
   simt::machine.strategy = static_cast<simt::Strategy>(seed % 3);
   simt::machine.random.state = seed;
+}
+
+// Copies what code of the host did wrong since the last launch, if anything, and forgets it.
+RK_SIMT_EXPORT int simt_take_host_error(char* text, size_t size) {
+  try {
+    simt::raise_host_error();
+  } catch (const std::runtime_error& error) {
+    snprintf(text, size, "%s", error.what());
+    return 1;
+  }
+  return 0;
 }
 
 RK_SIMT_EXPORT int64_t simt_launches() { return simt::launches; }

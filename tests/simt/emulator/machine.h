@@ -13,6 +13,7 @@ namespace simt {
 
 constexpr int warp_size = 32;
 constexpr int max_frames = 10;
+constexpr size_t canary = 64;  // bytes on either side of the dynamic shared memory
 
 // A place in the kernel: the addresses to which the calls there will return, innermost first.
 struct Place {
@@ -82,7 +83,8 @@ class Ready {
 enum class Strategy : uint8_t {
   in_turn,     // round and round, as a GPU might
   at_random,   // any of them
-  by_priority  // always the first of a random order: some run far ahead, others are left behind as long as can be
+  by_priority  // always the first of a random order: some run far ahead, others are left behind as long as
+               // can be
 };
 
 struct Machine {
@@ -92,17 +94,17 @@ struct Machine {
   Random random;
   Context host;
   std::atomic<void*> owner{};  // whose launch it is: a thread of the operating system
-  bool quiet = false;  // the emulation's own accesses to memory are going on
+  bool quiet = false;          // the emulation's own accesses to memory are going on
   std::string error;
 
   // The block.
   uint64_t block_number = 0;
   int threads = 0;
   int ended = 0;
-  int waiting = 0;      // at the barrier
-  int running = -1;     // the thread that runs now, -1: the host
-  int64_t steps = 0;    // switches since a thread last got anywhere
-  uint32_t epoch = 0;   // barriers that the block has passed
+  int waiting = 0;     // at the barrier
+  int running = -1;    // the thread that runs now, -1: the host
+  int64_t steps = 0;   // switches since a thread last got anywhere
+  uint32_t epoch = 0;  // barriers that the block has passed
   Ready ready;
   std::vector<Thread> thread;
   std::vector<Warp> warp;
@@ -119,8 +121,8 @@ struct Machine {
 extern Machine machine;
 
 Place place_of_caller(const void* frame);
-std::string describe(const void* code);     // file:line of an address in the code
-std::string describe(const Place& place);   // and of the calls that lead there
+std::string describe(const void* code);    // file:line of an address in the code
+std::string describe(const Place& place);  // and of the calls that lead there
 std::string function_name(const void* code);
 std::string describe_memory(const void* address);
 [[noreturn]] void fail_at(const Place& place, const std::string& text);

@@ -1,23 +1,27 @@
-// The checked build: the compiler (-fsanitize=thread, without its library) calls what is below at every access to
-// memory. Two accesses to one byte of which at least one writes must be ordered: by __syncthreads, or by a __syncwarp
-// with both lanes in its mask, or because one thread makes both. Nothing orders blocks. What is not ordered is reported
-// whatever the schedule was; so are reads of shared memory that nobody has written, misaligned accesses, and
-// other threads' local variables.
+// The checked build: the compiler (-fsanitize=thread, without its library) calls what is below at every
+// access to memory. Two accesses to one byte of which at least one writes must be ordered: by __syncthreads,
+// or by a __syncwarp with both lanes in its mask, or because one thread makes both. Nothing orders blocks.
+// What is not ordered is reported whatever the schedule was; so are reads of shared memory that nobody has
+// written, misaligned accesses, and other threads' local variables.
 //
-// For each word of four bytes (or each byte, where somebody touches less than a word) is kept: the last write, and the
-// reads since then, as far as a later write needs them (all that one thread's next read comes after are forgotten).
-// This is the FastTrack method (Flanagan and Freund 2009), with a block's barriers as one clock and a vector of clocks
-// only among the lanes of a warp.
+// For each word of four bytes (or each byte, where somebody touches less than a word) is kept: the last
+// write, and the reads since then, as far as a later write needs them (all that one thread's next read comes
+// after are forgotten). This is the FastTrack method (Flanagan and Freund 2009), with a block's barriers as
+// one clock and a vector of clocks only among the lanes of a warp.
 #if defined(RK_SIMT_CHECKED)
+
+#include <dlfcn.h>
 
 #include <algorithm>
 #include <array>
+#include <atomic>
 #include <cstring>
 #include <deque>
 #include <memory>
 #include <unordered_map>
 
 #include "machine.h"
+#include "memory.h"
 
 extern char __start_rk_simt_builtin[], __stop_rk_simt_builtin[];
 
@@ -31,7 +35,7 @@ struct Event {
   uint32_t epoch;  // barriers that the block had passed
   uint32_t clock;  // __syncwarps that the thread had passed
   uint16_t thread;
-  int32_t code;    // where, relative to this library
+  int32_t code;  // where, relative to this library
 };
 
 enum class Readers : uint8_t { none, one, lanes, warps, blocks };
@@ -71,6 +75,8 @@ struct Shadow {
   uint32_t launch = 0;
   std::vector<LaneSet> sets;
   std::deque<Bytes> bytes;
+  Memory used[4] = {};  // the device's memory that was used last
+  int next_used = 0;
   std::vector<uint32_t> clocks;  // [thread][lane]: what a thread knows of the lanes of its warp
 
   uint32_t& clock(int thread, int lane) { return clocks[thread * warp_size + lane]; }
@@ -132,7 +138,9 @@ const char* code_base() { return reinterpret_cast<const char*>(&races_launch); }
 
 bool same_warp(const Event& a, const Event& b) { return a.thread / warp_size == b.thread / warp_size; }
 
-bool lane_is_known(const Event& now, int lane, uint32_t clock) { return shadow.clock(now.thread, lane) >= clock; }
+bool lane_is_known(const Event& now, int lane, uint32_t clock) {
+  return shadow.clock(now.thread, lane) >= clock;
+}
 
 // Whether `before` is sure to have happened before `now`.
 bool ordered(const Event& before, const Event& now) {
@@ -141,18 +149,24 @@ bool ordered(const Event& before, const Event& now) {
   return same_warp(before, now) && lane_is_known(now, before.thread % warp_size, before.clock);
 }
 
+// Of a call that returns to `code`.
+Place place_of(const void* code) {
+  Place place;
+  place.frames[place.count++] = static_cast<const char*>(code) - 1;
+  return place;
+}
+
 [[noreturn]] void report(const void* code, uintptr_t address, size_t size, const char* does, const char* did,
                          const Event& before) {
   const dim3 b = machine.launch->block, g = machine.launch->grid;
   const unsigned t = before.thread, block = before.block - 1;
   char text[300];
-  snprintf(text, sizeof text, "(%u,%u,%u)%s(%u,%u,%u) %s ", t % b.x, t / b.x % b.y, t / b.x / b.y, " of block ",
-           block % g.x, block / g.x % g.y, block / g.x / g.y, did);
-  Place place;
-  place.frames[place.count++] = static_cast<const char*>(code) - 1;
-  fail_at(place, std::string("race: ") + does + " " + std::to_string(size) + " bytes of " +
-                     describe_memory(reinterpret_cast<const void*>(address)) + ", which thread " + text + "at " +
-                     describe(code_base() + before.code - 1) + " with no barrier between the two");
+  snprintf(text, sizeof text, "(%u,%u,%u)%s(%u,%u,%u) %s ", t % b.x, t / b.x % b.y, t / b.x / b.y,
+           " of block ", block % g.x, block / g.x % g.y, block / g.x / g.y, did);
+  fail_at(place_of(code), std::string("race: ") + does + " " + std::to_string(size) + " bytes of " +
+                              describe_memory(reinterpret_cast<const void*>(address)) + ", which thread " +
+                              text + "at " + describe(code_base() + before.code - 1) +
+                              " with no barrier between the two");
 }
 
 enum class Access { read, write, atomic_read, atomic_write };
@@ -188,7 +202,8 @@ const Event* colliding_read(const Cell& cell, const Event& now) {
   if (cell.readers == Readers::warps || !same_warp(cell.read, now)) return &cell.read;
   const LaneSet& set = shadow.sets[cell.set];
   for (int l = 0; l < warp_size; ++l) {
-    if (set.mask >> l & 1 && l != now.thread % warp_size && !lane_is_known(now, l, set.clock[l])) return &cell.read;
+    if (set.mask >> l & 1 && l != now.thread % warp_size && !lane_is_known(now, l, set.clock[l]))
+      return &cell.read;
   }
   return nullptr;
 }
@@ -226,6 +241,25 @@ uint32_t owner_of(const char* p) {
   return shared ? static_cast<uint32_t>(machine.block_number) + 1 : 0;
 }
 
+std::atomic<bool> any_memory{false};
+
+// Fails unless these bytes are the device's: allocated there, a tensor's, or a constant of this library.
+void check_memory(const char* p, size_t size, const void* code) {
+  for (const Memory& memory : shadow.used) {
+    if (memory.holds(p, size)) return;
+  }
+  Memory found{};
+  Dl_info library, ours;
+  if (find_memory(p, size, found)) {
+    shadow.used[shadow.next_used++ % 4] = found;
+    return;
+  }
+  if (dladdr(p, &library) != 0 && dladdr(code_base(), &ours) != 0 && library.dli_fbase == ours.dli_fbase)
+    return;
+  fail_at(place_of(code), "touches " + std::to_string(size) + " bytes of " + describe_memory(p) +
+                              ", which are not the device's, or past the end of a tensor");
+}
+
 // What has nothing to do with other threads: own variables, the launch's arguments, threadIdx.
 bool is_private(const char* p, const void* code) {
   const Context& own = machine.current().context;
@@ -235,17 +269,18 @@ bool is_private(const char* p, const void* code) {
   if (p >= __start_rk_simt_builtin && p < __stop_rk_simt_builtin) return true;
   const bool of_thread = machine.stacks.holds(p);
   if (of_thread || (p >= machine.host.bottom && p < machine.host.bottom + machine.host.size)) {
-    Place place;
-    place.frames[place.count++] = static_cast<const char*>(code) - 1;
-    fail_at(place, of_thread ? "touches a local variable of another thread" : "touches the host's stack");
+    fail_at(place_of(code),
+            of_thread ? "touches a local variable of another thread" : "touches the host's stack");
   }
   return false;
 }
 
-void access_cell(Cell& cell, uintptr_t address, const Event& now, Access access, size_t size, const void* code) {
+void access_cell(Cell& cell, uintptr_t address, const Event& now, Access access, size_t size,
+                 const void* code) {
   const bool atomic = access == Access::atomic_read || access == Access::atomic_write;
   if (!(atomic && cell.atomic_write) && !ordered(cell.write, now)) {
-    report(code, address, size, does_text(access), cell.atomic_write ? "wrote (atomically)" : "wrote", cell.write);
+    report(code, address, size, does_text(access), cell.atomic_write ? "wrote (atomically)" : "wrote",
+           cell.write);
   }
   if (access == Access::read) {
     add_reader(cell, now);
@@ -255,12 +290,14 @@ void access_cell(Cell& cell, uintptr_t address, const Event& now, Access access,
     cell.atomic_read = now;
     return;
   }
-  if (const Event* read = colliding_read(cell, now)) report(code, address, size, does_text(access), "read", *read);
+  if (const Event* read = colliding_read(cell, now))
+    report(code, address, size, does_text(access), "read", *read);
   if (access == Access::write && !ordered(cell.atomic_read, now)) {
     report(code, address, size, does_text(access), "read (atomically)", cell.atomic_read);
   }
   if (cell.constant) {
-    report(code, address, size, does_text(access), "read by __ldg, for which nobody may write there,", cell.read);
+    report(code, address, size, does_text(access), "read by __ldg, for which nobody may write there,",
+           cell.read);
   }
   cell.write = now;
   cell.atomic_write = access == Access::atomic_write;
@@ -269,8 +306,9 @@ void access_cell(Cell& cell, uintptr_t address, const Event& now, Access access,
 
 Event event_now(const void* code) {
   const uint16_t thread = static_cast<uint16_t>(machine.running);
-  return {static_cast<uint32_t>(machine.block_number) + 1, machine.epoch, shadow.clock(thread, thread % warp_size),
-          thread, static_cast<int32_t>(static_cast<const char*>(code) - code_base())};
+  return {static_cast<uint32_t>(machine.block_number) + 1, machine.epoch,
+          shadow.clock(thread, thread % warp_size), thread,
+          static_cast<int32_t>(static_cast<const char*>(code) - code_base())};
 }
 
 // Whether any of these bytes of a block's shared memory has been written.
@@ -280,23 +318,31 @@ bool written(uint32_t owner, uintptr_t first, size_t size) {
   return any;
 }
 
+// Code of the host is at work: it may not touch what is on the device only.
+void note_of_host(const void* address, size_t size, const void* code) {
+  Memory found{};
+  if (machine.quiet || !find_memory(address, size, found) || found.of_host_too) return;
+  host_error(("simt: code of the host touches memory of the device, at " + describe(place_of(code))).c_str());
+}
+
 void note(const void* address, size_t size, size_t alignment, Access access, const void* code) {
-  if (!in_kernel() || size == 0) return;
+  if (size == 0) return;
+  if (!in_kernel()) return note_of_host(address, size, code);
   const char* p = static_cast<const char*>(address);
   if (is_private(p, code)) return;
   const uintptr_t first = reinterpret_cast<uintptr_t>(address);
-  Place place;
-  place.frames[place.count++] = static_cast<const char*>(code) - 1;
   if (first % alignment != 0) {
-    fail_at(place, std::string(does_text(access)) + " " + std::to_string(size) + " bytes of " +
-                       describe_memory(address) + ", which is not a multiple of " + std::to_string(alignment));
+    fail_at(place_of(code), std::string(does_text(access)) + " " + std::to_string(size) + " bytes of " +
+                                describe_memory(address) + ", which is not a multiple of " +
+                                std::to_string(alignment));
   }
   const uint32_t owner = owner_of(p);
+  if (owner == 0 && !any_memory) check_memory(p, size, code);
   const Event now = event_now(code);
   const bool reads = access == Access::read || access == Access::atomic_read;
   if (owner != 0 && reads && !written(owner, first, size)) {
-    fail_at(place, "reads " + std::to_string(size) + " bytes of " + describe_memory(address) +
-                       ", which no thread of this block has written");
+    fail_at(place_of(code), "reads " + std::to_string(size) + " bytes of " + describe_memory(address) +
+                                ", which no thread of this block has written");
   }
   shadow.visit(first, size, owner, [&](Cell& cell) { access_cell(cell, first, now, access, size, code); });
 }
@@ -305,6 +351,7 @@ void note(const void* address, size_t size, size_t alignment, Access access, con
 
 void races_launch() {
   ++shadow.launch;
+  std::fill(std::begin(shadow.used), std::end(shadow.used), Memory{});
   shadow.sets.clear();
   shadow.bytes.clear();
   // What other launches touched may be gone.
@@ -324,7 +371,8 @@ void races_sync_warp(unsigned mask) {
   uint32_t all[warp_size] = {};
   for (int l = 0; l < warp_size; ++l) {
     if ((mask >> l & 1) == 0) continue;
-    for (int other = 0; other < warp_size; ++other) all[other] = std::max(all[other], shadow.clock(first + l, other));
+    for (int other = 0; other < warp_size; ++other)
+      all[other] = std::max(all[other], shadow.clock(first + l, other));
   }
   for (int l = 0; l < warp_size; ++l) {
     if ((mask >> l & 1) == 0) continue;
@@ -349,31 +397,36 @@ void read_only(const void* address, size_t size) {
 
 }  // namespace simt
 
+// Whether kernels may touch memory of the host from here on.
+extern "C" __attribute__((visibility("default"))) void simt_any_memory(int allowed) {
+  simt::any_memory = allowed != 0;
+}
+
 // ---- what the compiler calls ----
 
 using simt::Access;
 
 #define RK_SIMT_HOOK extern "C" __attribute__((visibility("hidden"), noinline)) void
-#define RK_SIMT_HOOKS(size)                                                                          \
-  RK_SIMT_HOOK __tsan_read##size(void* p) {                                                          \
-    simt::note(p, size, size, Access::read, __builtin_return_address(0));                            \
-  }                                                                                                  \
-  RK_SIMT_HOOK __tsan_write##size(void* p) {                                                         \
-    simt::note(p, size, size, Access::write, __builtin_return_address(0));                           \
-  }                                                                                                  \
-  RK_SIMT_HOOK __tsan_unaligned_read##size(void* p) {                                                \
-    simt::note(p, size, 1, Access::read, __builtin_return_address(0));                               \
-  }                                                                                                  \
-  RK_SIMT_HOOK __tsan_unaligned_write##size(void* p) {                                               \
-    simt::note(p, size, 1, Access::write, __builtin_return_address(0));                              \
-  }                                                                                                  \
-  RK_SIMT_HOOK __tsan_volatile_read##size(void* p) {                                                 \
-    if (simt::in_kernel()) simt::may_switch();                                                       \
-    simt::note(p, size, size, Access::atomic_read, __builtin_return_address(0));                     \
-  }                                                                                                  \
-  RK_SIMT_HOOK __tsan_volatile_write##size(void* p) {                                                \
-    if (simt::in_kernel()) simt::may_switch();                                                       \
-    simt::note(p, size, size, Access::atomic_write, __builtin_return_address(0));                    \
+#define RK_SIMT_HOOKS(size)                                                       \
+  RK_SIMT_HOOK __tsan_read##size(void* p) {                                       \
+    simt::note(p, size, size, Access::read, __builtin_return_address(0));         \
+  }                                                                               \
+  RK_SIMT_HOOK __tsan_write##size(void* p) {                                      \
+    simt::note(p, size, size, Access::write, __builtin_return_address(0));        \
+  }                                                                               \
+  RK_SIMT_HOOK __tsan_unaligned_read##size(void* p) {                             \
+    simt::note(p, size, 1, Access::read, __builtin_return_address(0));            \
+  }                                                                               \
+  RK_SIMT_HOOK __tsan_unaligned_write##size(void* p) {                            \
+    simt::note(p, size, 1, Access::write, __builtin_return_address(0));           \
+  }                                                                               \
+  RK_SIMT_HOOK __tsan_volatile_read##size(void* p) {                              \
+    if (simt::in_kernel()) simt::may_switch();                                    \
+    simt::note(p, size, size, Access::atomic_read, __builtin_return_address(0));  \
+  }                                                                               \
+  RK_SIMT_HOOK __tsan_volatile_write##size(void* p) {                             \
+    if (simt::in_kernel()) simt::may_switch();                                    \
+    simt::note(p, size, size, Access::atomic_write, __builtin_return_address(0)); \
   }
 RK_SIMT_HOOKS(1)
 RK_SIMT_HOOKS(2)
@@ -394,32 +447,38 @@ RK_SIMT_HOOK __tsan_vptr_read(void*) {}
 RK_SIMT_HOOK __tsan_vptr_update(void*, void*) {}
 
 // Code of the host uses all of these; device code loads and stores (simt_atomics.h).
-#define RK_SIMT_ATOMIC(T, bits)                                                                                    \
-  extern "C" T __tsan_atomic##bits##_load(const volatile T* p, int) {                                              \
-    simt::note(const_cast<const T*>(p), sizeof(T), sizeof(T), Access::atomic_read, __builtin_return_address(0));   \
-    return __atomic_load_n(p, __ATOMIC_SEQ_CST);                                                                   \
-  }                                                                                                                \
-  extern "C" void __tsan_atomic##bits##_store(volatile T* p, T value, int) {                                       \
-    simt::note(const_cast<const T*>(p), sizeof(T), sizeof(T), Access::atomic_write, __builtin_return_address(0));  \
-    __atomic_store_n(p, value, __ATOMIC_SEQ_CST);                                                                  \
-  }                                                                                                                \
-  RK_SIMT_FETCH(T, bits, exchange, __atomic_exchange_n)                                                            \
-  RK_SIMT_FETCH(T, bits, fetch_add, __atomic_fetch_add)                                                            \
-  RK_SIMT_FETCH(T, bits, fetch_sub, __atomic_fetch_sub)                                                            \
-  RK_SIMT_FETCH(T, bits, fetch_and, __atomic_fetch_and)                                                            \
-  RK_SIMT_FETCH(T, bits, fetch_or, __atomic_fetch_or)                                                              \
-  RK_SIMT_FETCH(T, bits, fetch_xor, __atomic_fetch_xor)                                                            \
-  extern "C" int __tsan_atomic##bits##_compare_exchange_strong(volatile T* p, T* expected, T value, int, int) {    \
-    simt::note(const_cast<const T*>(p), sizeof(T), sizeof(T), Access::atomic_write, __builtin_return_address(0));  \
-    return __atomic_compare_exchange_n(p, expected, value, false, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST);             \
-  }                                                                                                                \
-  extern "C" int __tsan_atomic##bits##_compare_exchange_weak(volatile T* p, T* expected, T value, int a, int b) {  \
-    return __tsan_atomic##bits##_compare_exchange_strong(p, expected, value, a, b);                                \
+#define RK_SIMT_ATOMIC(T, bits)                                                                          \
+  extern "C" T __tsan_atomic##bits##_load(const volatile T* p, int) {                                    \
+    simt::note(const_cast<const T*>(p), sizeof(T), sizeof(T), Access::atomic_read,                       \
+               __builtin_return_address(0));                                                             \
+    return __atomic_load_n(p, __ATOMIC_SEQ_CST);                                                         \
+  }                                                                                                      \
+  extern "C" void __tsan_atomic##bits##_store(volatile T* p, T value, int) {                             \
+    simt::note(const_cast<const T*>(p), sizeof(T), sizeof(T), Access::atomic_write,                      \
+               __builtin_return_address(0));                                                             \
+    __atomic_store_n(p, value, __ATOMIC_SEQ_CST);                                                        \
+  }                                                                                                      \
+  RK_SIMT_FETCH(T, bits, exchange, __atomic_exchange_n)                                                  \
+  RK_SIMT_FETCH(T, bits, fetch_add, __atomic_fetch_add)                                                  \
+  RK_SIMT_FETCH(T, bits, fetch_sub, __atomic_fetch_sub)                                                  \
+  RK_SIMT_FETCH(T, bits, fetch_and, __atomic_fetch_and)                                                  \
+  RK_SIMT_FETCH(T, bits, fetch_or, __atomic_fetch_or)                                                    \
+  RK_SIMT_FETCH(T, bits, fetch_xor, __atomic_fetch_xor)                                                  \
+  extern "C" int __tsan_atomic##bits##_compare_exchange_strong(volatile T* p, T* expected, T value, int, \
+                                                               int) {                                    \
+    simt::note(const_cast<const T*>(p), sizeof(T), sizeof(T), Access::atomic_write,                      \
+               __builtin_return_address(0));                                                             \
+    return __atomic_compare_exchange_n(p, expected, value, false, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST);   \
+  }                                                                                                      \
+  extern "C" int __tsan_atomic##bits##_compare_exchange_weak(volatile T* p, T* expected, T value, int a, \
+                                                             int b) {                                    \
+    return __tsan_atomic##bits##_compare_exchange_strong(p, expected, value, a, b);                      \
   }
-#define RK_SIMT_FETCH(T, bits, name, builtin)                                                                      \
-  extern "C" T __tsan_atomic##bits##_##name(volatile T* p, T value, int) {                                         \
-    simt::note(const_cast<const T*>(p), sizeof(T), sizeof(T), Access::atomic_write, __builtin_return_address(0));  \
-    return builtin(p, value, __ATOMIC_SEQ_CST);                                                                    \
+#define RK_SIMT_FETCH(T, bits, name, builtin)                                       \
+  extern "C" T __tsan_atomic##bits##_##name(volatile T* p, T value, int) {          \
+    simt::note(const_cast<const T*>(p), sizeof(T), sizeof(T), Access::atomic_write, \
+               __builtin_return_address(0));                                        \
+    return builtin(p, value, __ATOMIC_SEQ_CST);                                     \
   }
 RK_SIMT_ATOMIC(uint8_t, 8)
 RK_SIMT_ATOMIC(uint16_t, 16)

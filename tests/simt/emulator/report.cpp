@@ -16,7 +16,8 @@ struct Line {
   std::string function, file;  // the file with its line
 };
 
-// The function and line of an address, and those into which it was inlined; empty without debugging information.
+// The function and line of an address, and those into which it was inlined; empty without debugging
+// information.
 const std::vector<Line>& lines_of(const void* code) {
   static std::map<const void*, std::vector<Line>> known;
   const auto found = known.find(code);
@@ -24,11 +25,21 @@ const std::vector<Line>& lines_of(const void* code) {
   std::vector<Line>& lines = known[code];
   Dl_info info;
   if (dladdr(code, &info) == 0) return lines;
-  char command[4500];
+  std::string file_name;
+  for (const char* p = info.dli_fname; *p != 0; ++p) {
+    if (*p == '\'') {
+      file_name += "'\\''";
+    } else {
+      file_name += *p;
+    }
+  }
+  char address[32];
+  snprintf(address, sizeof address, "0x%tx",
+           static_cast<const char*>(code) - static_cast<const char*>(info.dli_fbase));
   // The sanitizers' runtime must not be loaded there.
-  snprintf(command, sizeof command, "env -u LD_PRELOAD addr2line -Cfie '%s' 0x%zx 2>/dev/null", info.dli_fname,
-           static_cast<size_t>(static_cast<const char*>(code) - static_cast<const char*>(info.dli_fbase)));
-  FILE* output = popen(command, "r");
+  const std::string command =
+      "env -u LD_PRELOAD addr2line -Cfie '" + file_name + "' " + address + " 2>/dev/null";
+  FILE* output = popen(command.c_str(), "r");
   if (output == nullptr) return lines;
   char function[4096], file[4096];
   while (fgets(function, sizeof function, output) && fgets(file, sizeof file, output)) {
@@ -49,7 +60,8 @@ bool tells_something(const std::string& file) {
 
 std::string short_name(const std::string& file) {
   const size_t slash = file.rfind('/'), space = file.find(' ', slash == std::string::npos ? 0 : slash);
-  return file.substr(slash == std::string::npos ? 0 : slash + 1, space == std::string::npos ? space : space - slash - 1);
+  return file.substr(slash == std::string::npos ? 0 : slash + 1,
+                     space == std::string::npos ? space : space - slash - 1);
 }
 
 std::string raw(const void* code) {
@@ -118,6 +130,8 @@ std::string describe_memory(const void* address) {
   char text[64];
   if (inside(machine.dynamic_shared, machine.launch->shared_bytes)) {
     snprintf(text, sizeof text, "byte %td of the dynamic shared memory", p - machine.dynamic_shared);
+  } else if (inside(machine.dynamic_shared - canary, machine.launch->shared_bytes + 2 * canary)) {
+    return "memory outside of the dynamic shared memory";
   } else if (inside(machine.static_shared, machine.static_shared_bytes)) {
     snprintf(text, sizeof text, "static shared memory at %p", address);
   } else if (machine.stacks.holds(address)) {

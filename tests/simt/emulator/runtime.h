@@ -26,7 +26,8 @@ struct Launch {
   size_t closure_size;
 };
 
-// Runs all threads of all blocks. Throws std::runtime_error for what is wrong with the launch or with the kernel.
+// Runs all threads of all blocks. Throws std::runtime_error for what is wrong with the launch or with the
+// kernel.
 void run(const Launch& launch);
 
 void* dynamic_shared();
@@ -35,8 +36,8 @@ unsigned lane();
 // What is wrong with the thread that runs now; its kernel ends here.
 [[noreturn]] void fail(const char* format, ...) __attribute__((format(printf, 1, 2)));
 
-// A warp's collective operation: waits until all lanes of `mask` are here, at the same place of the code. The last
-// one then computes for all of them: slots[lane] is what each lane brought.
+// A warp's collective operation: waits until all lanes of `mask` are here, at the same place of the code. The
+// last one then computes for all of them: slots[lane] is what each lane brought.
 using Finish = void (*)(void* const* slots, unsigned mask);
 void collective(const char* what, unsigned mask, void* slot, Finish finish);
 // __syncwarp: a collective operation that orders memory.

@@ -1,40 +1,50 @@
-// CUDA device code, run on the CPU: csrc/common/cuda.cuh includes this in the place of the CUDA headers when g++
-// compiles a .cuh or op_cuda.cu with -DRK_SIMT.
+// CUDA device code, run on the CPU: csrc/common/cuda.cuh includes this in the place of the CUDA headers when
+// g++ compiles a .cuh or op_cuda.cu with -DRK_SIMT.
 //
-// Every thread of a block is a fiber with a stack of its own; blocks run one after the other. A seed (simt_seed) gives
-// the order of blocks and threads. A thread runs until it has to wait (barrier, shuffle) or meets an atomic operation,
-// so what it does between two such points happens all at once: the build for races (below) sees what that hides.
+// Every thread of a block is a fiber with a stack of its own; blocks run one after the other. A seed
+// (simt_seed) gives the order of blocks and threads. A thread runs until it has to wait (barrier, shuffle) or
+// meets an atomic operation. What it does between two such points happens all at once: the checked build
+// (below) sees what that hides.
 //
-// What the emulation accepts, a GPU must accept. So it is the stricter of the two; these are errors here:
-//  - a barrier that some threads do not reach, because they have ended, or wait elsewhere, even at the same barrier
-//    of a function called from another place
-//  - a mask that does not name the calling lane, or names one that has ended or does not exist; lanes of a mask that
-//    meet at different places; a shuffle from a lane that is not in the mask
-//  - __shfl_up/down/xor_sync by 32 lanes or more, or by less than none; a width that is not a power of two
-//  - deadlock, and waiting for something that no thread does
-//  - intrinsics at addresses that are not aligned for their type, atomic operations on local variables
-//  - writing just outside of the dynamic shared memory
-// Shared memory is full of NaN (all bits set) before each block, and so is what a thread's own variables start with,
-// as far as the compiler lets one choose. __activemask names no more lanes than the caller may count on.
+// What the emulation accepts, a GPU must accept, so it is the stricter of the two. Errors here are:
 //
-// Three builds (support.py): plain; with AddressSanitizer and UBSan (memory outside of what was allocated, misaligned
-// float4, signed overflow, static shared arrays indexed past their end); and for races, where the compiler calls the
-// emulation at every access (races.cpp). That one reports every two accesses that no barrier orders, whatever the
-// schedule was: in shared and in global memory, of one block and of different blocks.
+// - A barrier that some threads do not reach, because they have ended, or because they wait at another one:
+//   even at the same line of a function that was called from elsewhere.
+// - A mask that leaves out the calling lane, or names one that has ended or does not exist.
+// - Lanes of one mask that meet at different places. A shuffle that reads from a lane outside of the mask.
+// - __shfl_up/down/xor_sync by less than 0 or more than 31 lanes; a width that is not a power of two.
+// - Deadlock, and waiting for what no thread does.
+// - Intrinsics at addresses not aligned for their type. Atomic operations on local variables.
+// - Launches of too many threads, blocks or bytes of shared memory.
 //
-// It cannot see:
-//  - memory ordering: here everything is seen at once by everybody. The build for races knows __syncthreads and
-//    __syncwarp; it takes nothing else (atomics with fences) as an order, and reports what relies on it
-//  - what nvcc makes of the code: registers, spills, bank conflicts, coalescing, speed; warps that a GPU keeps together
-//  - approximate functions (__expf is expf here), fused multiply-adds, denormals flushed to zero
-//  - asynchronous copies, streams and graphs (a launch has ended when it returns), clusters, textures, inline PTX
-//    (each wrapper around PTX needs an emulation of its own, as in csrc/common/mma.cuh)
-//  - whether memory belongs to the device: every pointer of the host is good here
-//  - more threads than __launch_bounds__ allows, and static shared memory that is too large
-//  - a thread that spins without any atomic operation, fence, volatile access or __nanosleep: it spins for ever
+// Shared memory, new tensors and other memory of the device are full of NaN (all bits set). A thread's own
+// variables start with large numbers where the code gives them none. Lanes of which __activemask says that
+// they are together are so by chance, as on a GPU.
 //
-// Where g++ differs from nvcc: write `__shared__ __align__(16) T x[n]`, not `__shared__ alignas(16)`; dynamic shared
-// memory needs RK_DYNAMIC_SHARED; launches need RK_LAUNCH; `__attribute__((noinline))`, not `__noinline__`.
+// There are two builds (tests/simt/support.py). In both, UBSan's checks look for misaligned vectors, signed
+// overflow, and indices past the end of arrays.
+//
+// - address: with AddressSanitizer, for what is outside of allocated memory.
+// - checked: the compiler calls the emulation at every access to memory (races.cpp), and all that is wrong is
+//   an exception. Reported are, whatever the schedule was: two accesses that no barrier orders, in shared or
+//   global memory, of one block or of two; shared memory that is read before it is written; kernels that
+//   touch what is not the device's, even past the end of a view of a larger tensor; host code that reads
+//   tensors.
+//
+// Not seen are:
+//
+// - Memory ordering: everything is seen at once by everybody. The checked build takes __syncthreads and
+//   __syncwarp for an order and nothing else: it reports what relies on atomics with fences.
+// - What nvcc makes of the code: registers, spills, bank conflicts, coalescing, speed, warps kept together.
+// - Approximate functions (__expf is expf), fused multiply-adds, denormals that are flushed to zero.
+// - Asynchronous copies, streams and graphs (a launch has ended when it returns), clusters, textures.
+// - Inline PTX: each wrapper around it needs an emulation of its own, as in csrc/common/mma.cuh.
+// - More threads than __launch_bounds__ allows; too much static shared memory, which ptxas refuses.
+// - Pointers that leave one array in static shared memory for the next.
+// - A thread that spins without atomic operations, fences, volatile accesses or __nanosleep: it never ends.
+//
+// Where g++ differs from nvcc, write `__shared__ __align__(16) T x[n]` instead of `__shared__ alignas(16)`,
+// RK_DYNAMIC_SHARED, RK_LAUNCH, and `__attribute__((noinline))` instead of `__noinline__`.
 #pragma once
 
 #include <cstdint>
@@ -49,8 +59,8 @@
 
 #include "runtime.h"
 
-// All static shared memory of a library lies together in its thread-local memory, templates' too, so that it can be
-// filled before each block; one block runs at a time in a thread of the operating system.
+// All static shared memory of a library lies together in its thread-local memory, templates' too, so that it
+// can be filled before each block; one block runs at a time in a thread of the operating system.
 #undef __shared__
 #define __shared__ static thread_local
 #undef __launch_bounds__
@@ -113,7 +123,8 @@ void launch(const char* name, void (*kernel)(P...), dim3 grid, dim3 block, size_
     const Closure& c = *static_cast<const Closure*>(data);
     std::apply(c.kernel, c.arguments);
   };
-  run({name, reinterpret_cast<const void*>(kernel), grid, block, shared_bytes, thread, &closure, sizeof closure});
+  run({name, reinterpret_cast<const void*>(kernel), grid, block, shared_bytes, thread, &closure,
+       sizeof closure});
 }
 
 }  // namespace simt

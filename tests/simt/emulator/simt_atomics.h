@@ -1,13 +1,15 @@
-// Atomic operations. One thread runs at a time, so each is atomic by itself; but other threads may run before it.
+// Atomic operations. One thread runs at a time, so each is atomic by itself; but other threads may run before
+// it.
 #pragma once
 
 namespace simt {
 
-// Reads what is there, writes what `change` makes of it, gives what was there. Through the compiler's atomic accesses,
-// by which the sanitizers (and the checked build) know what they are.
+// Reads what is there, writes what `change` makes of it, gives what was there. Through the compiler's atomic
+// accesses, by which the sanitizers (and the checked build) know what they are.
 template <typename T, typename Change>
 __attribute__((always_inline)) inline T atomic(const char* what, T* address, Change change) {
-  using Bits = std::conditional_t<sizeof(T) == 8, uint64_t, std::conditional_t<sizeof(T) == 4, uint32_t, uint16_t>>;
+  using Bits =
+      std::conditional_t<sizeof(T) == 8, uint64_t, std::conditional_t<sizeof(T) == 4, uint32_t, uint16_t>>;
   check_aligned(what, address);
   before_atomic(what, address);
   Bits* place = reinterpret_cast<Bits*>(address);
@@ -18,13 +20,14 @@ __attribute__((always_inline)) inline T atomic(const char* what, T* address, Cha
 
 }  // namespace simt
 
-#define RK_SIMT_ATOMIC_SCOPE(name, suffix, T, expression)                              \
-  __attribute__((always_inline)) inline T name##suffix(T* address, T value) {          \
-    return simt::atomic(#name #suffix, address, [value]([[maybe_unused]] T old) -> T { return expression; }); \
+#define RK_SIMT_ATOMIC_SCOPE(name, suffix, T, expression)                             \
+  __attribute__((always_inline)) inline T name##suffix(T* address, T value) {         \
+    return simt::atomic(#name #suffix, address,                                       \
+                        [value]([[maybe_unused]] T old) -> T { return expression; }); \
   }
-#define RK_SIMT_ATOMIC(name, T, expression)              \
-  RK_SIMT_ATOMIC_SCOPE(name, , T, expression)            \
-  RK_SIMT_ATOMIC_SCOPE(name, _block, T, expression)      \
+#define RK_SIMT_ATOMIC(name, T, expression)         \
+  RK_SIMT_ATOMIC_SCOPE(name, , T, expression)       \
+  RK_SIMT_ATOMIC_SCOPE(name, _block, T, expression) \
   RK_SIMT_ATOMIC_SCOPE(name, _system, T, expression)
 
 RK_SIMT_ATOMIC(atomicAdd, int, static_cast<int>(static_cast<unsigned>(old) + static_cast<unsigned>(value)))
@@ -64,14 +67,14 @@ RK_SIMT_ATOMIC(atomicXor, unsigned long long, old ^ value)
 #undef RK_SIMT_ATOMIC
 #undef RK_SIMT_ATOMIC_SCOPE
 
-#define RK_SIMT_CAS_SCOPE(suffix, T)                                                               \
-  __attribute__((always_inline)) inline T atomicCAS##suffix(T* address, T expected, T value) {     \
-    return simt::atomic("atomicCAS" #suffix, address,                                              \
-                        [expected, value](T old) -> T { return old == expected ? value : old; });  \
+#define RK_SIMT_CAS_SCOPE(suffix, T)                                                              \
+  __attribute__((always_inline)) inline T atomicCAS##suffix(T* address, T expected, T value) {    \
+    return simt::atomic("atomicCAS" #suffix, address,                                             \
+                        [expected, value](T old) -> T { return old == expected ? value : old; }); \
   }
-#define RK_SIMT_CAS(T)           \
-  RK_SIMT_CAS_SCOPE(, T)         \
-  RK_SIMT_CAS_SCOPE(_block, T)   \
+#define RK_SIMT_CAS(T)         \
+  RK_SIMT_CAS_SCOPE(, T)       \
+  RK_SIMT_CAS_SCOPE(_block, T) \
   RK_SIMT_CAS_SCOPE(_system, T)
 RK_SIMT_CAS(int)
 RK_SIMT_CAS(unsigned)

@@ -25,7 +25,8 @@ RK_SIMT_MATH unsigned long long __brevll(unsigned long long x) {
   return static_cast<unsigned long long>(__brev(static_cast<unsigned>(x))) << 32 |
          __brev(static_cast<unsigned>(x >> 32));
 }
-// Each of the low four digits of `selector` picks a byte of y:x; its high bit asks for the byte's sign instead.
+// Each of the low four digits of `selector` picks a byte of y:x; its high bit asks for the byte's sign
+// instead.
 RK_SIMT_MATH unsigned __byte_perm(unsigned x, unsigned y, unsigned selector) {
   const uint64_t all = static_cast<uint64_t>(y) << 32 | x;
   unsigned result = 0;
@@ -91,9 +92,13 @@ RK_SIMT_MATH unsigned __dp4a(uchar4 a, uchar4 b, unsigned c) {
 }
 
 // CUDA's own, in the global namespace. Mixed signs compare as unsigned numbers.
-#define RK_SIMT_MIN_MAX(R, A, B)                                                             \
-  RK_SIMT_MATH R min(A a, B b) { return static_cast<R>(a) < static_cast<R>(b) ? static_cast<R>(a) : static_cast<R>(b); } \
-  RK_SIMT_MATH R max(A a, B b) { return static_cast<R>(a) > static_cast<R>(b) ? static_cast<R>(a) : static_cast<R>(b); }
+#define RK_SIMT_MIN_MAX(R, A, B)                                                          \
+  RK_SIMT_MATH R min(A a, B b) {                                                          \
+    return static_cast<R>(a) < static_cast<R>(b) ? static_cast<R>(a) : static_cast<R>(b); \
+  }                                                                                       \
+  RK_SIMT_MATH R max(A a, B b) {                                                          \
+    return static_cast<R>(a) > static_cast<R>(b) ? static_cast<R>(a) : static_cast<R>(b); \
+  }
 RK_SIMT_MIN_MAX(int, int, int)
 RK_SIMT_MIN_MAX(unsigned, unsigned, unsigned)
 RK_SIMT_MIN_MAX(unsigned, int, unsigned)
@@ -152,10 +157,10 @@ RK_SIMT_MATH To saturate(From rounded) {
 
 }  // namespace simt
 
-#define RK_SIMT_FLOAT_TO(name, To)                                                                  \
-  RK_SIMT_MATH To __float2##name##_rn(float x) { return simt::saturate<To>(nearbyintf(x)); }        \
-  RK_SIMT_MATH To __float2##name##_rz(float x) { return simt::saturate<To>(truncf(x)); }            \
-  RK_SIMT_MATH To __float2##name##_ru(float x) { return simt::saturate<To>(ceilf(x)); }             \
+#define RK_SIMT_FLOAT_TO(name, To)                                                           \
+  RK_SIMT_MATH To __float2##name##_rn(float x) { return simt::saturate<To>(nearbyintf(x)); } \
+  RK_SIMT_MATH To __float2##name##_rz(float x) { return simt::saturate<To>(truncf(x)); }     \
+  RK_SIMT_MATH To __float2##name##_ru(float x) { return simt::saturate<To>(ceilf(x)); }      \
   RK_SIMT_MATH To __float2##name##_rd(float x) { return simt::saturate<To>(floorf(x)); }
 RK_SIMT_FLOAT_TO(int, int)
 RK_SIMT_FLOAT_TO(uint, unsigned)
@@ -174,7 +179,8 @@ RK_SIMT_MATH __half __hfma(__half a, __half b, __half c) {
   return __double2half(static_cast<double>(__half2float(a)) * __half2float(b) + __half2float(c));
 }
 RK_SIMT_MATH __nv_bfloat16 __hfma(__nv_bfloat16 a, __nv_bfloat16 b, __nv_bfloat16 c) {
-  return __double2bfloat16(static_cast<double>(__bfloat162float(a)) * __bfloat162float(b) + __bfloat162float(c));
+  return __double2bfloat16(static_cast<double>(__bfloat162float(a)) * __bfloat162float(b) +
+                           __bfloat162float(c));
 }
 RK_SIMT_MATH __half2 __hfma2(__half2 a, __half2 b, __half2 c) {
   return {__hfma(a.x, b.x, c.x), __hfma(a.y, b.y, c.y)};

@@ -20,6 +20,7 @@ __attribute__((always_inline)) inline void store(const char* what, T* address, T
 // Through the cache for constants: nobody may write there during the launch.
 template <typename T>
 __attribute__((always_inline)) inline T __ldg(const T* address) {
+  simt::check_aligned("__ldg", address);
   simt::read_only(address, sizeof(T));
   return simt::load("__ldg", address);
 }
@@ -36,10 +37,10 @@ RK_SIMT_LOAD(__ldlu)
 RK_SIMT_LOAD(__ldcv)
 #undef RK_SIMT_LOAD
 
-#define RK_SIMT_STORE(name)                                                 \
-  template <typename T>                                                     \
-  __attribute__((always_inline)) inline void name(T* address, T value) {    \
-    simt::store(#name, address, value);                                     \
+#define RK_SIMT_STORE(name)                                              \
+  template <typename T>                                                  \
+  __attribute__((always_inline)) inline void name(T* address, T value) { \
+    simt::store(#name, address, value);                                  \
   }
 RK_SIMT_STORE(__stwb)
 RK_SIMT_STORE(__stcg)

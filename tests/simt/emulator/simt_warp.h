@@ -63,20 +63,20 @@ RK_SIMT_INLINE T shuffle_value(const char* what, Shuffle kind, unsigned mask, T 
 }  // namespace simt
 
 // The overloads that CUDA has, so that the same calls are ambiguous here and there.
-#define RK_SIMT_SHUFFLES(T)                                                                      \
-  RK_SIMT_INLINE T __shfl_sync(unsigned mask, T value, int source, int width = 32) {             \
-    return simt::shuffle_value("__shfl_sync", simt::Shuffle::from, mask, value, source, width);  \
-  }                                                                                              \
-  RK_SIMT_INLINE T __shfl_up_sync(unsigned mask, T value, unsigned delta, int width = 32) {      \
-    return simt::shuffle_value("__shfl_up_sync", simt::Shuffle::up, mask, value,                 \
-                               static_cast<int>(delta), width);                                  \
-  }                                                                                              \
-  RK_SIMT_INLINE T __shfl_down_sync(unsigned mask, T value, unsigned delta, int width = 32) {    \
-    return simt::shuffle_value("__shfl_down_sync", simt::Shuffle::down, mask, value,             \
-                               static_cast<int>(delta), width);                                  \
-  }                                                                                              \
-  RK_SIMT_INLINE T __shfl_xor_sync(unsigned mask, T value, int lanes, int width = 32) {          \
-    return simt::shuffle_value("__shfl_xor_sync", simt::Shuffle::across, mask, value, lanes, width); \
+#define RK_SIMT_SHUFFLES(T)                                                                               \
+  RK_SIMT_INLINE T __shfl_sync(unsigned mask, T value, int source, int width = 32) {                      \
+    return simt::shuffle_value("__shfl_sync", simt::Shuffle::from, mask, value, source, width);           \
+  }                                                                                                       \
+  RK_SIMT_INLINE T __shfl_up_sync(unsigned mask, T value, unsigned delta, int width = 32) {               \
+    return simt::shuffle_value("__shfl_up_sync", simt::Shuffle::up, mask, value, static_cast<int>(delta), \
+                               width);                                                                    \
+  }                                                                                                       \
+  RK_SIMT_INLINE T __shfl_down_sync(unsigned mask, T value, unsigned delta, int width = 32) {             \
+    return simt::shuffle_value("__shfl_down_sync", simt::Shuffle::down, mask, value,                      \
+                               static_cast<int>(delta), width);                                           \
+  }                                                                                                       \
+  RK_SIMT_INLINE T __shfl_xor_sync(unsigned mask, T value, int lanes, int width = 32) {                   \
+    return simt::shuffle_value("__shfl_xor_sync", simt::Shuffle::across, mask, value, lanes, width);      \
   }
 RK_SIMT_SHUFFLES(int)
 RK_SIMT_SHUFFLES(unsigned)
@@ -92,13 +92,13 @@ RK_SIMT_SHUFFLES(__nv_bfloat16)
 RK_SIMT_SHUFFLES(__nv_bfloat162)
 #undef RK_SIMT_SHUFFLES
 
-#define RK_SIMT_MATCH(T)                                                                              \
-  RK_SIMT_INLINE unsigned __match_any_sync(unsigned mask, T value) {                                  \
-    return simt::match_any(mask, simt::pack(value));                                                  \
-  }                                                                                                   \
-  RK_SIMT_INLINE unsigned __match_all_sync(unsigned mask, T value, int* all) {                        \
-    *all = simt::match_any(mask, simt::pack(value)) == mask;                                          \
-    return *all ? mask : 0;                                                                           \
+#define RK_SIMT_MATCH(T)                                                       \
+  RK_SIMT_INLINE unsigned __match_any_sync(unsigned mask, T value) {           \
+    return simt::match_any(mask, simt::pack(value));                           \
+  }                                                                            \
+  RK_SIMT_INLINE unsigned __match_all_sync(unsigned mask, T value, int* all) { \
+    *all = simt::match_any(mask, simt::pack(value)) == mask;                   \
+    return *all ? mask : 0;                                                    \
   }
 RK_SIMT_MATCH(int)
 RK_SIMT_MATCH(unsigned)
@@ -137,12 +137,12 @@ RK_SIMT_INLINE T reduce(const char* what, unsigned mask, T value, Combine) {
 
 }  // namespace simt
 
-#define RK_SIMT_REDUCE(name, T, expression)                         \
-  RK_SIMT_INLINE T name(unsigned mask, T value) {                   \
-    struct Combine {                                                \
-      T operator()(T a, T b) const { return expression; }           \
-    };                                                              \
-    return simt::reduce(#name, mask, value, Combine{});             \
+#define RK_SIMT_REDUCE(name, T, expression)               \
+  RK_SIMT_INLINE T name(unsigned mask, T value) {         \
+    struct Combine {                                      \
+      T operator()(T a, T b) const { return expression; } \
+    };                                                    \
+    return simt::reduce(#name, mask, value, Combine{});   \
   }
 RK_SIMT_REDUCE(__reduce_add_sync, unsigned, a + b)
 RK_SIMT_REDUCE(__reduce_add_sync, int, static_cast<int>(static_cast<unsigned>(a) + static_cast<unsigned>(b)))

@@ -1,5 +1,5 @@
-// The checked build looks for undefined behaviour, too: the compiler (-fsanitize=alignment and more, without its library) calls
-// what is below where a check has failed. In a kernel that is an error of its launch.
+// The checked build looks for undefined behaviour, too: the compiler (-fsanitize=alignment and more, without
+// its library) calls what is below where a check has failed. In a kernel that is an error of its launch.
 #if defined(RK_SIMT_CHECKED)
 
 #include <cstdio>
@@ -30,9 +30,9 @@ struct TypeMismatch {
 
 }  // namespace
 
-#define RK_SIMT_CHECK(name, what)                                                     \
-  extern "C" __attribute__((visibility("hidden"), noinline)) void name(void* data) {  \
-    report(what, data, __builtin_frame_address(0));                                   \
+#define RK_SIMT_CHECK(name, what)                                                    \
+  extern "C" __attribute__((visibility("hidden"), noinline)) void name(void* data) { \
+    report(what, data, __builtin_frame_address(0));                                  \
   }
 
 RK_SIMT_CHECK(__ubsan_handle_add_overflow_abort, "a sum of signed integers overflows")
@@ -46,8 +46,9 @@ RK_SIMT_CHECK(__ubsan_handle_out_of_bounds_abort, "an index past the end of an a
 extern "C" __attribute__((visibility("hidden"), noinline)) void __ubsan_handle_type_mismatch_v1_abort(
     void* data, void* address) {
   const unsigned alignment = 1u << static_cast<const TypeMismatch*>(data)->log_alignment;
-  const std::string what = simt::describe_memory(address) + " is not a multiple of " + std::to_string(alignment);
-  report("misaligned: "+ what, data, __builtin_frame_address(0));
+  const std::string what =
+      simt::describe_memory(address) + " is not a multiple of " + std::to_string(alignment);
+  report("misaligned: " + what, data, __builtin_frame_address(0));
 }
 
 #endif

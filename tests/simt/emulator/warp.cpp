@@ -18,7 +18,8 @@ void finish_shuffle(void* const* slots, unsigned mask) {
     if ((mask >> l & 1) == 0) continue;
     ShuffleSlot& slot = *static_cast<ShuffleSlot*>(slots[l]);
     if ((mask >> slot.source & 1) == 0) {
-      fail("a shuffle with mask 0x%08x: lane %u reads from lane %u, which does not take part", mask, l, slot.source);
+      fail("a shuffle with mask 0x%08x: lane %u reads from lane %u, which does not take part", mask, l,
+           slot.source);
     }
     slot.result = static_cast<ShuffleSlot*>(slots[slot.source])->value;
   }
@@ -45,7 +46,8 @@ void finish_match(void* const* slots, unsigned mask) {
     VoteSlot& slot = *static_cast<VoteSlot*>(slots[l]);
     slot.result = 0;
     for (unsigned other = 0; other < warp_size; ++other) {
-      if (mask >> other & 1 && static_cast<VoteSlot*>(slots[other])->value == slot.value) slot.result |= 1u << other;
+      if (mask >> other & 1 && static_cast<VoteSlot*>(slots[other])->value == slot.value)
+        slot.result |= 1u << other;
     }
   }
 }

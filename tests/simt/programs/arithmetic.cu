@@ -25,7 +25,8 @@ bool check(void (*kernel)(Results*)) {
   const Results& r = results[0];
   bool good = r.count > 0;
   for (int i = 0; i < r.count; ++i) {
-    if (!(std::isnan(r.got[i]) && std::isnan(r.expected[i]))) good = same("result", i, r.got[i], r.expected[i]) && good;
+    if (!(std::isnan(r.got[i]) && std::isnan(r.expected[i])))
+      good = same("result", i, r.got[i], r.expected[i]) && good;
   }
   return good;
 }
@@ -107,7 +108,9 @@ __global__ void floats(Results* r) {
   note(r, __bfloat162float(__float2bfloat16_rn(3.4e38f)), infinity);
   note(r, __bfloat162float(__float2bfloat16_rn(nan)), nan);
   note(r, __low2float(__hadd2(__floats2half2_rn(1.0f, 2.0f), __floats2half2_rn(0.5f, 0.25f))), 1.5);
-  note(r, __high2float(__hfma2(__floats2half2_rn(1.0f, 2.0f), __floats2half2_rn(3.0f, 4.0f), __float2half2_rn(1.0f))),
+  note(r,
+       __high2float(
+           __hfma2(__floats2half2_rn(1.0f, 2.0f), __floats2half2_rn(3.0f, 4.0f), __float2half2_rn(1.0f))),
        9);
 }
 
@@ -125,7 +128,8 @@ using Long = unsigned long long;
 __global__ void atomics(Results* r) {
   atomically(r, 5, 3, [](int* p) { return atomicAdd(p, -2); });
   atomically(r, 0xffffffffu, 1, [](unsigned* p) { return atomicAdd(p, 2u); });
-  atomically(r, Long{1} << 40, static_cast<double>((Long{1} << 40) + 1), [](Long* p) { return atomicAdd(p, Long{1}); });
+  atomically(r, Long{1} << 40, static_cast<double>((Long{1} << 40) + 1),
+             [](Long* p) { return atomicAdd(p, Long{1}); });
   atomically(r, 1.5f, 2, [](float* p) { return atomicAdd(p, 0.5f); });
   atomically(r, 1.5, 2, [](double* p) { return atomicAdd(p, 0.5); });
   atomically(r, 5, 7, [](int* p) { return atomicSub(p, -2); });
@@ -184,7 +188,8 @@ float decode(unsigned bits, int exponent_bits) {
   const int fraction_bits = 15 - exponent_bits, bias = (1 << (exponent_bits - 1)) - 1;
   const int exponent = static_cast<int>(bits >> fraction_bits & ((1u << exponent_bits) - 1));
   const double fraction = bits & ((1u << fraction_bits) - 1), one = 1 << fraction_bits;
-  double value = exponent == 0 ? std::ldexp(fraction / one, 1 - bias) : std::ldexp(1 + fraction / one, exponent - bias);
+  double value =
+      exponent == 0 ? std::ldexp(fraction / one, 1 - bias) : std::ldexp(1 + fraction / one, exponent - bias);
   if (exponent == (1 << exponent_bits) - 1) value = fraction == 0 ? INFINITY : NAN;
   return static_cast<float>(bits >> 15 ? -value : value);
 }

@@ -121,4 +121,6 @@ RK_CASE(barrier_after_the_end) {
   return run(right ? barrier_after_the_end<true> : barrier_after_the_end<false>, next);
 }
 RK_CASE(barrier_for_some) { return run(right ? barrier_for_some<true> : barrier_for_some<false>, next); }
-RK_CASE(different_barriers) { return run(right ? different_barriers<true> : different_barriers<false>, next); }
+RK_CASE(different_barriers) {
+  return run(right ? different_barriers<true> : different_barriers<false>, next);
+}

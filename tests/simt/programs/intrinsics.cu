@@ -91,7 +91,8 @@ bool check_votes(const Votes& v, int lane) {
   }
   return same("ballot", lane, v.ballot, ballot) && same("match", lane, v.match, match) &&
          same("match_64", lane, v.match_64, match_64) && same("any", lane, v.any != 0, lane >= 7) &&
-         same("all", lane, v.all != 0, lane < 7) && same("match_all", lane, v.match_all, lane < 7 ? 0x7fu : 0u) &&
+         same("all", lane, v.all != 0, lane < 7) &&
+         same("match_all", lane, v.match_all, lane < 7 ? 0x7fu : 0u) &&
          same("all_equal", lane, v.all_equal != 0, lane < 7);
 }
 
@@ -106,10 +107,12 @@ bool check_reductions(const Votes& v, int lane) {
     lowest = std::min(lowest, shifted), highest = std::max(highest, shifted);
     signed_add += l - 8;
   }
-  return same("add", lane, v.add, add) && same("and", lane, v.both, both) && same("or", lane, v.either, either) &&
-         same("xor", lane, v.odd, odd) && same("min", lane, v.lowest, lowest) &&
-         same("max", lane, v.highest, highest) && same("signed add", lane, v.signed_add, signed_add) &&
-         same("signed min", lane, v.signed_lowest, first - 8) && same("signed max", lane, v.signed_highest, last - 8);
+  return same("add", lane, v.add, add) && same("and", lane, v.both, both) &&
+         same("or", lane, v.either, either) && same("xor", lane, v.odd, odd) &&
+         same("min", lane, v.lowest, lowest) && same("max", lane, v.highest, highest) &&
+         same("signed add", lane, v.signed_add, signed_add) &&
+         same("signed min", lane, v.signed_lowest, first - 8) &&
+         same("signed max", lane, v.signed_highest, last - 8);
 }
 
 // The oldest GPUs that are served have no reductions.
@@ -118,7 +121,8 @@ bool has_reductions() {
   return RK_ARCH >= 800;
 #else
   int major = 0;
-  rk::cuda_check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, 0), "asking for the architecture");
+  rk::cuda_check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, 0),
+                 "asking for the architecture");
   return major >= 8;
 #endif
 }
@@ -131,7 +135,8 @@ __global__ void count_in_block(int* out) {
   const int any = __syncthreads_or(me == 5), none = __syncthreads_or(me == 1000);
   const int all = __syncthreads_and(me < 1000), most = __syncthreads_and(me != 7);
   const int block = static_cast<int>(blockIdx.x + gridDim.x * (blockIdx.y + gridDim.y * blockIdx.z));
-  out[block * 120 + me] = count * 10000 + (any != 0) * 1000 + (none != 0) * 100 + (all != 0) * 10 + (most != 0);
+  out[block * 120 + me] =
+      count * 10000 + (any != 0) * 1000 + (none != 0) * 100 + (all != 0) * 10 + (most != 0);
 }
 
 // The sum of 1000 numbers by warps, then by one.
@@ -142,7 +147,8 @@ __global__ void sum_in_block(const float* in, float* out) {
   staged[me] = me < 1000 ? in[me] : 0;
   __syncthreads();
   float sum = staged[blockDim.x - 1 - me];
-  for (int step = 16; step > 0; step /= 2) sum += __shfl_down_sync(everybody, sum, static_cast<unsigned>(step));
+  for (int step = 16; step > 0; step /= 2)
+    sum += __shfl_down_sync(everybody, sum, static_cast<unsigned>(step));
   if (lane == 0) of_warp[me / 32] = sum;
   __syncthreads();
   if (me >= 32) return;
@@ -171,8 +177,8 @@ RK_RIGHT(shuffles) {
 RK_RIGHT(shuffles_of_all_types) {
   return check_shuffles<int>(3, 16) && check_shuffles<unsigned>(3, 16) && check_shuffles<long>(3, 16) &&
          check_shuffles<unsigned long>(3, 16) && check_shuffles<long long>(3, 16) &&
-         check_shuffles<unsigned long long>(3, 16) && check_shuffles<double>(3, 16) && check_shuffles<__half>(3, 16) &&
-         check_shuffles<__nv_bfloat16>(3, 16);
+         check_shuffles<unsigned long long>(3, 16) && check_shuffles<double>(3, 16) &&
+         check_shuffles<__half>(3, 16) && check_shuffles<__nv_bfloat16>(3, 16);
 }
 RK_RIGHT(votes) {
   Buffer<Votes> out(20, Votes{});
@@ -202,7 +208,9 @@ RK_RIGHT(lanes_that_are_together) {
   RK_RUN(add_together, 1, 256, 0, nullptr, counters.get(), wanted.get());
   bool good = true;
   for (int c = 0; c < 10; ++c) {
-    good = same("counter", c, counters[c], static_cast<int>(std::count(wanted.get(), wanted.get() + 256, c))) && good;
+    good =
+        same("counter", c, counters[c], static_cast<int>(std::count(wanted.get(), wanted.get() + 256, c))) &&
+        good;
   }
   return good;
 }

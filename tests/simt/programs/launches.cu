@@ -27,7 +27,8 @@ RK_CASE(too_deep) { return run(1, dim3(1, 1, right ? 64 : 65)); }
 RK_CASE(too_much_shared) { return run(1, 32, (48 << 10) + (right ? 0 : 1)); }
 RK_CASE(more_shared_without_asking) {
   const auto allow = [](int bytes) {
-    const cudaError_t error = cudaFuncSetAttribute(one_each, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+    const cudaError_t error =
+        cudaFuncSetAttribute(one_each, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
     rk::cuda_check(error, "asking for shared memory");
   };
   allow(right ? 60 << 10 : 48 << 10);
@@ -36,8 +37,8 @@ RK_CASE(more_shared_without_asking) {
   return good;
 }
 RK_CASE(more_shared_than_there_is) {
-  const auto error =
-      cudaFuncSetAttribute(one_each, cudaFuncAttributeMaxDynamicSharedMemorySize, right ? 64 << 10 : 65 << 10);
+  const auto error = cudaFuncSetAttribute(one_each, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                          right ? 64 << 10 : 65 << 10);
   rk::cuda_check(error, "asking for shared memory");
   return cudaGetLastError() == cudaSuccess;
 }

@@ -1,6 +1,6 @@
-// programs                              the names of the cases, with "wrong" after those that have a wrong version
-// programs all                          runs everything that is right
-// programs NAME right|wrong FIRST SEEDS runs a case once a seed, and prints a line each: "ok", "wrong result", or
+// programs                              the names of the cases, with "wrong" after those that have a wrong
+// version programs all                          runs everything that is right programs NAME right|wrong FIRST
+// SEEDS runs a case once a seed, and prints a line each: "ok", "wrong result", or
 //                                       what the emulation said
 
 #include <cstdint>

@@ -158,7 +158,8 @@ __global__ void atomic_on_a_variable(int* out) {
 template <bool right>
 __global__ void neighbouring_bytes(unsigned char* out) {
   out[threadIdx.x] = static_cast<unsigned char>(threadIdx.x);
-  if (!right && threadIdx.x + 1 < blockDim.x) out[threadIdx.x + 1] = static_cast<unsigned char>(threadIdx.x + 1);
+  if (!right && threadIdx.x + 1 < blockDim.x)
+    out[threadIdx.x + 1] = static_cast<unsigned char>(threadIdx.x + 1);
 }
 
 template <bool right>
@@ -187,10 +188,7 @@ __global__ void variable_of_another_thread(float* out, const float* in) {
   __syncthreads();
 }
 
-template <bool right>
-__global__ void variable_of_the_host(float* out, const float* in) {
-  out[threadIdx.x] = in[threadIdx.x ^ 1];
-}
+__global__ void copy(float* out, const float* in) { out[threadIdx.x] = in[threadIdx.x ^ 1]; }
 
 bool run(void (*kernel)(float*, const float*), int shared_bytes = 0, int blocks = 1) {
   Buffer<float> in(threads), out(blocks * threads, -1.0f);
@@ -214,7 +212,9 @@ RK_CASE(uninitialized_dynamic_shared) {
 RK_CASE(shared_of_the_last_block) {
   return run(right ? shared_of_the_last_block<true> : shared_of_the_last_block<false>, 0, 3);
 }
-RK_CASE(uninitialized_variable) { return run(right ? uninitialized_variable<true> : uninitialized_variable<false>); }
+RK_CASE(uninitialized_variable) {
+  return run(right ? uninitialized_variable<true> : uninitialized_variable<false>);
+}
 RK_CASE(read_too_far) { return run(right ? read_too_far<true> : read_too_far<false>); }
 RK_CASE(write_too_far) { return run(right ? write_too_far<true> : write_too_far<false>); }
 RK_CASE(read_nowhere) { return run(right ? read_nowhere<true> : read_nowhere<false>); }
@@ -227,7 +227,9 @@ RK_CASE(too_many_calls) {
 RK_CASE(dynamic_shared_too_far) {
   return run(right ? dynamic_shared_too_far<true> : dynamic_shared_too_far<false>, threads * sizeof(float));
 }
-RK_CASE(static_shared_too_far) { return run(right ? static_shared_too_far<true> : static_shared_too_far<false>); }
+RK_CASE(static_shared_too_far) {
+  return run(right ? static_shared_too_far<true> : static_shared_too_far<false>);
+}
 RK_CASE(misaligned_vector) { return run(right ? misaligned_vector<true> : misaligned_vector<false>); }
 RK_CASE(misaligned_ldg) { return run(right ? misaligned_ldg<true> : misaligned_ldg<false>); }
 RK_CASE(overflow) {
@@ -266,7 +268,9 @@ RK_CASE(neighbouring_bytes) {
   RK_RUN(kernel, 1, threads, 0, nullptr, out.get());
   return out[7] == 7;
 }
-RK_CASE(ldg_of_what_is_written) { return run(right ? ldg_of_what_is_written<true> : ldg_of_what_is_written<false>); }
+RK_CASE(ldg_of_what_is_written) {
+  return run(right ? ldg_of_what_is_written<true> : ldg_of_what_is_written<false>);
+}
 RK_CASE(write_after_ldg) {
   Buffer<float> values(threads);
   for (int i = 0; i < threads; ++i) values[i] = static_cast<float>(i);
@@ -281,6 +285,24 @@ RK_CASE(variable_of_the_host) {
   float on_the_stack[threads];
   Buffer<float> in(threads), out(threads);
   for (int i = 0; i < threads; ++i) in[i] = on_the_stack[i] = static_cast<float>(i);
-  RK_RUN(variable_of_the_host<true>, 1, threads, 0, nullptr, out.get(), right ? in.get() : on_the_stack);
+  RK_RUN(copy, 1, threads, 0, nullptr, out.get(), right ? in.get() : on_the_stack);
   return out[6] == 7;
+}
+RK_CASE(memory_of_the_host) {
+  std::vector<float> on_the_heap(threads);
+  Buffer<float> in(threads), out(threads);
+  for (int i = 0; i < threads; ++i) in[i] = on_the_heap[i] = static_cast<float>(i);
+  RK_RUN(copy, 1, threads, 0, nullptr, out.get(), right ? in.get() : on_the_heap.data());
+  return out[6] == 7;
+}
+RK_CASE(host_reads_the_device) {
+  float* on_the_device = nullptr;
+  rk::cuda_check(cudaMalloc(&on_the_device, threads * sizeof(float)), "allocating");
+  Buffer<float> out(threads);
+  float first = right ? 0.0f : on_the_device[0];
+  rk::cuda_check(cudaMemset(on_the_device, 0, threads * sizeof(float)), "filling");
+  RK_RUN(copy, 1, threads, 0, nullptr, out.get(), on_the_device);
+  rk::cuda_check(cudaMemcpy(&first, on_the_device, sizeof first, cudaMemcpyDeviceToHost), "copying");
+  rk::cuda_check(cudaFree(on_the_device), "freeing");
+  return out[6] == first;
 }

@@ -198,9 +198,12 @@ RK_CASE(shuffle_with_ended_lanes) {
   return neighbours(values);
 }
 RK_CASE(shuffle_with_lanes_that_do_not_exist) {
-  return run(right ? shuffle_with_lanes_that_do_not_exist<true> : shuffle_with_lanes_that_do_not_exist<false>, 8);
+  return run(right ? shuffle_with_lanes_that_do_not_exist<true> : shuffle_with_lanes_that_do_not_exist<false>,
+             8);
 }
-RK_CASE(shuffle_at_two_places) { return run(right ? shuffle_at_two_places<true> : shuffle_at_two_places<false>); }
+RK_CASE(shuffle_at_two_places) {
+  return run(right ? shuffle_at_two_places<true> : shuffle_at_two_places<false>);
+}
 RK_CASE(shuffle_of_a_function) {
   return run(right ? shuffle_of_a_function<true, false> : shuffle_of_a_function<false, false>);
 }
@@ -219,7 +222,13 @@ RK_CASE(wait_for_a_flag) {
   RK_RUN(kernel, 1, 32, 0, nullptr, values.get(), flag.get());
   return neighbours(values);
 }
-RK_CASE(missing_warp_barrier) { return run(right ? missing_warp_barrier<true> : missing_warp_barrier<false>); }
-RK_CASE(shuffle_for_a_barrier) { return run(right ? shuffle_for_a_barrier<true> : shuffle_for_a_barrier<false>); }
-RK_CASE(warp_barrier_of_a_part) { return run(right ? warp_barrier_of_a_part<true> : warp_barrier_of_a_part<false>); }
+RK_CASE(missing_warp_barrier) {
+  return run(right ? missing_warp_barrier<true> : missing_warp_barrier<false>);
+}
+RK_CASE(shuffle_for_a_barrier) {
+  return run(right ? shuffle_for_a_barrier<true> : shuffle_for_a_barrier<false>);
+}
+RK_CASE(warp_barrier_of_a_part) {
+  return run(right ? warp_barrier_of_a_part<true> : warp_barrier_of_a_part<false>);
+}
 RK_CASE(active_lanes) { return run(right ? active_lanes<true> : active_lanes<false>); }
