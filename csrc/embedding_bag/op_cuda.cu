@@ -57,11 +57,15 @@ struct Device {
   rk::Bounds bounds;
 
   explicit Device(const Tensor& first)
-      : index(rk::emulated ? 0 : first.get_device_index()),
+      : index(index_of(first)),
         guard(index),
         stream(rk::cuda_stream(index)),
-        bounds(rk::device_bounds(index)) {
-    check(rk::emulated || first.is_cuda(), "the CUDA kernels need CUDA tensors");
+        bounds(rk::device_bounds(index)) {}
+
+  static int32_t index_of(const Tensor& first) {
+    if (rk::emulated) return 0;
+    check(first.is_cuda(), "the CUDA kernels need CUDA tensors");
+    return first.get_device_index();
   }
 };
 

@@ -239,3 +239,10 @@ def test_wrong_arguments(kernels: Emulation) -> None:
         run([weight.byte()], [], plan, indices, offsets, None, 2, torch.float32)
     with pytest.raises(RuntimeError, match=r"offsets must have F[*]B[+]1 entries for F = 0 features, but has 2"):
         run([weight], [], plan[:0], indices, offsets, None, 2, torch.float32)
+
+
+def test_modes_and_devices_that_do_not_exist(kernels: Emulation) -> None:
+    assert kernels.function("rk_cuda_select_bounds_check")(3) == 1
+    assert kernels.function("rk_cuda_select_bounds_check")(-1) == 1
+    assert kernels.take_fault(-1) is None
+    assert kernels.take_fault(1000) is None
