@@ -242,7 +242,7 @@ def test_wrong_arguments(kernels: Emulation) -> None:
 
 
 def test_modes_and_devices_that_do_not_exist(kernels: Emulation) -> None:
-    assert kernels.function("rk_cuda_select_bounds_check")(3) == 1
-    assert kernels.function("rk_cuda_select_bounds_check")(-1) == 1
+    assert kernels._functions.rk_cuda_select_bounds_check(3) == 1
+    assert kernels._functions.rk_cuda_select_bounds_check(-1) == 1
     assert kernels.take_fault(-1) is None
     assert kernels.take_fault(1000) is None
