@@ -3,6 +3,7 @@
 #include <array>
 #include <atomic>
 #include <mutex>
+#include <new>
 
 #include "check.h"
 
@@ -18,12 +19,6 @@ std::atomic<int32_t> bounds_check{static_cast<int32_t>(BoundsCheck::raise)};
 std::array<std::atomic<FaultRecord*>, most_devices> records{};
 std::mutex allocation;
 
-#if defined(RK_SIMT)
-
-FaultRecord* new_record() { return new FaultRecord{}; }
-
-#else
-
 FaultRecord* new_record() {
   // The first call may be one that a graph captures. Page-locking is refused then, unless this thread says
   // that it may run now and not as part of the graph.
@@ -36,8 +31,6 @@ FaultRecord* new_record() {
   rk::cuda_check(error, "allocating the fault record");
   return new (memory) FaultRecord{};
 }
-
-#endif
 
 FaultRecord* record_of(int32_t device) {
   rk::check(device >= 0 && device < most_devices, "CUDA devices above ", most_devices - 1, " are not served");
