@@ -456,9 +456,16 @@ __global__ void __launch_bounds__(block_lanes, blocks_at_once)
   }
 }
 
+#if RK_ARCH >= 800
+constexpr int argmax_blocks = 5;  // at once, of 48 registers a lane
+#else
+constexpr int argmax_blocks = 4;  // Turing's multiprocessors run 1024 lanes at most
+#endif
+
 // Max pooling of one table, and the row that each column came from; -1 for an empty bag.
 template <typename Sum>
-__global__ void __launch_bounds__(block_lanes, 4) argmax_kernel(const __grid_constant__ PoolArguments a) {
+__global__ void __launch_bounds__(block_lanes, argmax_blocks)
+    argmax_kernel(const __grid_constant__ PoolArguments a) {
   const Feature feature = only_feature(a);
   const NarrowShare<Sum, std::is_same_v<Sum, double> ? 1 : 2> share(feature.type, a.tables[0].alignment);
   pool_tiles<Does::argmax>(a, a.tables[0], feature, share);
