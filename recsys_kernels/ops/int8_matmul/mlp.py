@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 
+from ... import _backends
 from . import op
-from .linear import Int8Linear, Seen, runs_packed
+from .linear import CHAIN, Int8Linear, Seen, runs_packed
 
 _EPILOGUES: dict[type[torch.nn.Module], str] = {
     torch.nn.ReLU: "relu",
@@ -106,13 +107,18 @@ class Int8MLP(torch.nn.Sequential):
             if given != taken:
                 raise ValueError(f"layer {number} takes {taken} features, but the one before it gives {given}")
 
+    def _is_current(self, layers: list[Int8Linear]) -> bool:
+        seen = self._seen
+        return len(layers) == len(seen) and all(map(Int8Linear.is_as, layers, seen))
+
     def _current_pack(self, layers: list[Int8Linear]) -> torch.Tensor:
         """The packed layers, as fresh as their state."""
         packed = self._packed
-        if packed is None or len(layers) != len(self._seen) or not all(map(Int8Linear.is_as, layers, self._seen)):
+        if packed is None or not self._is_current(layers):
             self._check_layers()
             self._packed, seen = None, [layer.see() for layer in layers]
-            packed = torch.cat([layer.pack() for layer in layers])
+            with torch.inference_mode(False):
+                packed = torch.cat([layer.pack() for layer in layers])
             if type(packed) is torch.Tensor:  # not a fake one
                 self._packed, self._seen = packed, seen
         return packed
@@ -125,6 +131,12 @@ class Int8MLP(torch.nn.Sequential):
         layers = self._layers()
         last = layers[-1]
         if not torch.compiler.is_compiling() and not _needs_grad(input, layers):
+            # As in Int8Linear.forward: first without what cannot apply.
+            packed = self._packed
+            if packed is not None and input.dim() == 2 and self._is_current(layers):
+                run = _backends.implementation("int8_chain", input)
+                if run is CHAIN:
+                    return run(input, packed, last.out_features, _backends.dtype_argument(last.dtype))
             weight = last._buffers["weight"]
             assert weight is not None
             if runs_packed(weight):

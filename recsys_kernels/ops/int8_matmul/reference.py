@@ -123,9 +123,11 @@ def _checked_layer(
         same = tensor is None or tensor.device == weight.device
         _check(same, f"{name} must be on the device of weight ({weight.device})")
     qparams = None
-    if scheme == STATIC:
-        if input_qparams is None:
-            raise RuntimeError("input_qparams (scale and zero point) must be given for static activations, but is None")
+    _check(
+        (scheme == STATIC) == (input_qparams is not None),
+        "input_qparams (scale and zero point) belong to scheme 1 (static), and to no other",
+    )
+    if input_qparams is not None:
         _check(input_qparams.dtype == torch.float32, f"input_qparams must be float32, but is {input_qparams.dtype}")
         _check(input_qparams.shape == (2,), f"input_qparams must have shape (2,), but has {tuple(input_qparams.shape)}")
         qparams = _check_qparams(*input_qparams.tolist())
@@ -270,7 +272,7 @@ def int8_pack(
     out_features, in_features = weight.shape
     channels, depth = _padded(out_features, _LANES), _padded(in_features, 4)
     missing = channels - out_features
-    scale, zero_point = layer.input_qparams or (0.0, 0.0)
+    scale, zero_point = layer.input_qparams or (1.0, 0.0)
     (scale_bits,) = struct.unpack("<i", struct.pack("<f", scale))
     numbers = [_MAGIC, _VERSION, in_features, out_features, group, scheme, activation, int(bias is not None)]
     header = torch.tensor([*numbers, scale_bits, int(zero_point), *[0] * 6], dtype=torch.int32, device=weight.device)
@@ -298,12 +300,9 @@ def _unpack(packed: torch.Tensor) -> Iterator[Layer]:
         _check(size - start >= _HEADER_BYTES, f"{at} is truncated: {size - start} of {_HEADER_BYTES} bytes of a header")
         # Copied, as a view of other types needs an aligned start.
         header = packed[start : start + _HEADER_BYTES].clone().view(torch.int32).tolist()
-        magic, version, in_features, out_features, group, scheme, activation, has_bias, scale_bits, zero_point = header[
-            :10
-        ]
+        magic, version, in_features, out_features, group, scheme, activation, _, scale_bits, zero_point, *_ = header
         _check(magic == _MAGIC, f"{at} does not start with the mark of a packed layer")
         _check(version == _VERSION, f"{at} has version {version}, but this release reads version {_VERSION}")
-        _check(has_bias in (0, 1) and not any(header[10:]), f"{at} has a header that no release writes")
         try:
             _check_numbers(in_features, out_features, group, scheme, activation)
             qparams = None
@@ -315,7 +314,13 @@ def _unpack(packed: torch.Tensor) -> Iterator[Layer]:
         length = packed_bytes(out_features, in_features, group)
         _check(size - start >= length, f"{at} is truncated: {size - start} of its {length} bytes")
         yield _unpack_layer(
-            packed[start + _HEADER_BYTES : start + length], header[2], header[3], group, qparams, scheme, activation
+            packed[start + _HEADER_BYTES : start + length],
+            in_features,
+            out_features,
+            group,
+            qparams,
+            scheme,
+            activation,
         )
         start += length
 
