@@ -198,36 +198,30 @@ struct Segments {
         share.load(word[u], base + static_cast<uint64_t>(row[u]) * a.source.row_stride);
       }
     }
-    // Not unrolled: the end of a run is long, and would be there once for each row. Rows move up instead.
-#pragma unroll 1
+    uint32_t new_key[rows];
+    Sum factor[rows];
+#pragma unroll
     for (int u = 0; u < rows; ++u) {
-      const uint32_t new_key = __shfl_sync(all_lanes, own_key, team.source(j + u));
-      const Sum factor = __shfl_sync(all_lanes, own_factor, team.source(j + u));
-      if (j + u < inside) take(new_key, row[0], word[0], factor);
-#pragma unroll
-      for (int next = 1; next < rows; ++next) {
-        row[next - 1] = row[next];
-#pragma unroll
-        for (int w = 0; w < Share::words; ++w) word[next - 1][w] = word[next][w];
-      }
+      new_key[u] = __shfl_sync(all_lanes, own_key, team.source(j + u));
+      factor[u] = __shfl_sync(all_lanes, own_factor, team.source(j + u));
     }
-  }
-
-  __device__ __forceinline__ void take(uint32_t new_key, uint32_t row, const uint32_t (&word)[Share::words],
-                                       Sum factor) {
-    if (new_key != key) {
-      end_run(false);
-      begin_run(new_key, false);
-    }
-    if (row == absent) return;
-    holds = true;
-    share.visit([&](auto type) {
-      constexpr RowType T = decltype(type)::value;
 #pragma unroll
-      for (int e = 0; e < Share::words * 32 / element_bits(T); ++e) {
-        sum[e] = fma(static_cast<Sum>(element_of<T>(word, e)), factor, sum[e]);
+    for (int u = 0; u < rows; ++u) {
+      if (j + u >= inside) break;
+      if (new_key[u] != key) {
+        end_run(false);
+        begin_run(new_key[u], false);
       }
-    });
+      if (row[u] == absent) continue;
+      holds = true;
+      share.visit([&](auto type) {
+        constexpr RowType T = decltype(type)::value;
+#pragma unroll
+        for (int e = 0; e < Share::words * 32 / element_bits(T); ++e) {
+          sum[e] = fma(static_cast<Sum>(element_of<T>(word[u], e)), factor[u], sum[e]);
+        }
+      });
+    }
   }
 
   __device__ __forceinline__ void run(bool writes_keys) {
