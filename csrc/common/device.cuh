@@ -101,14 +101,6 @@ template <>
 struct VectorOf<4> {
   using type = unsigned;
 };
-template <>
-struct VectorOf<2> {
-  using type = unsigned short;
-};
-template <>
-struct VectorOf<1> {
-  using type = unsigned char;
-};
 
 // One load of 4-byte words.
 template <int Words>
@@ -129,11 +121,9 @@ __device__ __forceinline__ void store_words(void* p, const uint32_t (&word)[Word
     for (int i = 0; i < Words / 4; ++i) {
       static_cast<uint4*>(p)[i] = {word[4 * i], word[4 * i + 1], word[4 * i + 2], word[4 * i + 3]};
     }
-  } else if constexpr (Words == 2) {
-    *static_cast<uint2*>(p) = {word[0], word[1]};
   } else {
-    static_assert(Words == 1, "1, 2 or a multiple of 4");
-    *static_cast<uint32_t*>(p) = word[0];
+    static_assert(Words == 2, "2 or a multiple of 4");
+    *static_cast<uint2*>(p) = {word[0], word[1]};
   }
 }
 
