@@ -154,10 +154,6 @@ def kernel_sources() -> list[Path]:
     return sorted((ROOT / "csrc").glob("*/op_cuda.cu")) + sorted((ROOT / "csrc" / "common").glob("*.cu"))
 
 
-def _faults_source() -> str:
-    return (ROOT / "csrc" / "common" / "cuda_faults.cu").read_text()
-
-
 class Emulation:
     """A library of emulated kernels that has been loaded.
 
@@ -182,9 +178,6 @@ class Emulation:
         has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
         self.operators = frozenset(n for n in _backends._references if has_kernel(f"{namespace}::{n}", "CPU"))
         self._calls = 0
-        if BUILD == "checked":
-            # While csrc/common/cuda_faults.cu keeps its record, which kernels write, in the host's memory here.
-            self._functions.simt_any_memory(int("new FaultRecord{};" in _faults_source()))
 
     def seed(self, seed: int) -> None:
         """From here on the order of blocks and threads is a function of this number."""

@@ -179,7 +179,7 @@ def test_seed_gives_the_same_order_again() -> None:
 
 
 def test_nvcc_compiles_what_the_emulation_runs(tmp_path: Path) -> None:
-    """Else the emulation would accept what no GPU does. tests/gpu runs these programs on a GPU."""
+    """Else the emulation would accept what no GPU does."""
     for source in sorted(PROGRAMS.glob("*.cu")):
         nvcc("-arch=sm_90", "-ptx", source, "-o", tmp_path / "program.ptx")
 

@@ -14,7 +14,6 @@
 
 #include <algorithm>
 #include <array>
-#include <atomic>
 #include <cstring>
 #include <deque>
 #include <memory>
@@ -241,8 +240,6 @@ uint32_t owner_of(const char* p) {
   return shared ? static_cast<uint32_t>(machine.block_number) + 1 : 0;
 }
 
-std::atomic<bool> any_memory{false};
-
 // Fails unless these bytes are the device's: allocated there, a tensor's, or a constant of this library.
 void check_memory(const char* p, size_t size, const void* code) {
   for (const Memory& memory : shadow.used) {
@@ -337,7 +334,7 @@ void note(const void* address, size_t size, size_t alignment, Access access, con
                                 std::to_string(alignment));
   }
   const uint32_t owner = owner_of(p);
-  if (owner == 0 && !any_memory) check_memory(p, size, code);
+  if (owner == 0) check_memory(p, size, code);
   const Event now = event_now(code);
   const bool reads = access == Access::read || access == Access::atomic_read;
   if (owner != 0 && reads && !written(owner, first, size)) {
@@ -396,11 +393,6 @@ void read_only(const void* address, size_t size) {
 }
 
 }  // namespace simt
-
-// Whether kernels may touch memory of the host from here on.
-extern "C" __attribute__((visibility("default"))) void simt_any_memory(int allowed) {
-  simt::any_memory = allowed != 0;
-}
 
 // ---- what the compiler calls ----
 

@@ -1,5 +1,6 @@
 // Kernels on which the emulation is tried: those that are wrong on purpose, each with its right version, and
-// those that compute what is known. A GPU runs all that is right, too (nvcc -Icsrc tests/simt/programs/*.cu).
+// those that compute what is known. A GPU can run all that is right, too: `nvcc -std=c++17 -arch=native
+// -Icsrc tests/simt/programs/*.cu -o programs && ./programs all`.
 #pragma once
 
 #include <algorithm>
