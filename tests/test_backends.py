@@ -36,6 +36,7 @@ OPERATORS = (
     "int8_linear",
     "int8_pack",
     "int8_chain",
+    "int8_layers",
 )
 
 
@@ -77,13 +78,17 @@ def operator_calls() -> list[tuple[str, tuple[Any, ...]]]:
     for bits in (8, 4):
         rows = torch.zeros(6, 9 if bits == 8 else 5, dtype=torch.uint8)
         calls.append(("quantize_rowwise", (torch.randn(6, 9), bits, -3, rows, torch.zeros(6, 2, dtype=torch.float16))))
-    layers = testing.int8_linear_samples(torch.bfloat16, small=True)[::23]
+    layers = testing.int8_linear_samples(torch.bfloat16, small=True)[::37]
     calls += [("int8_linear", layer.args) for layer in layers]
     calls += [("int8_pack", layer.layer) for layer in layers]
     for layer in layers:
         rows_of_layer = layer.input.reshape(-1, layer.weight.shape[1])
         packed = ops.int8_pack(*layer.layer)
         calls.append(("int8_chain", (rows_of_layer, packed, layer.weight.shape[0], layer.dtype)))
+    for layer in layers:
+        weight, scale, group, bias, qparams, *kind = layer.layer
+        lists = ([weight], [scale], [bias], [qparams], [group, *kind])
+        calls.append(("int8_layers", (layer.input, *lists, layer.dtype)))
     return calls
 
 

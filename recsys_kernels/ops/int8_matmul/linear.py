@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -327,7 +328,11 @@ class Int8Linear(torch.nn.Module):
 
     def run(self, input: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """:meth:`forward` with another type of the output."""
-        packed = None if torch.compiler.is_compiling() else self._current_pack()
+        if torch.compiler.is_compiling():
+            if runs_compiled(self.weight) and not self.needs_grad(input):
+                return run_compiled([self], input, dtype)
+            return op.run_layer(input, *self.operands(), dtype)
+        packed = self._current_pack()
         if packed is not None and not self.needs_grad(input):
             return op.chain(input, packed, self.out_features, dtype)
         return op.run_layer(input, *self.operands(), dtype, packed)
@@ -390,6 +395,23 @@ class Int8Linear(torch.nn.Module):
 def runs_packed(weight: torch.Tensor) -> bool:
     """Whether layers with such weights run from their packed copy at present."""
     return weight.device.type == "cpu" and _backends.chosen("int8_chain", "cpu") == "cpu"
+
+
+def runs_compiled(weight: torch.Tensor) -> bool:
+    """Whether compiled layers with such weights run from a packed copy. Exported ones do not: theirs is any machine."""
+    return weight.device.type == "cpu" and not torch.compiler.is_exporting()
+
+
+def run_compiled(layers: Sequence[Int8Linear], input: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Layers one after the other, in compiled code."""
+    numbers = [number for layer in layers for number in (layer._group, layer._scheme, layer._epilogue)]
+    tensors = (
+        [layer.weight for layer in layers],
+        [layer.weight_scale for layer in layers],
+        [layer.bias for layer in layers],
+        [layer.input_qparams for layer in layers],
+    )
+    return _backends.implementation("int8_layers", input)(input, *tensors, numbers, dtype)
 
 
 def _output_type(dtype: torch.dtype) -> torch.dtype:

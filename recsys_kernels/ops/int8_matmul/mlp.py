@@ -9,7 +9,7 @@ import torch
 
 from ... import _backends
 from . import op
-from .linear import CHAIN, Int8Linear, Seen, runs_packed
+from .linear import CHAIN, Int8Linear, Seen, run_compiled, runs_compiled, runs_packed
 
 _EPILOGUES: dict[type[torch.nn.Module], str] = {
     torch.nn.ReLU: "relu",
@@ -141,6 +141,8 @@ class Int8MLP(torch.nn.Sequential):
             assert weight is not None
             if runs_packed(weight):
                 return op.chain(input, self._current_pack(layers), last.out_features, last.dtype)
+        if torch.compiler.is_compiling() and not _needs_grad(input, layers) and runs_compiled(last.weight):
+            return run_compiled(layers, input, last.dtype)
         for layer in layers[:-1]:
             input = layer.run(input, torch.float32)
         return last(input)

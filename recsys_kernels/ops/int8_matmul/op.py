@@ -2,7 +2,8 @@
 
 ``int8_linear`` takes a layer's canonical operands. ``int8_pack`` lays a layer out as the CPU kernels read it, and
 ``int8_chain`` runs one or more of such layers, one after the other; packs of several layers are put together by
-``torch.cat``.
+``torch.cat``. ``int8_layers`` is for compiled code: it takes the operands of several layers (scales also [1, 1];
+``numbers``: group, scheme and activation of each), packs them at its first call and again when one was written to.
 
 In every operator: ``input`` float32, float16 or bfloat16; ``weight`` int8 [N, K]; ``weight_scale`` float32 [N, G] with
 one scale for each ``group`` of 32, 64 or 128 columns (``group`` 0: one for all, G = 1); ``bias`` float32 [N];
@@ -44,6 +45,10 @@ def _fake_int8_chain(input: torch.Tensor, packed: torch.Tensor, out_features: in
     return input.new_empty(input.shape[0], out_features, dtype=dtype)
 
 
+def _fake_int8_layers(input: torch.Tensor, weights: list[torch.Tensor], *rest: Any) -> torch.Tensor:
+    return input.new_empty(*input.shape[:-1], weights[-1].shape[0], dtype=rest[-1])
+
+
 _backends.define(
     f"int8_linear(Tensor input, {_LAYER}, ScalarType dtype) -> Tensor", reference.int8_linear, _fake_int8_linear
 )
@@ -52,6 +57,12 @@ _backends.define(
     "int8_chain(Tensor input, Tensor packed, int out_features, ScalarType dtype) -> Tensor",
     reference.int8_chain,
     _fake_int8_chain,
+)
+_backends.define(
+    "int8_layers(Tensor input, Tensor[] weights, Tensor[] weight_scales, Tensor?[] biases, Tensor?[] input_qparams,"
+    " int[] numbers, ScalarType dtype) -> Tensor",
+    reference.int8_layers,
+    _fake_int8_layers,
 )
 
 

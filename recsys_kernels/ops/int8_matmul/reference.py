@@ -245,6 +245,45 @@ def int8_linear(
     return _run(rows, layer).to(dtype).reshape(*input.shape[:-1], weight.shape[0])
 
 
+def split_layers(
+    weights: list[torch.Tensor],
+    weight_scales: list[torch.Tensor],
+    biases: list[torch.Tensor | None],
+    input_qparams: list[torch.Tensor | None],
+    numbers: list[int],
+) -> list[tuple[torch.Tensor, torch.Tensor, int, torch.Tensor | None, torch.Tensor | None, int, int]]:
+    """The arguments of int8_layers as those of one int8_pack for each layer."""
+    count = len(weights)
+    lists = (weight_scales, biases, input_qparams)
+    _check(
+        count > 0 and all(len(part) == count for part in lists) and len(numbers) == 3 * count,
+        "int8_layers needs at least one layer, and of each a weight, a scale, a bias, qparams and three numbers",
+    )
+    layers = []
+    for number, (weight, scale, bias, qparams) in enumerate(zip(weights, *lists, strict=True)):
+        group, scheme, activation = numbers[3 * number : 3 * number + 3]
+        if scale.shape == (1, 1) and weight.dim() == 2:
+            scale = scale.expand(weight.shape[0], 1)
+        layers.append((weight, scale, group, bias, qparams, scheme, activation))
+    return layers
+
+
+def int8_layers(
+    input: torch.Tensor,
+    weights: list[torch.Tensor],
+    weight_scales: list[torch.Tensor],
+    biases: list[torch.Tensor | None],
+    input_qparams: list[torch.Tensor | None],
+    numbers: list[int],
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """Layers one after the other over [..., K], from their canonical operands; float32 between them."""
+    layers = split_layers(weights, weight_scales, biases, input_qparams, numbers)
+    for layer in layers[:-1]:
+        input = int8_linear(input, *layer, torch.float32)
+    return int8_linear(input, *layers[-1], dtype)
+
+
 # ---- packed layers --------------------------------------------------------------------------------------------------
 
 
