@@ -37,7 +37,9 @@ __global__ void sum_blocks(const T* in, T* out, int64_t count) {
   if (threadIdx.x == 0) out[blockIdx.x] = tile[0];
 }
 
-torch::stable::Tensor block_sums(const torch::stable::Tensor& values, int64_t threads) {
+using torch::stable::Tensor;
+
+Tensor block_sums(const Tensor& values, int64_t threads) {
   const int64_t count = values.numel(), per_block = threads > 0 ? threads : 1;
   const unsigned blocks = static_cast<unsigned>((count + per_block - 1) / per_block);
   auto out = torch::stable::new_empty(values, {static_cast<int64_t>(blocks)});
@@ -46,23 +48,37 @@ torch::stable::Tensor block_sums(const torch::stable::Tensor& values, int64_t th
   return out;
 }
 
-torch::stable::Tensor fresh_memory(const torch::stable::Tensor&) {
+Tensor fresh_memory(const Tensor&) {
   const int64_t sizes[2] = {50, 7}, strides[2] = {7, 1};
   const int32_t type = aoti_torch_dtype_float32(), place = aoti_torch_device_type_cpu();
   AtenTensorHandle handle;
   aoti_torch_empty_strided(2, sizes, strides, type, place, 0, &handle);
-  return torch::stable::Tensor(handle);
+  return Tensor(handle);
+}
+
+// What is wrong: 1 reads past the end of the values, 2 reads a tensor that is gone, 3 reads values in code of the host.
+Tensor wrong_sum(const Tensor& values, int64_t how) {
+  auto out = torch::stable::new_empty(values, {1});
+  const float* in = static_cast<const float*>(values.data_ptr());
+  if (how == 2) {
+    const Tensor copy = torch::stable::new_empty(values, {32});
+    in = static_cast<const float*>(copy.data_ptr());
+  }
+  const int64_t count = how == 1 ? values.numel() + 1 : how == 3 && in[0] > 5 ? 5 : values.numel();
+  RK_LAUNCH(sum_blocks<float>, 1, 64, 0, rk::cuda_stream(0), in, static_cast<float*>(out.data_ptr()), count);
+  return out;
 }
 
 STABLE_TORCH_LIBRARY_IMPL(simt_support, RK_DEVICE_KEY, m) {
   m.impl("block_sums", TORCH_BOX(&block_sums));
   m.impl("fresh_memory", TORCH_BOX(&fresh_memory));
+  m.impl("wrong_sum", TORCH_BOX(&wrong_sum));
 }
 """
 
 
 @pytest.fixture(scope="module")
-def block_sums(tmp_path_factory: pytest.TempPathFactory) -> Iterator[torch._ops.OpOverload]:
+def block_sums() -> Iterator[torch._ops.OpOverload]:
     source = cache_folder(BUILD, "support") / "block_sums" / "op_cuda.cu"
     if not source.exists() or source.read_text() != SOURCE:
         source.parent.mkdir(parents=True, exist_ok=True)
@@ -70,6 +86,7 @@ def block_sums(tmp_path_factory: pytest.TempPathFactory) -> Iterator[torch._ops.
     library = torch.library.Library("simt_support", "DEF")
     library.define("block_sums(Tensor values, int threads) -> Tensor")
     library.define("fresh_memory(Tensor like) -> Tensor")
+    library.define("wrong_sum(Tensor values, int how) -> Tensor")
     torch.ops.load_library(str(compiled(BUILD, source.parent.parent, [source]) / "kernels.so"))
     yield torch.ops.simt_support.block_sums.default
     library._destroy()
@@ -84,6 +101,23 @@ def test_memory_that_an_operator_asks_for_is_poisoned(block_sums: torch._ops.OpO
     used_before = [torch.full((50, 7), 3.0) for _ in range(20)]
     del used_before
     assert torch.ops.simt_support.fresh_memory(torch.ones(1)).isnan().all()
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        # The values are a part of a larger tensor, which AddressSanitizer could not tell from the rest.
+        (1, r"op_cuda.cu:\d+: touches 4 bytes of .*, which are not the device's, or past the end of a tensor"),
+        (2, r"op_cuda.cu:\d+: touches 4 bytes of .*, which are not the device's, or past the end of a tensor"),
+        (3, r"simt: code of the host touches memory of the device, at op_cuda.cu:\d+"),
+    ],
+)
+def test_memory_that_is_not_where_it_is_used(block_sums: torch._ops.OpOverload, how: int, message: str) -> None:
+    values = torch.ones(64)[:32]
+    assert torch.ops.simt_support.wrong_sum(values, 0).tolist() == [32.0]
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.simt_support.wrong_sum(values, how)
+    assert torch.ops.simt_support.wrong_sum(values, 0).tolist() == [32.0]
 
 
 def test_launch_error_is_raised_and_the_next_call_is_well(block_sums: torch._ops.OpOverload) -> None:
