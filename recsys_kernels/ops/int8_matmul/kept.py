@@ -21,6 +21,7 @@ class _Kept(NamedTuple):
 
     tensors: tuple[TensorWeakRef | None, ...]
     versions: tuple[int, ...]
+    values: tuple[torch.Tensor | None, ...]  # of those that are trained: fused optimizers write without counting it
     numbers: tuple[int, ...]
     packed: torch.Tensor
 
@@ -32,11 +33,14 @@ _kept = WeakTensorKeyDictionary()
 def _is_current(kept: _Kept, tensors: Sequence[torch.Tensor | None], numbers: Sequence[int]) -> bool:
     if len(tensors) != len(kept.tensors) or tuple(numbers) != kept.numbers:
         return False
-    for tensor, known, version in zip(tensors, kept.tensors, kept.versions, strict=True):
+    for tensor, known, version, values in zip(tensors, kept.tensors, kept.versions, kept.values, strict=True):
         if tensor is None or known is None:
             if tensor is not known:
                 return False
-        elif known() is not tensor or tensor._version != version:
+            continue
+        if known() is not tensor or tensor._version != version:
+            return False
+        if tensor.requires_grad and (values is None or not torch.equal(tensor, values)):
             return False
     return True
 
@@ -51,7 +55,7 @@ def _packed(
     tensors = (*weights, *weight_scales, *biases, *input_qparams)
     # An inference tensor does not count what is written to it.
     counts = not any(tensor is not None and tensor.is_inference() for tensor in tensors)
-    kept = _kept.get(weights[0]) if counts else None
+    kept = _kept.get(weights[0]) if counts and weights else None
     if kept is not None and _is_current(kept, tensors, numbers):
         return kept.packed
     layers = reference.split_layers(weights, weight_scales, biases, input_qparams, numbers)
@@ -61,7 +65,8 @@ def _packed(
     if counts:
         known = tuple(None if tensor is None else TensorWeakRef(tensor) for tensor in tensors)
         versions = tuple(0 if tensor is None else tensor._version for tensor in tensors)
-        _kept[weights[0]] = _Kept(known, versions, tuple(numbers), packed)
+        values = tuple(t.detach().clone() if t is not None and t.requires_grad else None for t in tensors)
+        _kept[weights[0]] = _Kept(known, versions, values, tuple(numbers), packed)
     return packed
 
 

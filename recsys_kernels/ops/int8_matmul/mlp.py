@@ -109,13 +109,15 @@ class Int8MLP(torch.nn.Sequential):
 
     def _is_current(self, layers: list[Int8Linear]) -> bool:
         seen = self._seen
-        return len(layers) == len(seen) and all(map(Int8Linear.is_as, layers, seen))
+        try:
+            return len(layers) == len(seen) and all(map(Int8Linear.is_as, layers, seen))
+        except KeyError:  # a module of another kind has taken a layer's place
+            return False
 
     def _current_pack(self, layers: list[Int8Linear]) -> torch.Tensor:
         """The packed layers, as fresh as their state."""
         packed = self._packed
         if packed is None or not self._is_current(layers):
-            self._check_layers()
             self._packed, seen = None, [layer.see() for layer in layers]
             with torch.inference_mode(False):
                 packed = torch.cat([layer.pack() for layer in layers])
@@ -130,19 +132,21 @@ class Int8MLP(torch.nn.Sequential):
         """
         layers = self._layers()
         last = layers[-1]
-        if not torch.compiler.is_compiling() and not _needs_grad(input, layers):
+        needs_grad = torch.is_grad_enabled() and _has_grad(input, layers)
+        if not torch.compiler.is_compiling() and not needs_grad:
             # As in Int8Linear.forward: first without what cannot apply.
             packed = self._packed
             if packed is not None and input.dim() == 2 and self._is_current(layers):
                 run = _backends.implementation("int8_chain", input)
                 if run is CHAIN:
                     return run(input, packed, last.out_features, _backends.dtype_argument(last.dtype))
-            weight = last._buffers["weight"]
-            assert weight is not None
-            if runs_packed(weight):
+        self._check_layers()
+        if not needs_grad:
+            if torch.compiler.is_compiling():
+                if runs_compiled(last.weight):
+                    return run_compiled(layers, input, last.dtype)
+            elif runs_packed(last.weight):
                 return op.chain(input, self._current_pack(layers), last.out_features, last.dtype)
-        if torch.compiler.is_compiling() and not _needs_grad(input, layers) and runs_compiled(last.weight):
-            return run_compiled(layers, input, last.dtype)
         for layer in layers[:-1]:
             input = layer.run(input, torch.float32)
         return last(input)
@@ -157,10 +161,8 @@ class Int8MLP(torch.nn.Sequential):
         return {**self.__dict__, "_seen": [], "_packed": None}
 
 
-def _needs_grad(input: torch.Tensor, layers: list[Int8Linear]) -> bool:
-    if not torch.is_grad_enabled():
-        return False
-    biases = (layer._parameters["bias"] for layer in layers)
+def _has_grad(input: torch.Tensor, layers: list[Int8Linear]) -> bool:
+    biases = (layer._parameters.get("bias") for layer in layers)
     return input.requires_grad or any(bias is not None and bias.requires_grad for bias in biases)
 
 
