@@ -438,6 +438,11 @@ testing.assert_matches(bag.weight.grad, wanted)
 for bits in (8, 4):
     q = rk.QuantizedEmbeddingBag.from_float(bag, bits)
     testing.assert_matches(q(ids), q.to_float()(ids))
+mlp = torch.nn.Sequential(torch.nn.Linear(9, 20), torch.nn.ReLU(), torch.nn.Linear(20, 3))
+q = rk.Int8MLP.from_float(mlp)
+x = torch.randn(5, 9)
+assert (q(x) - mlp(x)).abs().max() < 0.05
+q(x).sum().backward()
 c = rk.EmbeddingBagCollection([rk.EmbeddingBagConfig("a", 5, 4)])
 c({"a": (torch.tensor([0, 1]), torch.tensor([0]))}).sum().backward()
 c.quantize()({"a": (torch.tensor([0, 1]), torch.tensor([0]))})

@@ -402,6 +402,8 @@ _SANITIZED_TESTS = (
     "test_collection.py::test_mapping_and_jagged_input",
     "test_collection.py::test_operator_checks_the_plan",
     "test_collection.py::test_results_do_not_depend_on_threads",
+    "test_int8_linear.py",
+    "test_int8_chain.py",
 )
 
 
