@@ -59,7 +59,9 @@ inline vf apply(Epilogue e, vf x) {
     case Epilogue::sigmoid:
       return sigmoid(x);
     default:
-      return simd::mul(x, sigmoid(x));
+      // Below -104 the true result is zero in float32, but that of the bounded exponential times a large x is
+      // not.
+      return simd::mul(simd::at_least(x, simd::broadcast(-104.0f)), sigmoid(x));
   }
 }
 
