@@ -22,8 +22,10 @@ import numpy as np
 import numpy.typing as npt
 
 SOURCE = Path(__file__).with_name("gather_probe.c")
-# T0 is probed as well because which of the two is the limit depends on the CPU (on Zen 4 it is T1, by 2x).
+# Which hint and which order is the limit depends on the CPU and on the row: on Zen 4 it is T1, by 2x, and for rows of
+# four lines and more the order line by line, by 1.7x.
 LEVELS = {"T1": 1, "T0": 0}
+ORDERS = {"row by row": 0, "16 rows line by line": 1, "16 rows line by line, then into L1": 2}
 DISTANCES = (32, 64)
 PASSES = 3
 WORD = 0x0101010101010101  # the probed memory is filled with ones, so every checksum is known
@@ -57,7 +59,7 @@ def _library() -> ctypes.CDLL:
         library = ctypes.CDLL(str(target))  # stays mapped when the file goes
     library.gather_rows.restype = library.read_sequentially.restype = ctypes.c_uint64
     size, pointer = ctypes.c_size_t, ctypes.c_void_p
-    library.gather_rows.argtypes = [pointer, pointer, size, size, ctypes.c_int, size]
+    library.gather_rows.argtypes = [pointer, pointer, size, size, ctypes.c_int, ctypes.c_int, size]
     library.read_sequentially.argtypes = [pointer, size]
     return library
 
@@ -104,9 +106,9 @@ def probe(ids: npt.NDArray[np.int64], rows: int, row_bytes: int, threads: int = 
         base = table.ctypes.data
         huge = min(1.0, max(0, _on_huge_pages() - before) / size)
 
-        def gather(part: int, level: int, ahead: int) -> int:
+        def gather(part: int, level: int, order: int, ahead: int) -> int:
             mine = parts[part]
-            return int(library.gather_rows(base, mine.ctypes.data, mine.size, row_bytes, level, ahead))
+            return int(library.gather_rows(base, mine.ctypes.data, mine.size, row_bytes, level, order, ahead))
 
         def sequential(part: int) -> int:
             return int(library.read_sequentially(base + part * (size // threads), size // threads))
@@ -114,11 +116,14 @@ def probe(ids: npt.NDArray[np.int64], rows: int, row_bytes: int, threads: int = 
         seconds, name = min(
             (
                 _seconds(
-                    functools.partial(gather, level=level, ahead=ahead), threads, WORD * ids.size * row_bytes // 8
+                    functools.partial(gather, level=level, order=number, ahead=ahead),
+                    threads,
+                    WORD * ids.size * row_bytes // 8,
                 ),
-                f"{hint} {ahead} rows ahead",
+                f"{hint} {ahead} rows ahead, {order}",
             )
             for hint, level in LEVELS.items()
+            for order, number in ORDERS.items()
             for ahead in DISTANCES
         )
         straight = _seconds(sequential, threads, WORD * size // 8)
