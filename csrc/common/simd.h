@@ -176,6 +176,7 @@ inline bool row_addresses(const Index* indices, uint64_t num_rows, int64_t exclu
 // *_i            vectors of 32-bit integers;  round_i rounds to nearest, of equals to the even one
 // dot            acc + the products of 4 unsigned bytes (the same for all lanes) with 4 signed bytes a lane,
 //                exactly; splits_bytes: it takes the unsigned ones as split_bytes leaves them
+// add_pairs      acc + the products of 2 signed 16-bit numbers a lane, where splits_bytes
 
 #if defined(__AVX512F__)
 
@@ -251,6 +252,9 @@ inline vi round_i(vf x) { return _mm512_cvtps_epi32(x); }
 inline vi bits_i(vf x) { return _mm512_castps_si512(x); }
 inline vf float_i(vi x) { return _mm512_castsi512_ps(x); }
 inline vi magnitude_bits(vf x) { return _mm512_and_si512(bits_i(x), _mm512_set1_epi32(0x7fffffff)); }
+inline bool all_finite(vf x) {
+  return _mm512_cmpgt_epi32_mask(magnitude_bits(x), _mm512_set1_epi32(0x7f7fffff)) == 0;
+}
 inline vi shift_left_23(vi x) { return _mm512_slli_epi32(x, 23); }
 inline void store_u8(uint8_t* p, vi x) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(x));
@@ -280,9 +284,11 @@ inline Weights4 load_weights(const int8_t* p) {
   return {_mm512_srai_epi16(_mm512_slli_epi16(w, 8), 8), _mm512_srai_epi16(w, 8)};
 }
 constexpr bool splits_bytes = true;
-inline Bytes4 broadcast_bytes(const uint8_t* p) {
-  return {_mm512_set1_epi32(load_word(p)), _mm512_set1_epi32(load_word(p + 4))};
-}
+inline vi broadcast_word(const uint8_t* p) { return _mm512_set1_epi32(load_word(p)); }
+inline Bytes4 broadcast_bytes(const uint8_t* p) { return {broadcast_word(p), broadcast_word(p + 4)}; }
+inline vi load_i16(const int16_t* p) { return _mm512_loadu_si512(p); }
+inline void store_i16(int16_t* p, vi x) { _mm512_storeu_si512(p, x); }
+inline vi add_pairs(vi acc, vi a, vi b) { return add_i(acc, _mm512_madd_epi16(a, b)); }
 inline vi dot(vi acc, Bytes4 a, Weights4 w) {
   return add_i(acc, add_i(_mm512_madd_epi16(a.even, w.even), _mm512_madd_epi16(a.odd, w.odd)));
 }
@@ -346,6 +352,10 @@ inline vi round_i(vf x) { return _mm256_cvtps_epi32(x); }
 inline vi bits_i(vf x) { return _mm256_castps_si256(x); }
 inline vf float_i(vi x) { return _mm256_castsi256_ps(x); }
 inline vi magnitude_bits(vf x) { return _mm256_and_si256(bits_i(x), _mm256_set1_epi32(0x7fffffff)); }
+inline bool all_finite(vf x) {
+  return _mm256_movemask_ps(float_i(_mm256_cmpgt_epi32(magnitude_bits(x), _mm256_set1_epi32(0x7f7fffff)))) ==
+         0;
+}
 inline vi shift_left_23(vi x) { return _mm256_slli_epi32(x, 23); }
 inline void store_u8(uint8_t* p, vi x) {
   const __m128i halves = _mm_packus_epi32(_mm256_castsi256_si128(x), _mm256_extracti128_si256(x, 1));
@@ -366,12 +376,18 @@ inline Weights4 load_weights(const int8_t* p) {
   return {_mm256_srai_epi16(_mm256_slli_epi16(w, 8), 8), _mm256_srai_epi16(w, 8)};
 }
 constexpr bool splits_bytes = true;
-inline Bytes4 broadcast_bytes(const uint8_t* p) {
-  return {_mm256_set1_epi32(load_word(p)), _mm256_set1_epi32(load_word(p + 4))};
+inline vi broadcast_word(const uint8_t* p) { return _mm256_set1_epi32(load_word(p)); }
+inline Bytes4 broadcast_bytes(const uint8_t* p) { return {broadcast_word(p), broadcast_word(p + 4)}; }
+inline vi load_i16(const int16_t* p) { return _mm256_loadu_si256(reinterpret_cast<const vi*>(p)); }
+inline void store_i16(int16_t* p, vi x) { _mm256_storeu_si256(reinterpret_cast<vi*>(p), x); }
+inline vi add_pairs(vi acc, vi a, vi b) {
+  acc = add_i(acc, _mm256_madd_epi16(a, b));
+  // One after the other: gcc would have all products wait in registers, and the sums in memory.
+  asm volatile("" : "+x"(acc));
+  return acc;
 }
 inline vi dot(vi acc, Bytes4 a, Weights4 w) {
   acc = add_i(acc, add_i(_mm256_madd_epi16(a.even, w.even), _mm256_madd_epi16(a.odd, w.odd)));
-  // One after the other: gcc would have all products wait in registers, and the sums in memory.
   asm volatile("" : "+x"(acc));
   return acc;
 }
@@ -498,6 +514,10 @@ inline int32_t largest_i(vi x) {
   for (int i = 1; i < lanes; ++i) most = of[i] > most ? of[i] : most;
   return most;
 }
+#endif
+
+#if !defined(__AVX2__)
+inline bool all_finite(vf x) { return largest_i(magnitude_bits(x)) < 0x7f800000; }
 #endif
 
 // Stores of the first n elements, rounded to nearest even.

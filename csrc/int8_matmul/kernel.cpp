@@ -28,6 +28,14 @@ constexpr int most_rows = 4;
 // Of quantized activations.
 constexpr int64_t bytes_for_four = simd::splits_bytes ? 8 : 4;
 
+// Where products are of 16 bits, weights are widened once for many rows: each has then two products and two
+// sums for 4 of k, and no shifts, which leaves registers for taller tiles.
+#if defined(__AVX2__) && !defined(__AVX512VNNI__)
+#define RK_INT8_WIDENS 1
+#endif
+constexpr int wide_rows = 6;
+constexpr int64_t wide_columns = simd::splits_bytes ? most_blocks * block : 0;
+
 // ---- quantization ----
 
 inline int32_t round_one(float x) {
@@ -58,10 +66,29 @@ Range range_of(const float* x, int64_t n) {
   return {simd::smallest(low), simd::largest(high), simd::largest_i(bits) < 0x7f800000};
 }
 
+// Floats to bytes, with the scale and zero point of their row.
+class Quantizer {
+ public:
+  explicit Quantizer(const RowScale& row)
+      : inverse_(simd::broadcast(1.0f / row.scale)),
+        low_(simd::broadcast(static_cast<float>(-row.zero_point))),
+        high_(simd::broadcast(static_cast<float>(255 - row.zero_point))),
+        zero_(simd::broadcast_i(row.zero_point)) {}
+
+  vi operator()(vf x) const {
+    x = simd::at_least(simd::at_most(simd::mul(x, inverse_), high_), low_);
+    return simd::add_i(simd::round_i(x), zero_);
+  }
+
+ private:
+  vf inverse_, low_, high_;
+  vi zero_;
+};
+
 RowScale quantize_row(const Layer& layer, const float* x, uint8_t* q) {
   const Range range = range_of(x, layer.k);
   if (!range.finite) {
-    std::memset(q, 0, static_cast<size_t>(layer.padded_k() / 4 * bytes_for_four));
+    std::memset(q, 0, static_cast<size_t>(layer.padded_k()));
     return {simd::float_of(0x7fc00000), 0};
   }
   RowScale row{layer.input_scale, layer.input_zero_point};
@@ -73,14 +100,7 @@ RowScale quantize_row(const Layer& layer, const float* x, uint8_t* q) {
     const int32_t zero = round_one(-range.low * (1.0f / row.scale));
     row.zero_point = zero < 0 ? 0 : zero > 255 ? 255 : zero;
   }
-  const vf inverse = simd::broadcast(1.0f / row.scale);
-  const vi zero = simd::broadcast_i(row.zero_point);
-  const vf low = simd::broadcast(static_cast<float>(-row.zero_point));
-  const vf high = simd::broadcast(static_cast<float>(255 - row.zero_point));
-  const auto quantize = [&](vf v) {
-    v = simd::at_least(simd::at_most(simd::mul(v, inverse), high), low);
-    return simd::add_i(simd::round_i(v), zero);
-  };
+  const Quantizer quantize(row);
   int64_t k = 0;
   for (; k + lanes <= layer.k; k += lanes) simd::store_u8(q + k, quantize(simd::load_f32(x + k)));
   if (k < layer.k) {
@@ -89,7 +109,6 @@ RowScale quantize_row(const Layer& layer, const float* x, uint8_t* q) {
     std::memcpy(q + k, last, static_cast<size_t>(layer.k - k));
   }
   std::memset(q + layer.k, 0, static_cast<size_t>(layer.padded_k() - layer.k));
-  if (simd::splits_bytes) simd::split_bytes(q, layer.padded_k());
   return row;
 }
 
@@ -105,6 +124,11 @@ struct Tile {
   float* out;
   int64_t out_stride;
   int64_t column;
+  const int16_t* wide;  // the tile's weights as widen() leaves them, or null
+  // Where a layer with static activations follows, the output goes there instead, quantized for it.
+  const Layer* next;
+  uint8_t* next_bytes;
+  RowScale* next_rows;
 };
 
 template <int M, int V>
@@ -123,7 +147,7 @@ inline void dot_bytes(const Layer& layer, const Tile& t, int64_t begin4, int64_t
   const int64_t panel = layer.padded_k() / 4 * block_bytes, stride = t.bytes_stride;
   // Sums of its own: gcc copies those of the caller around in every step.
   vi acc[M][V];
-#pragma GCC unroll 4
+#pragma GCC unroll 8
   for (int i = 0; i < M; ++i) {
 #pragma GCC unroll 4
     for (int v = 0; v < V; ++v) acc[i][v] = simd::zero_i();
@@ -134,18 +158,71 @@ inline void dot_bytes(const Layer& layer, const Tile& t, int64_t begin4, int64_t
     for (int v = 0; v < V; ++v) {
       b[v] = simd::load_weights(w + v / vectors_a_block * panel + v % vectors_a_block * 4 * lanes);
     }
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int i = 0; i < M; ++i) {
       const simd::Bytes4 a = simd::broadcast_bytes(x + i * stride);
 #pragma GCC unroll 4
       for (int v = 0; v < V; ++v) acc[i][v] = simd::dot(acc[i][v], a, b[v]);
     }
   }
-#pragma GCC unroll 4
+#pragma GCC unroll 8
   for (int i = 0; i < M; ++i) {
 #pragma GCC unroll 4
     for (int v = 0; v < V; ++v) out[i][v] = acc[i][v];
   }
+}
+
+#if RK_INT8_WIDENS
+// [padded k / 4][even, odd][V vectors]: what dot() makes of the packed weights each time.
+template <int V>
+__attribute__((noinline)) void widen(const Layer& layer, int64_t column, int16_t* out) {
+  constexpr int64_t values = 2 * lanes;
+  for (int64_t k4 = 0; k4 < layer.padded_k() / 4; ++k4, out += 2 * V * values) {
+    for (int v = 0; v < V; ++v) {
+      const simd::Weights4 w = simd::load_weights(weights_at(layer, column, v, k4));
+      simd::store_i16(out + v * values, w.even);
+      simd::store_i16(out + (V + v) * values, w.odd);
+    }
+  }
+}
+
+template <int M, int V>
+inline void dot_wide(const Tile& t, int64_t begin4, int64_t end4, vi (&out)[M][V]) {
+  constexpr int64_t values = 2 * lanes;
+  const int16_t* w = t.wide + begin4 * 2 * V * values;
+  const uint8_t* x = t.bytes + bytes_for_four * begin4;
+  const int64_t stride = t.bytes_stride;
+  vi acc[M][V];
+#pragma GCC unroll 8
+  for (int i = 0; i < M; ++i) {
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) acc[i][v] = simd::zero_i();
+  }
+  for (int64_t n = 2 * (end4 - begin4); n > 0; --n, w += V * values, x += 4) {
+    vi b[V];
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) b[v] = simd::load_i16(w + v * values);
+#pragma GCC unroll 8
+    for (int i = 0; i < M; ++i) {
+      const vi a = simd::broadcast_word(x + i * stride);
+#pragma GCC unroll 4
+      for (int v = 0; v < V; ++v) acc[i][v] = simd::add_pairs(acc[i][v], a, b[v]);
+    }
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < M; ++i) {
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) out[i][v] = acc[i][v];
+  }
+}
+#endif
+
+template <int M, int V>
+inline void dot(const Layer& layer, const Tile& t, int64_t begin4, int64_t end4, vi (&out)[M][V]) {
+#if RK_INT8_WIDENS
+  if constexpr (M == wide_rows) return dot_wide<M, V>(t, begin4, end4, out);
+#endif
+  dot_bytes<M, V>(layer, t, begin4, end4, out);
 }
 
 template <int J, int M, int V>
@@ -154,14 +231,14 @@ inline void add_products(const Layer& layer, const Tile& t, int64_t k4, const fl
 #pragma GCC unroll 4
   for (int v = 0; v < V; ++v) {
     const vf w = simd::weight_as_float<J>(weights_at(layer, t.column, v, k4));
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int i = 0; i < M; ++i) acc[i][v] = simd::fma(simd::broadcast(x[i]), w, acc[i][v]);
   }
 }
 
 template <int M, int V>
 inline void dot_floats(const Layer& layer, const Tile& t, int64_t begin4, int64_t end4, Sums<M, V>& acc) {
-#pragma GCC unroll 4
+#pragma GCC unroll 8
   for (int i = 0; i < M; ++i) {
 #pragma GCC unroll 4
     for (int v = 0; v < V; ++v) acc[i][v] = simd::zero();
@@ -186,9 +263,9 @@ inline void group_sums(const Layer& layer, const Tile& t, int64_t group, Sums<M,
   const int64_t end4 = group + 1 == layer.groups ? all : begin4 + layer.group / 4;
   if (layer.scheme == Scheme::weight_only) return dot_floats<M, V>(layer, t, begin4, end4, sums);
   vi acc[M][V];
-  dot_bytes<M, V>(layer, t, begin4, end4, acc);
+  dot<M, V>(layer, t, begin4, end4, acc);
   const int32_t* of_weights = layer.sums + group * layer.padded_n() + t.column;
-#pragma GCC unroll 4
+#pragma GCC unroll 8
   for (int i = 0; i < M; ++i) {
     const vi zero = simd::broadcast_i(t.rows[i].zero_point);
 #pragma GCC unroll 4
@@ -210,12 +287,21 @@ inline void finish(const Layer& layer, const Tile& t, int v, vf (&y)[M]) {
   const vf bias = simd::load_f32(layer.bias + column);
   if (epilogue == Epilogue::none || epilogue == Epilogue::relu) {
     const vf least = simd::broadcast(epilogue == Epilogue::relu ? 0.0f : -__builtin_inff());
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int i = 0; i < M; ++i) y[i] = simd::at_least(simd::add(y[i], bias), least);
   } else {
     for (int i = 0; i < M; ++i) y[i] = apply(epilogue, simd::add(y[i], bias));
   }
-#pragma GCC unroll 4
+  if (t.next != nullptr) {
+    const Quantizer quantize({t.next->input_scale, t.next->input_zero_point});
+    for (int i = 0; i < M; ++i) {
+      // A whole vector: columns past the last have weights of zero in the next layer.
+      simd::store_u8(t.next_bytes + i * t.bytes_stride + column, quantize(y[i]));
+      if (!simd::all_finite(y[i])) t.next_rows[i].scale = simd::float_of(0x7fc00000);
+    }
+    return;
+  }
+#pragma GCC unroll 8
   for (int i = 0; i < M; ++i) {
     if (left >= lanes) {
       simd::store_f32(out + i * stride, y[i]);
@@ -229,7 +315,7 @@ inline void finish(const Layer& layer, const Tile& t, int v, vf (&y)[M]) {
 template <int M, int V>
 inline void tile_of_columns(const Layer& layer, const Tile& t) {
   vi acc[M][V];
-  dot_bytes<M, V>(layer, t, 0, layer.padded_k() / 4, acc);
+  dot<M, V>(layer, t, 0, layer.padded_k() / 4, acc);
   const int32_t* sums = layer.sums + t.column;
   const float* scales = layer.scales + t.column;
 #pragma GCC unroll 4
@@ -237,7 +323,7 @@ inline void tile_of_columns(const Layer& layer, const Tile& t) {
     const vi of_weights = simd::load_i32(sums + v * lanes);
     const vf scale = simd::load_f32(scales + v * lanes);
     vf y[M];
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int i = 0; i < M; ++i) {
       const vi sum = simd::sub_i(acc[i][v], simd::mul_i(simd::broadcast_i(t.rows[i].zero_point), of_weights));
       y[i] = simd::mul(simd::to_float(sum), simd::mul(simd::broadcast(t.rows[i].scale), scale));
@@ -277,12 +363,23 @@ void tile(const Layer& layer, const Tile& t) {
 }
 
 template <int B>
-void tile_rows(const Layer& layer, Tile t, int64_t rows) {
+void tile_rows(const Layer& layer, Tile t, int64_t rows, [[maybe_unused]] int16_t* wide) {
   const auto advance = [&](int64_t by) {
     if (t.bytes != nullptr) t.bytes += by * t.bytes_stride, t.rows += by;
     if (t.floats != nullptr) t.floats += by * t.floats_stride;
+    if (t.next != nullptr) t.next_bytes += by * t.bytes_stride, t.next_rows += by;
     t.out += by * t.out_stride;
   };
+#if RK_INT8_WIDENS
+  if (t.bytes != nullptr && rows >= 2 * wide_rows) {
+    widen<B * vectors_a_block>(layer, t.column, wide);
+    t.wide = wide;
+    for (; rows >= wide_rows; rows -= wide_rows) {
+      tile<wide_rows, B>(layer, t);
+      advance(wide_rows);
+    }
+  }
+#endif
   for (; rows >= most_rows; rows -= most_rows) {
     tile<most_rows, B>(layer, t);
     advance(most_rows);
@@ -294,23 +391,24 @@ void tile_rows(const Layer& layer, Tile t, int64_t rows) {
 
 // ---- layers ----
 
-void multiply(const Layer& layer, Tile t, int64_t rows, int64_t first_block, int64_t last_block) {
+void multiply(const Layer& layer, Tile t, int64_t rows, int64_t first_block, int64_t last_block,
+              int16_t* wide) {
   for (int64_t b = first_block; b < last_block;) {
     t.column = b * block;
     const int64_t left = last_block - b;
     if constexpr (most_blocks == 4) {
       if (left >= 4) {
-        tile_rows<4>(layer, t, rows);
+        tile_rows<4>(layer, t, rows, wide);
         b += 4;
         continue;
       }
       if (left >= 2) {
-        tile_rows<2>(layer, t, rows);
+        tile_rows<2>(layer, t, rows, wide);
         b += 2;
         continue;
       }
     }
-    tile_rows<1>(layer, t, rows);
+    tile_rows<1>(layer, t, rows, wide);
     ++b;
   }
 }
@@ -349,30 +447,45 @@ void run_slice(const Layer* layers, int64_t count, const FloatMatrix& in, const 
     x_stride = scratch.width;
     next = 1;
   }
+  const bool narrow = out.type != FloatType::f32;
+  bool quantized = false;  // by the layer before
+  int side = 0;            // of the scratch's bytes
   for (int64_t l = 0; l < count; ++l) {
     const Layer& layer = layers[l];
-    const bool direct = l + 1 == count && out.type == FloatType::f32;
     Tile t{};
-    t.out = direct ? static_cast<float*>(out.data) + row * out.stride : scratch.floats[next];
-    t.out_stride = direct ? out.stride : scratch.width;
     if (layer.scheme == Scheme::weight_only) {
       t.floats = x;
       t.floats_stride = x_stride;
     } else {
+      t.bytes = scratch.bytes[side];
+      t.rows = scratch.scales[side];
       for (int64_t r = 0; r < rows; ++r) {
-        scratch.scales[r] = quantize_row(layer, x + r * x_stride, scratch.bytes + r * scratch.bytes_stride);
+        uint8_t* q = scratch.bytes[side] + r * scratch.bytes_stride;
+        if (!quantized) scratch.scales[side][r] = quantize_row(layer, x + r * x_stride, q);
+        if (simd::splits_bytes) simd::split_bytes(q, layer.padded_k());
       }
-      t.bytes = scratch.bytes;
-      t.bytes_stride = scratch.bytes_stride;
-      t.rows = scratch.scales;
     }
-    multiply(layer, t, rows, count == 1 ? first_block : 0,
-             count == 1 ? last_block : layer.padded_n() / block);
-    x = t.out;
-    x_stride = t.out_stride;
-    next ^= 1;
+    t.bytes_stride = scratch.bytes_stride;
+    quantized = l + 1 < count && layers[l + 1].scheme == Scheme::fixed;
+    if (quantized) {
+      side ^= 1;
+      t.next = &layers[l + 1];
+      t.next_bytes = scratch.bytes[side];
+      t.next_rows = scratch.scales[side];
+      for (int64_t r = 0; r < rows; ++r) t.next_rows[r] = {t.next->input_scale, t.next->input_zero_point};
+    } else {
+      const bool direct = l + 1 == count && !narrow;
+      t.out = direct ? static_cast<float*>(out.data) + row * out.stride : scratch.floats[next];
+      t.out_stride = direct ? out.stride : scratch.width;
+      x = t.out;
+      x_stride = t.out_stride;
+      next ^= 1;
+    }
+    const bool one = count == 1;
+    multiply(layer, t, rows, one ? first_block : 0, one ? last_block : layer.padded_n() / block,
+             scratch.wide);
   }
-  if (out.type == FloatType::f32) return;
+  if (!narrow) return;
   const Layer& last = layers[count - 1];
   const int64_t first = count == 1 ? first_block * block : 0;
   const int64_t end = count == 1 && last_block * block < last.n ? last_block * block : last.n;
@@ -390,4 +503,4 @@ void run(const Layer* layers, int64_t count, const FloatMatrix& in, const FloatM
 
 }  // namespace
 
-extern "C" const rk::Int8MatmulKernels RK_CONCAT(rk_int8_matmul_, RK_ISA) = {run};
+extern "C" const rk::Int8MatmulKernels RK_CONCAT(rk_int8_matmul_, RK_ISA) = {run, wide_columns};

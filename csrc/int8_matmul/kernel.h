@@ -61,9 +61,11 @@ struct RowScale {
 struct Scratch {
   float* floats[2];  // [rows][widest padded n, or k]
   int64_t width;
-  uint8_t* bytes;  // [rows][twice the largest padded k]
+  // Of a layer's quantized input and of the next one's.
+  uint8_t* bytes[2];  // [rows][twice the largest padded k, and at least the largest padded n]
   int64_t bytes_stride;
-  RowScale* scales;  // [rows]
+  RowScale* scales[2];  // [rows]
+  int16_t* wide;        // [wide_columns][largest padded k], aligned to 64 bytes
 };
 
 struct Int8MatmulKernels {
@@ -71,6 +73,7 @@ struct Int8MatmulKernels {
   // only the columns of the blocks [first_block, last_block) are computed.
   void (*run)(const Layer*, int64_t layers, const FloatMatrix& in, const FloatMatrix& out, int64_t first,
               int64_t last, int64_t rows, int64_t first_block, int64_t last_block, const Scratch&);
+  int64_t wide_columns;  // of which the kernels keep a copy with 16 bits a weight; 0 where they need none
 };
 
 }  // namespace rk

@@ -198,11 +198,15 @@ struct Operands {
     const int8_t* w = static_cast<const int8_t*>(weight.data_ptr());
     const float* given = static_cast<const float*>(scale.data_ptr());
     for (int64_t row = 0; row < n; ++row) {
-      int8_t* column =
-          reinterpret_cast<int8_t*>(out + at.weights) + row / block * at.padded_k * block + row % block * 4;
-      for (int64_t i = 0; i < k; ++i) {
-        column[i / 4 * 4 * block + i % 4] = w[row * k + i];
-        sums[i / group * at.padded_n + row] += w[row * k + i];
+      const int8_t* from = w + row * k;
+      uint8_t* to = out + at.weights + row / block * at.padded_k * block + row % block * 4;
+      for (int64_t i = 0; i < k; i += 4, to += 4 * block) {
+        std::memcpy(to, from + i, static_cast<size_t>(std::min<int64_t>(4, k - i)));
+      }
+      for (int64_t g = 0; g < at.groups; ++g) {
+        int32_t sum = 0;
+        for (int64_t i = g * group; i < std::min(k, (g + 1) * group); ++i) sum += from[i];
+        sums[g * at.padded_n + row] = sum;
       }
       for (int64_t g = 0; g < at.groups; ++g) scales[g * at.padded_n + row] = given[row * at.groups + g];
     }
@@ -234,19 +238,26 @@ class Buffers {
       width_ = std::max({width_, layer.padded_k(), layer.padded_n()});
     }
     width_ = round_up(width_, block);
-    stride_ = round_up(2 * k, 64);
-    const int64_t of_floats = floats ? 8 * rows * width_ : 0;
-    memory_.reset(new char[static_cast<size_t>(of_floats + rows * stride_ +
-                                               rows * static_cast<int64_t>(sizeof(RowScale)))]);
-    char* p = memory_.get();
-    scratch = {{floats ? reinterpret_cast<float*>(p) : nullptr,
-                floats ? reinterpret_cast<float*>(p) + rows * width_ : nullptr},
-               width_,
-               reinterpret_cast<uint8_t*>(p + of_floats + rows * static_cast<int64_t>(sizeof(RowScale))),
-               stride_,
-               reinterpret_cast<RowScale*>(p + of_floats)};
+    stride_ = round_up(std::max(2 * k, width_), 64);
+    constexpr int64_t line = 64;
+    const int64_t of_wide = 2 * kernels().wide_columns * k, of_floats = floats ? 8 * rows * width_ : 0;
+    const int64_t of_scales = round_up(rows * static_cast<int64_t>(sizeof(RowScale)), line);
+    memory_.reset(
+        new char[static_cast<size_t>(of_wide + of_floats + 2 * (of_scales + rows * stride_) + line)]);
+    char* p = memory_.get() + line - reinterpret_cast<uintptr_t>(memory_.get()) % line;
+    scratch.wide = reinterpret_cast<int16_t*>(p);
+    p += of_wide;
+    if (floats)
+      scratch.floats[0] = reinterpret_cast<float*>(p), scratch.floats[1] = scratch.floats[0] + rows * width_;
+    scratch.width = width_;
+    p += of_floats;
+    for (int side = 0; side < 2; ++side, p += of_scales + rows * stride_) {
+      scratch.scales[side] = reinterpret_cast<RowScale*>(p);
+      scratch.bytes[side] = reinterpret_cast<uint8_t*>(p + of_scales);
+    }
+    scratch.bytes_stride = stride_;
   }
-  Scratch scratch;
+  Scratch scratch{};
 
  private:
   int64_t width_ = 0, stride_ = 0;
@@ -332,9 +343,10 @@ Tensor int8_linear(const Tensor& input_arg, const Tensor& weight, const Tensor& 
   float_type(dtype, "dtype");
   Tensor out = rk::empty_tensor(sizes, dtype);
   if (m == 0) return out;
-  std::vector<uint8_t> packed(static_cast<size_t>(operands.packed_bytes()));
-  operands.pack(packed.data());
-  run(parse(packed.data(), operands.packed_bytes()), in, matrix(out, operands.header.n, "dtype"), m);
+  const Tensor packed = rk::empty_tensor({operands.packed_bytes()}, ScalarType::Byte);
+  uint8_t* layer = static_cast<uint8_t*>(packed.data_ptr());
+  operands.pack(layer);
+  run(parse(layer, operands.packed_bytes()), in, matrix(out, operands.header.n, "dtype"), m);
   return out;
 }
 
