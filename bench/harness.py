@@ -8,6 +8,7 @@ are reported. One-thread cases are pinned to one CPU.
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import itertools
 import os
@@ -102,6 +103,19 @@ def gate(side: Side, work: Workload) -> None:
                 raise GateError(f"{side.name} is wrong on {work.case.name}: {error}") from error
 
 
+def keep_freed_memory() -> None:
+    """Has glibc keep what was freed, up to 32 MiB a block (the most it takes).
+
+    Otherwise it depends on the order of frees whether a call gets fresh pages for its output, and a page fault costs
+    up to 2 us in a virtual machine: the gradient of a 25 MiB table took 1.5 or 7 ms. Servers use allocators that keep.
+    """
+    glibc = ctypes.CDLL(None)
+    if hasattr(glibc, "mallopt"):
+        trim_threshold, mmap_threshold = -1, -3
+        glibc.mallopt(trim_threshold, 2**31 - 1)
+        glibc.mallopt(mmap_threshold, 32 << 20)
+
+
 @contextmanager
 def quiet(threads: int) -> Iterator[None]:
     """No garbage collection, and this thread on `threads` CPUs (torch's own threads inherit them)."""
@@ -162,6 +176,7 @@ class Comparison:
     """One case, ready to be compared: `.own` is our side (gated), `.limit` the probe's result, `.work` the data."""
 
     def __init__(self, case: Case, quick: bool = False) -> None:
+        keep_freed_memory()
         self.quick, self.work = quick, Workload(case, quick)
         self.seconds, self.min_rounds = (0.05, 5) if quick else (2.0, 11)
         self.limit: probe.Limit | None = None

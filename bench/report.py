@@ -42,7 +42,8 @@ PACKAGES = ("torch", "fbgemm_gpu-cpu", "torchrec", "numpy")
 
 NOTE = """\
 Ratios are theirs / ours (above 1: ours is faster): the median over rounds that alternate the two sides in one process,
-with the 10th and 90th percentile. GB/s count the bytes of the rows read. The last-level cache holds {cache}: a table of
+with the 10th and 90th percentile; every turn of a side begins with a call that is not timed, and malloc keeps what is
+freed, for both. GB/s count the bytes of the rows read. The last-level cache holds {cache}: a table of
 less than twice that is partly served from it. The limit is what a probe reads from the same rows, on 2 MiB pages, with
 nothing but prefetches and loads; small or skewed cases stay in caches and the call itself counts, so their share of it
 says little. "Reached" also asks for a ratio of at least 1.0 against every peer."""
