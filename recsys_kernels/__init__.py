@@ -20,6 +20,8 @@ from .ops.embedding_bag import (
 from .ops.int8_matmul import Int8Linear, Int8MLP
 
 if TYPE_CHECKING:
+    from .compress.calibrate import calibrate
+    from .compress.equalize import equalize
     from .compress.optimize import optimize
     from .doctor import doctor
     from .models import load_model
@@ -36,8 +38,10 @@ __all__ = [
     "QuantizedEmbeddingBag",
     "backend",
     "bounds_check",
+    "calibrate",
     "check_bounds",
     "doctor",
+    "equalize",
     "functional",
     "load_model",
     "optimize",
@@ -66,7 +70,13 @@ except (ValueError, RuntimeError) as error:
     sys.exit(2)
 
 # Imported at first use: a program that only looks rows up pays nothing for them.
-_LATER = {"optimize": ".compress.optimize", "load_model": ".models", "doctor": ".doctor"}
+_LATER = {
+    "calibrate": ".compress.calibrate",
+    "doctor": ".doctor",
+    "equalize": ".compress.equalize",
+    "load_model": ".models",
+    "optimize": ".compress.optimize",
+}
 
 
 def __getattr__(name: str) -> Any:

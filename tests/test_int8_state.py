@@ -112,7 +112,7 @@ def changes(module: rk.Int8Linear, run: Any) -> dict[str, Callable[[], Any]]:
         optimizer.zero_grad()
 
     def assign(name: str, value: torch.Tensor) -> None:
-        setattr(module, name, value)
+        setattr(module, name, torch.nn.Parameter(value) if name in module._parameters else value)
 
     bias = module.bias
     assert bias is not None

@@ -1,4 +1,4 @@
-"""How each kind of layer gets smaller. A new kind is one more converter in ``CONVERTERS``."""
+"""How a kind of layer gets smaller: what a converter is, and the one of embedding tables (linear layers: linear.py)."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
+from torch.nn.parameter import is_lazy
 
 from ..ops.embedding_bag import EmbeddingBag, QuantizedEmbedding, QuantizedEmbeddingBag
 from ..ops.embedding_bag.op import BagSpec, quantized_embedding_bag
@@ -19,7 +20,7 @@ class Converter(Protocol):
 
     Attributes:
         option: the argument of ``optimize`` that chooses the new form.
-        choices: values of that argument.
+        choices: values of that argument, beside None.
         swaps: the classes that can be swapped.
         handles: classes that are of this kind, swapped or not: the report has a line for each.
         parameters: names of the parameters of a layer that can be swapped.
@@ -34,8 +35,11 @@ class Converter(Protocol):
     def shape(self, module: Any) -> tuple[int, int]:
         """Rows and columns."""
 
-    def reason_to_keep(self, module: Any, choice: str) -> str | None:
-        """Why a layer of a class in ``swaps`` cannot be swapped or would gain nothing; None if it can."""
+    def reason_to_keep(self, module: Any, choice: str, parents: Sequence[torch.nn.Module]) -> str | None:
+        """Why a layer of a class in ``swaps`` cannot be swapped or would gain nothing; None if it can.
+
+        ``parents`` are the modules that it is in.
+        """
 
     def convert(self, modules: Sequence[Any], choice: str) -> list[Any]:
         """The new forms of layers that share one weight; they share the new one. ValueError: its values forbid it."""
@@ -56,7 +60,7 @@ class TableConverter:
     def shape(self, module: Any) -> tuple[int, int]:
         return module.num_embeddings, module.embedding_dim
 
-    def reason_to_keep(self, module: Any, choice: str) -> str | None:
+    def reason_to_keep(self, module: Any, choice: str, parents: Sequence[torch.nn.Module]) -> str | None:
         if module.max_norm is not None:
             return "max_norm changes its rows at every lookup"
         weight = module.weight
@@ -105,11 +109,8 @@ def _with_table_of(other: Any, module: Any) -> Any:
     return new.train(module.training)
 
 
-CONVERTERS: tuple[Converter, ...] = (TableConverter(),)
-
-
 def stored_bytes(module: torch.nn.Module) -> int:
     """Bytes of the memory of all parameters and buffers; what is shared counts once."""
-    tensors = [t for t in (*module.parameters(), *module.buffers()) if t.layout == torch.strided]
+    tensors = [t for t in (*module.parameters(), *module.buffers()) if not is_lazy(t) and t.layout == torch.strided]
     storages = {t.untyped_storage()._cdata: t.untyped_storage() for t in tensors}
     return sum(storage.nbytes() for storage in storages.values())

@@ -10,10 +10,10 @@ import ast
 import inspect
 import os
 import sys
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.overrides import TorchFunctionMode
@@ -23,6 +23,8 @@ _EACH = "[]"  # a step of a path: every item of a container
 _Path = tuple[str, ...]
 # What reads no values: it means the same whatever form the weight has.
 _HARMLESS = frozenset({"device"})
+# Attributes that say nothing of what is inside a container.
+_OF_EVERY_MODULE = frozenset({"training", "train", "eval", "forward", "to", "requires_grad_", "zero_grad"})
 _TORCH = os.path.dirname(torch.__file__) + os.sep
 
 
@@ -35,14 +37,20 @@ class SourceReads:
 
     Attributes:
         places: id of a layer -> where its weight is read.
+        taken: id of a container -> where something else is done with it than to call it.
         unknown: names of methods whose source is not available.
     """
 
     places: dict[int, str] = field(default_factory=dict)
+    taken: dict[int, str] = field(default_factory=dict)
     unknown: set[str] = field(default_factory=set)
 
 
-def source_reads(modules: Collection[torch.nn.Module], layers: Collection[torch.nn.Module]) -> SourceReads:
+def source_reads(
+    modules: Collection[torch.nn.Module],
+    layers: Collection[torch.nn.Module],
+    containers: Collection[torch.nn.Module] = (),
+) -> SourceReads:
     """Reads of ``<path from self>.weight`` in the methods of ``modules``.
 
     Paths are followed through attributes, items of containers and local names that stand for them. A layer handed to
@@ -52,9 +60,10 @@ def source_reads(modules: Collection[torch.nn.Module], layers: Collection[torch.
     Args:
         modules: all modules of a model.
         layers: those whose readers are asked for; their own methods do not count.
+        containers: Sequentials of which is asked whether they are only called.
     """
-    wanted = {id(layer) for layer in layers}
-    readers = [m for m in modules if id(m) not in wanted and _is_own(type(m))]
+    wanted = _Wanted({id(layer) for layer in layers}, {id(container) for container in containers})
+    readers = [m for m in modules if id(m) not in wanted.layers and _is_own(type(m))]
     reads = SourceReads()
     done = _follow(readers, "forward", wanted, reads) | _follow(readers, "__init__", wanted, SourceReads())
     for module in readers:
@@ -64,8 +73,15 @@ def source_reads(modules: Collection[torch.nn.Module], layers: Collection[torch.
     return reads
 
 
+class _Wanted(NamedTuple):
+    """Ids of the modules that are asked for."""
+
+    layers: set[int]
+    containers: set[int]
+
+
 def _follow(
-    modules: Collection[torch.nn.Module], name: str, wanted: set[int], reads: SourceReads
+    modules: Collection[torch.nn.Module], name: str, wanted: _Wanted, reads: SourceReads
 ) -> set[tuple[int, Any]]:
     """Scans a method of every module and the methods that it uses; returns what it has scanned."""
     queue = [(module, function) for module in modules for function in _named(module, name)]
@@ -78,7 +94,7 @@ def _follow(
     return seen
 
 
-def _scan(module: torch.nn.Module, function: Any, wanted: set[int], reads: SourceReads) -> list[tuple[Any, Any]]:
+def _scan(module: torch.nn.Module, function: Any, wanted: _Wanted, reads: SourceReads) -> list[tuple[Any, Any]]:
     """Notes the reads in one method; returns the methods that it uses, as (module, function)."""
     code = _read_source(function)
     if code is None:
@@ -92,11 +108,15 @@ def _scan(module: torch.nn.Module, function: Any, wanted: set[int], reads: Sourc
             if isinstance(target, torch.nn.Module)
             for method in _named(target, name)
         ]
+    file = os.path.basename(function.__code__.co_filename)
     for path, line in code.weights:
         for target in _resolve(module, path):
-            if id(target) in wanted:
-                file = os.path.basename(function.__code__.co_filename)
+            if id(target) in wanted.layers:
                 reads.places.setdefault(id(target), f"{function.__qualname__} ({file}:{line})")
+    for path, line in code.mentions if wanted.containers else ():
+        for target in _resolve(module, path):
+            if id(target) in wanted.containers:
+                reads.taken.setdefault(id(target), f"{function.__qualname__} ({file}:{line})")
     return used
 
 
@@ -148,10 +168,12 @@ def _step(value: Any, name: str) -> list[Any]:
 
 @dataclass(frozen=True)
 class _Source:
-    """What a method's source holds: attributes as (path of the owner, name), and reads of weights as (path, line)."""
+    """What a method's source holds: attributes as (path of the owner, name); as (path, line) reads of weights, and
+    mentions of something where it is neither called nor given a name."""
 
     attributes: tuple[tuple[_Path, str], ...] = ()
     weights: tuple[tuple[_Path, int], ...] = ()
+    mentions: tuple[tuple[_Path, int], ...] = ()
 
 
 @lru_cache(maxsize=4096)
@@ -172,14 +194,27 @@ def _read_source(function: Any) -> _Source | None:
         for node in nodes:
             paths.learn(node)
     harmless = {id(n.value) for n in nodes if isinstance(n, ast.Attribute) and n.attr in _HARMLESS}
-    attributes, weights = [], []
+    named = _called_or_named(nodes)
+    attributes, weights, mentions = [], [], []
     for node in nodes:
+        mentioned = isinstance(node, (ast.Attribute, ast.Subscript, ast.Name)) and isinstance(node.ctx, ast.Load)
+        if mentioned and id(node) not in named and (path := paths.of(node)):
+            assert isinstance(node, ast.expr)
+            mentions.append((path, first + node.lineno - 2))
         if isinstance(node, (ast.Attribute, ast.Call)) and (path := paths.of(node)):
             if isinstance(node, ast.Attribute):
                 attributes.append((path[:-1], path[-1]))
             if path[-1] == "weight" and id(node) not in harmless:
                 weights.append((path[:-1], first + node.lineno - 2))
-    return _Source(tuple(attributes), tuple(sorted(weights, key=lambda read: read[1])))
+    weights.sort(key=lambda read: read[1])
+    return _Source(tuple(attributes), tuple(weights), tuple(mentions))
+
+
+def _called_or_named(nodes: Sequence[ast.AST]) -> set[int]:
+    """Ids of expressions that are called, get a local name, or are asked for what every module has."""
+    found = {id(node.func) for node in nodes if isinstance(node, ast.Call)}
+    found |= {id(n.value) for n in nodes if isinstance(n, ast.Assign) and isinstance(n.targets[0], ast.Name)}
+    return found | {id(n.value) for n in nodes if isinstance(n, ast.Attribute) and n.attr in _OF_EVERY_MODULE}
 
 
 class _Paths:

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
 from ... import _backends
 from . import op, reference
-from .reference import GROUPS, MAX_IN_FEATURES, MIN_SCALE, STATIC
+from .reference import GROUPS, MAX_IN_FEATURES, MIN_SCALE, STATIC, WEIGHT_ONLY
 
-_MODULES: dict[str, type[torch.nn.Module]] = {
+if TYPE_CHECKING:
+    from .qat import QATLinear
+
+MODULES: dict[str, type[torch.nn.Module]] = {
     "relu": torch.nn.ReLU,
     "gelu": torch.nn.GELU,
     "sigmoid": torch.nn.Sigmoid,
@@ -33,7 +36,7 @@ class Seen(NamedTuple):
     bias_version: int
     qparams: torch.Tensor | None
     qparams_version: int
-    bias_values: torch.Tensor | None  # of a bias that is trained
+    values: tuple[torch.Tensor, ...] | None  # of the parameters, once they are trained
 
 
 def input_qparams(low: float, high: float) -> torch.Tensor:
@@ -75,7 +78,27 @@ def quantize_weight(weight: torch.Tensor, granularity: str | int) -> tuple[torch
     return torch.round(weight / spread).clamp(-127.0, 127.0).to(torch.int8), scale
 
 
-class Int8Linear(torch.nn.Module):
+class FixedTypes(torch.nn.Module):
+    """A module whose tensors keep their types: casts choose that of its output, ``dtype``."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.dtype = _output_type(dtype)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        # .half() and .to(dtype) choose the type of the output; the stored tensors have types of their own.
+        dtype = _output_type(fn(torch.empty(0, dtype=self.dtype)).dtype)
+
+        def keep_type(tensor: torch.Tensor) -> torch.Tensor:
+            new = fn(tensor)
+            return new if new.dtype == tensor.dtype else tensor.to(new.device)
+
+        super()._apply(keep_type, recurse)
+        self.dtype = dtype
+        return self
+
+
+class Int8Linear(FixedTypes):
     """``torch.nn.Linear`` with int8 weights, an int8 product and a fused activation function.
 
     Weights are quantized symmetrically, ``weight = q * weight_scale``; activations to 8 bits with a scale and a zero
@@ -84,11 +107,13 @@ class Int8Linear(torch.nn.Module):
     NaN and touches no other.
 
     State (``state_dict``): ``weight`` int8 [out_features, in_features]; ``weight_scale`` float32 [out_features, 1]
-    (per channel), [1, 1] (per tensor) or [out_features, groups]; the parameter ``bias`` float32 [out_features];
-    ``input_qparams`` float32 [2], scale and zero point of the activations (``"static"`` only). On the CPU the kernels
-    read a packed copy, which is made at the first call and again when one of these was replaced or written to.
+    (per channel), [1, 1] (per tensor) or [out_features, groups], a parameter of ``"weight_only"`` layers and else a
+    buffer; the parameter ``bias`` float32 [out_features]; ``input_qparams`` float32 [2], scale and zero point of the
+    activations (``"static"`` only). On the CPU the kernels read a packed copy, which is made at the first call and
+    again when one of these was replaced or written to.
 
-    The gradients of input and bias go through the dequantized weights. ``.half()``, ``.bfloat16()`` and ``.to(dtype)``
+    The gradients of input and bias go through the dequantized weights; ``"weight_only"`` layers also have the gradient
+    of ``weight_scale``. :meth:`qat` trains the weights themselves. ``.half()``, ``.bfloat16()`` and ``.to(dtype)``
     choose the type of the output; the state keeps its types.
 
     A new layer has zero weights, to load a state into; :meth:`from_float` quantizes one.
@@ -128,7 +153,7 @@ class Int8Linear(torch.nn.Module):
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(dtype or torch.get_default_dtype())
         if not 1 <= in_features <= MAX_IN_FEATURES or out_features < 1:
             raise ValueError(
                 f"in_features must be from 1 to {MAX_IN_FEATURES} and out_features at least 1, "
@@ -139,7 +164,6 @@ class Int8Linear(torch.nn.Module):
             raise ValueError(f"granularity must be 'channel', 'tensor', 32, 64 or 128, but is {granularity!r}")
         if input_range is not None and activation != "static":
             raise ValueError(f"input_range is for activation='static', but activation is {activation!r}")
-        self.dtype = _output_type(dtype or torch.get_default_dtype())
         self.in_features, self.out_features = in_features, out_features
         self.activation, self.epilogue, self.granularity = activation, epilogue, granularity
         grouped = isinstance(granularity, int)
@@ -149,7 +173,11 @@ class Int8Linear(torch.nn.Module):
         scales = (1 if granularity == "tensor" else out_features, groups)
         with torch.inference_mode(False):  # inference tensors would not say when they are written to
             self.register_buffer("weight", torch.zeros(out_features, in_features, dtype=torch.int8, device=device))
-            self.register_buffer("weight_scale", torch.full(scales, MIN_SCALE, dtype=torch.float32, device=device))
+            scale = torch.full(scales, MIN_SCALE, dtype=torch.float32, device=device)
+            if self._scheme == WEIGHT_ONLY:
+                self.register_parameter("weight_scale", torch.nn.Parameter(scale))
+            else:
+                self.register_buffer("weight_scale", scale)
             zeros = torch.zeros(out_features, dtype=torch.float32, device=device)
             self.register_parameter("bias", torch.nn.Parameter(zeros) if bias else None)
             qparams = None
@@ -157,8 +185,8 @@ class Int8Linear(torch.nn.Module):
                 # Without a range the scale is 0, which forward() refuses.
                 qparams = torch.zeros(2) if input_range is None else input_qparams(*input_range)
             self.register_buffer("input_qparams", None if qparams is None else qparams.to(device))
-        # Fused optimizers write to a bias without counting it as written to. So once a call was recorded for its
-        # gradient its values are compared, which takes 1 us.
+        # Fused optimizers write to parameters without counting them as written to. So once a call was recorded for
+        # their gradient their values are compared, which takes 1 us for each.
         self._trains = False
         self._seen: Seen | None = None
         self._packed: torch.Tensor | None = None
@@ -200,20 +228,67 @@ class Int8Linear(torch.nn.Module):
             weight.dtype,
             weight.device,
         )
-        new._set(weight, bias)
+        new.set_float(weight, bias)
         return new.train(linear.training)
 
+    @classmethod
+    def qat(
+        cls,
+        linear: torch.nn.Linear,
+        activation: str = "dynamic",
+        *,
+        epilogue: str | None = None,
+        granularity: str | int = "channel",
+        ranges: str = "running",
+        input_range: tuple[float, float] | None = None,
+        momentum: float = 0.1,
+    ) -> QATLinear:
+        """A trainable layer for quantization-aware training; its ``convert()`` gives the deployed one, bit for bit.
+
+        (Jacob et al., 2018, see the class. The gradients: see :class:`~recsys_kernels.ops.int8_matmul.qat.QATLinear`.)
+
+        Args:
+            linear: the float layer to start from, which is not changed.
+            activation, epilogue, granularity: see the class.
+            ranges: how a ``"static"`` range is found. ``"running"``: a moving average of the minimum and maximum of the
+                batches. ``"learnable"``: by gradient, from the range of the first batch on.
+            input_range: (low, high) to start from, for ``"static"``; else that of the first batch.
+            momentum: share of a new batch in a running range.
+
+        Raises:
+            TypeError: not a ``torch.nn.Linear``.
+            ValueError: an unknown option, or what :meth:`from_float` refuses.
+        """
+        from .qat import QATLinear
+
+        return QATLinear(linear, activation, epilogue, granularity, ranges, input_range, momentum)
+
     @torch.no_grad()
-    def _set(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+    def set_float(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+        """Quantizes float weights into the layer.
+
+        Raises:
+            ValueError: a row of the weights or an element of the bias is NaN or infinite (named).
+        """
         q, scale = quantize_weight(weight, self.granularity)
         self.weight.copy_(q)
         self.weight_scale.copy_(scale)
+        if self._scheme == WEIGHT_ONLY:
+            self.weight_scale.requires_grad_(weight.requires_grad)
         if self.bias is not None and bias is not None:
             if not bias.is_meta and not torch.isfinite(bias).all():
                 at = int((~torch.isfinite(bias)).nonzero()[0])
                 raise ValueError(f"element {at} of bias is NaN or infinity")
             self.bias.copy_(bias)
             self.bias.requires_grad_(bias.requires_grad)
+
+    def with_epilogue(self, epilogue: str | None) -> Int8Linear:
+        """A layer with the same tensors (no copies) that applies another function to its result."""
+        sizes = (self.in_features, self.out_features, self.bias is not None, self.activation, epilogue)
+        new = Int8Linear(*sizes, self.granularity, dtype=self.dtype, device="meta")
+        new.weight, new.weight_scale, new.bias = self.weight, self.weight_scale, self.bias
+        new.input_qparams = self.input_qparams
+        return new.train(self.training)
 
     def dequantize(self) -> torch.Tensor:
         """The weights as floats, [out_features, in_features] of type ``self.dtype``."""
@@ -231,28 +306,34 @@ class Int8Linear(torch.nn.Module):
             linear.bias.requires_grad_(self.bias.requires_grad)
         if self.epilogue is None:
             return linear.train(self.training)
-        return torch.nn.Sequential(linear, _MODULES[self.epilogue]()).train(self.training)
+        return torch.nn.Sequential(linear, MODULES[self.epilogue]()).train(self.training)
 
     # ---- the packed copy --------------------------------------------------------------------------------------------
 
     def is_as(self, seen: Seen | None) -> bool:
         """Whether no tensor of the layer was replaced or written to since it was seen."""
         # Straight from the dicts, one comparison after the other: a request of one row takes 3 us.
-        buffers = self._buffers
+        buffers, parameters = self._buffers, self._parameters
         if seen is None:
             return False
         weight, weight_version, scale, scale_version, bias, bias_version, qparams, qparams_version, values = seen
         return (
             buffers["weight"] is weight
-            and buffers["weight_scale"] is scale
-            and self._parameters["bias"] is bias
+            and (parameters if self._scheme == WEIGHT_ONLY else buffers)["weight_scale"] is scale
+            and parameters["bias"] is bias
             and buffers["input_qparams"] is qparams
             and weight._version == weight_version
             and scale._version == scale_version
             and (bias is None or bias._version == bias_version)
             and (qparams is None or qparams._version == qparams_version)
-            and (not self._trains or bias is None or (values is not None and torch.equal(bias, values)))
+            and (not self._trains or self._have_values(values))
         )
+
+    def _have_values(self, values: tuple[torch.Tensor, ...] | None) -> bool:
+        return values is not None and all(map(torch.equal, values, self._trained()))
+
+    def _trained(self) -> list[torch.Tensor]:
+        return [parameter for parameter in self._parameters.values() if parameter is not None]
 
     def see(self) -> Seen:
         """The layer's tensors as they are now."""
@@ -261,8 +342,9 @@ class Int8Linear(torch.nn.Module):
             for name, buffer in self._buffers.items():
                 if buffer is not None and buffer.is_inference():
                     self._buffers[name] = buffer.clone()
-            if self.bias is not None and self.bias.is_inference():
-                self.bias = torch.nn.Parameter(self.bias.clone(), self.bias.requires_grad)
+            for name, parameter in self._parameters.items():
+                if parameter is not None and parameter.is_inference():
+                    self._parameters[name] = torch.nn.Parameter(parameter.clone(), parameter.requires_grad)
         bias, qparams = self.bias, self.input_qparams
         return Seen(
             self.weight,
@@ -273,18 +355,18 @@ class Int8Linear(torch.nn.Module):
             0 if bias is None else bias._version,
             qparams,
             0 if qparams is None else qparams._version,
-            None if bias is None or not self._trains else bias.detach().clone(),
+            tuple(parameter.detach().clone() for parameter in self._trained()) if self._trains else None,
         )
 
     def operands(self) -> op.Operands:
         """The layer as the operators take it: from ``weight`` to ``activation``."""
-        buffers = self._buffers
-        weight, scale = buffers["weight"], buffers["weight_scale"]
+        buffers, parameters = self._buffers, self._parameters
+        weight, scale = buffers["weight"], (parameters if self._scheme == WEIGHT_ONLY else buffers)["weight_scale"]
         assert weight is not None
         assert scale is not None
         if self.granularity == "tensor":
             scale = scale.expand(self.out_features, 1)
-        bias, qparams = self._parameters["bias"], buffers["input_qparams"]
+        bias, qparams = parameters["bias"], buffers["input_qparams"]
         return weight, scale, self._group, bias, qparams, self._scheme, self._epilogue
 
     def pack(self) -> torch.Tensor:
@@ -314,8 +396,12 @@ class Int8Linear(torch.nn.Module):
 
     def needs_grad(self, input: torch.Tensor) -> bool:
         """Whether a call with this input is recorded for a gradient."""
-        bias = self._parameters["bias"]
-        return torch.is_grad_enabled() and (input.requires_grad or (bias is not None and bias.requires_grad))
+        return torch.is_grad_enabled() and (input.requires_grad or self.is_trained())
+
+    def is_trained(self) -> bool:
+        """Whether a parameter has a gradient."""
+        bias, scale = self._parameters["bias"], self._parameters.get("weight_scale")
+        return (bias is not None and bias.requires_grad) or (scale is not None and scale.requires_grad)
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """[..., in_features] of float32, float16 or bfloat16 to [..., out_features].
@@ -336,8 +422,7 @@ class Int8Linear(torch.nn.Module):
         """:meth:`forward` with another type of the output."""
         needs_grad = self.needs_grad(input)
         if needs_grad and not self._trains and not torch.compiler.is_exporting():
-            bias = self._parameters["bias"]
-            self._trains = bias is not None and bias.requires_grad
+            self._trains = self.is_trained()
         if torch.compiler.is_compiling():
             if runs_compiled(self.weight) and not needs_grad:
                 return run_compiled([self], input, dtype)
@@ -361,14 +446,14 @@ class Int8Linear(torch.nn.Module):
     ) -> None:
         wrong = [
             f"{prefix}{name} {reason} in the state_dict"
-            for name, buffer in self._buffers.items()
-            if buffer is not None and isinstance(given := state_dict.get(prefix + name), torch.Tensor)
-            if (reason := _wrong_state(name, given, buffer))
+            for name, own in (*self._buffers.items(), ("weight_scale", self.weight_scale))
+            if own is not None and isinstance(given := state_dict.get(prefix + name), torch.Tensor)
+            if (reason := _wrong_state(name, given, own))
         ]
         bias = state_dict.get(prefix + "bias")
         if isinstance(bias, torch.Tensor) and not bias.is_floating_point():
             wrong.append(f"{prefix}bias must be a float type, but is {bias.dtype} in the state_dict")
-        errors.extend(wrong)
+        errors.extend(dict.fromkeys(wrong))
         if wrong:
             return
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)
@@ -377,15 +462,8 @@ class Int8Linear(torch.nn.Module):
         self._packed = None
 
     def _apply(self, fn: Any, recurse: bool = True) -> Int8Linear:
-        # .half() and .to(dtype) choose the type of the output; the stored tensors have types of their own.
-        dtype = _output_type(fn(torch.empty(0, dtype=self.dtype)).dtype)
-
-        def keep_type(tensor: torch.Tensor) -> torch.Tensor:
-            new = fn(tensor)
-            return new if new.dtype == tensor.dtype else tensor.to(new.device)
-
-        super()._apply(keep_type, recurse)
-        self.dtype, self._packed = dtype, None
+        super()._apply(fn, recurse)
+        self._packed = None
         return self
 
     def __getstate__(self) -> dict[str, Any]:
@@ -430,16 +508,17 @@ def _output_type(dtype: torch.dtype) -> torch.dtype:
     return dtype
 
 
-def _wrong_state(name: str, given: torch.Tensor, buffer: torch.Tensor) -> str | None:
-    """What is wrong with a buffer that is to be loaded, or None. Its shape is checked by torch."""
-    if given.dtype != buffer.dtype:  # torch would cast floats to meaningless integers
-        return f"must be {buffer.dtype}, but is {given.dtype}"
+def _wrong_state(name: str, given: torch.Tensor, own: torch.Tensor) -> str | None:
+    """What is wrong with a tensor that is to be loaded, or None. Its shape is checked by torch."""
+    if given.dtype != own.dtype:  # torch would cast floats to meaningless integers
+        return f"must be {own.dtype}, but is {given.dtype}"
     if given.is_meta or name == "weight":
         return None
     if not torch.isfinite(given).all():
         return "holds NaN or infinity"
     if name == "weight_scale":
-        return None if (given > 0).all() else "must be positive"
-    scale, zero_point = given.tolist() if given.shape == buffer.shape else (0.0, 0.0)
+        # One that was trained may have any sign.
+        return None if isinstance(own, torch.nn.Parameter) or (given > 0).all() else "must be positive"
+    scale, zero_point = given.tolist() if given.shape == own.shape else (0.0, 0.0)
     good = scale >= 0 and 0 <= zero_point <= 255 and zero_point == math.floor(zero_point)
     return None if good else f"must be a scale and an integer from 0 to 255, but is {(scale, zero_point)}"

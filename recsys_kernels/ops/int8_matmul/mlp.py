@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -11,7 +11,10 @@ from ... import _backends
 from . import op
 from .linear import CHAIN, Int8Linear, Seen, run_compiled, runs_compiled, runs_packed
 
-_EPILOGUES: dict[type[torch.nn.Module], str] = {
+if TYPE_CHECKING:
+    from .qat import QATMLP
+
+EPILOGUES: dict[type[torch.nn.Module], str] = {
     torch.nn.ReLU: "relu",
     torch.nn.GELU: "gelu",
     torch.nn.Sigmoid: "sigmoid",
@@ -63,13 +66,7 @@ class Int8MLP(torch.nn.Sequential):
             ValueError: no Linear, a function that can't be folded (named), or input_ranges of another length; and what
                 :meth:`Int8Linear.from_float` raises.
         """
-        if not isinstance(mlp, torch.nn.Sequential):
-            raise TypeError(f"mlp must be a torch.nn.Sequential, but is a {type(mlp).__name__}")
-        steps = _steps(mlp)
-        if not steps:
-            raise ValueError("mlp holds no torch.nn.Linear")
-        if input_ranges is not None and len(input_ranges) != len(steps):
-            raise ValueError(f"input_ranges must have one range for each of the {len(steps)} layers")
+        steps = _checked_steps(mlp, input_ranges)
         if activation == "static" and input_ranges is None:
             raise ValueError("activation='static' needs input_ranges, the range of each layer's input")
         layers = [
@@ -83,6 +80,43 @@ class Int8MLP(torch.nn.Sequential):
             for number, (linear, epilogue) in enumerate(steps)
         ]
         return cls(*layers).train(mlp.training)
+
+    @classmethod
+    def qat(
+        cls,
+        mlp: torch.nn.Sequential,
+        activation: str = "dynamic",
+        *,
+        granularity: str | int = "channel",
+        ranges: str = "running",
+        input_ranges: Sequence[tuple[float, float]] | None = None,
+        momentum: float = 0.1,
+    ) -> QATMLP:
+        """A trainable MLP for quantization-aware training; its ``convert()`` gives the deployed one, bit for bit.
+
+        Args:
+            mlp: as for :meth:`from_float`; it is not changed. Dropout stays for the time of the training, after the
+                function that the layer before it is followed by.
+            activation, granularity, ranges, momentum: see :meth:`Int8Linear.qat`; the same for every layer.
+            input_ranges: (low, high) of the input of each Linear to start from, for ``"static"``.
+
+        Raises:
+            TypeError, ValueError: what :meth:`from_float` and :meth:`Int8Linear.qat` raise.
+        """
+        from .qat import QATMLP
+
+        steps = _checked_steps(mlp, input_ranges)
+        modules: list[torch.nn.Module] = []
+        number = 0
+        for _, module in _flat(mlp):
+            if isinstance(module, torch.nn.Linear):
+                known = None if input_ranges is None else input_ranges[number]
+                options = {"granularity": granularity, "ranges": ranges, "input_range": known, "momentum": momentum}
+                modules.append(Int8Linear.qat(module, activation, epilogue=steps[number][1], **options))  # type: ignore[arg-type]
+                number += 1
+            elif isinstance(module, torch.nn.Dropout):
+                modules.append(torch.nn.Dropout(module.p))
+        return QATMLP(*modules).train(mlp.training)
 
     def to_float(self) -> torch.nn.Sequential:
         """The layers with dequantized weights, and their functions, in one Sequential."""
@@ -161,9 +195,22 @@ class Int8MLP(torch.nn.Sequential):
         return {**self.__dict__, "_seen": [], "_packed": None}
 
 
+def _checked_steps(
+    mlp: torch.nn.Sequential, input_ranges: Sequence[tuple[float, float]] | None
+) -> list[tuple[torch.nn.Linear, str | None]]:
+    """The layers of a float MLP, of which there is at least one, and a range for each if there are ranges."""
+    if not isinstance(mlp, torch.nn.Sequential):
+        raise TypeError(f"mlp must be a torch.nn.Sequential, but is a {type(mlp).__name__}")
+    steps = _steps(mlp)
+    if not steps:
+        raise ValueError("mlp holds no torch.nn.Linear")
+    if input_ranges is not None and len(input_ranges) != len(steps):
+        raise ValueError(f"input_ranges must have one range for each of the {len(steps)} layers")
+    return steps
+
+
 def _has_grad(input: torch.Tensor, layers: list[Int8Linear]) -> bool:
-    biases = (layer._parameters.get("bias") for layer in layers)
-    return input.requires_grad or any(bias is not None and bias.requires_grad for bias in biases)
+    return input.requires_grad or any(layer.is_trained() for layer in layers)
 
 
 def _flat(modules: torch.nn.Sequential, prefix: str = "") -> Iterator[tuple[str, torch.nn.Module]]:
@@ -180,12 +227,12 @@ def _steps(mlp: torch.nn.Sequential) -> list[tuple[torch.nn.Linear, str | None]]
     for name, module in _flat(mlp):
         if isinstance(module, torch.nn.Linear):
             steps.append((module, None))
-        elif type(module) in _EPILOGUES:
+        elif type(module) in EPILOGUES:
             if not steps or steps[-1][1] is not None:
                 raise ValueError(f"{name} ({module}) does not follow a Linear, so that it can't be folded into one")
             if isinstance(module, torch.nn.GELU) and module.approximate != "none":
                 raise ValueError(f"{name} ({module}) is not the exact function, which is the one that layers have")
-            steps[-1] = (steps[-1][0], _EPILOGUES[type(module)])
+            steps[-1] = (steps[-1][0], EPILOGUES[type(module)])
         elif not isinstance(module, torch.nn.Dropout | torch.nn.Identity):
             raise TypeError(f"{name} is a {type(module).__name__}, which an Int8MLP can't hold")
     return steps

@@ -74,6 +74,14 @@ def dequantize(weight: torch.Tensor, weight_scale: torch.Tensor, group: int) -> 
     return weight * scale
 
 
+def sum_groups(values: torch.Tensor, group: int) -> torch.Tensor:
+    """Sums of the values of every scale: [N, K] to [N, G]."""
+    if group:
+        values = torch.nn.functional.pad(values, (0, -values.shape[1] % group))
+        return values.unflatten(1, (-1, group)).sum(2)
+    return values.sum(1, keepdim=True)
+
+
 def chain(input: torch.Tensor, packed: torch.Tensor, out_features: int, dtype: torch.dtype) -> torch.Tensor:
     """Packed layers over an input of any shape [..., K]; no gradient."""
     run = _backends.implementation("int8_chain", input)
@@ -87,7 +95,8 @@ def chain(input: torch.Tensor, packed: torch.Tensor, out_features: int, dtype: t
 
 
 class _Int8Linear(torch.autograd.Function):
-    """Gradients of input and bias through the dequantized weights, as if the input had not been rounded.
+    """Gradients of input and bias through the dequantized weights, as if the input had not been rounded; of scheme
+    weight_only, whose input is not, also that of the weights' scale.
 
     (The straight-through estimator of Bengio et al., "Estimating or Propagating Gradients Through Stochastic Neurons
     for Conditional Computation", 2013.)
@@ -118,7 +127,7 @@ class _Int8Linear(torch.autograd.Function):
         # computed again from the input, which is held anyway, it costs one product and no memory.
         again = activation in (GELU, SILU)
         ctx.save_for_backward(
-            input if again else None,
+            input if again or ctx.needs_input_grad[2] else None,
             weight,
             weight_scale,
             bias if again else None,
@@ -141,12 +150,16 @@ class _Int8Linear(torch.autograd.Function):
             layer = (weight, weight_scale, ctx.group, bias, input_qparams, ctx.scheme, NONE)
             backward = torch.ops.aten.gelu_backward if ctx.activation == GELU else torch.ops.aten.silu_backward
             grad = backward(grad, run(input, *layer, torch.float32))
-        grad_input = grad_bias = None
+        grad_input = grad_scale = grad_bias = None
         if ctx.needs_input_grad[0]:
             grad_input = (grad @ dequantize(weight, weight_scale, ctx.group)).to(ctx.dtype)
+        rows = grad.reshape(-1, grad.shape[-1])
+        if ctx.needs_input_grad[2]:
+            products = (rows.t() @ input.float().reshape(-1, input.shape[-1])) * weight
+            grad_scale = sum_groups(products, ctx.group)
         if ctx.needs_input_grad[4]:
-            grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0)
-        return grad_input, None, None, None, grad_bias, None, None, None, None, None
+            grad_bias = rows.sum(0)
+        return grad_input, None, grad_scale, None, grad_bias, None, None, None, None, None
 
 
 def run_layer(
@@ -161,12 +174,13 @@ def run_layer(
     dtype: torch.dtype,
     packed: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """One layer, differentiable in input and bias.
+    """One layer, differentiable in input and bias, and with scheme weight_only in weight_scale.
 
     Args:
         packed: the same layer from ``int8_pack``, where its kernels run; else None.
     """
-    if torch.is_grad_enabled() and (input.requires_grad or (bias is not None and bias.requires_grad)):
+    trained = input.requires_grad or weight_scale.requires_grad or (bias is not None and bias.requires_grad)
+    if trained and torch.is_grad_enabled():
         return _Int8Linear.apply(
             input, weight, weight_scale, group, bias, input_qparams, scheme, activation, dtype, packed
         )
@@ -194,7 +208,8 @@ def int8_linear(
     Args:
         input: [..., K], float32, float16 or bfloat16. Has a gradient (through the dequantized weights).
         weight: int8 [N, K], with 1 <= K <= 65536.
-        weight_scale: float32: [N, ceil(K / group)], or without groups [N], [N, 1] or one number for all.
+        weight_scale: float32: [N, ceil(K / group)], or without groups [N], [N, 1] or one number for all. Has a gradient
+            with ``"weight_only"``.
         bias: [N], a float type. Has a gradient.
         activation: how the input is taken: ``"dynamic"`` (quantized to 8 bits by the range of each row), ``"static"``
             (by ``input_qparams``) or ``"weight_only"`` (in float).
@@ -211,8 +226,8 @@ def int8_linear(
         ValueError: an unknown name.
         RuntimeError: shapes or types that do not fit together, named; a scale of the input that is not positive.
     """
-    if weight_scale.requires_grad and torch.is_grad_enabled():
-        raise RuntimeError("int8_linear: weight_scale has no gradient; detach() it")
+    if weight_scale.requires_grad and torch.is_grad_enabled() and activation != "weight_only":
+        raise RuntimeError("int8_linear: weight_scale has no gradient but with activation='weight_only'; detach() it")
     if weight.dim() == 2:
         if weight_scale.numel() == 1 and not group:
             weight_scale = weight_scale.reshape(1, 1).expand(weight.shape[0], 1)

@@ -1,0 +1,116 @@
+"""Runs of linear layers and activation functions in a ``torch.nn.Sequential``, which become one call."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+
+from ..ops.int8_matmul import Int8MLP
+from ..ops.int8_matmul.mlp import EPILOGUES
+
+if TYPE_CHECKING:
+    from .plan import Layer, Plan
+
+_HOOKS = tuple(n for n in sorted(vars(torch.nn.Module())) if n.endswith(("hooks", "hooks_with_kwargs")))
+
+
+@dataclass(eq=False)
+class Run:
+    """Neighbours in a Sequential that become one module.
+
+    Attributes:
+        sequential: where they are.
+        keys: the children of it whose place the module takes.
+        steps: the linear layers, each with the function that follows it.
+    """
+
+    sequential: torch.nn.Module
+    keys: list[str] = field(default_factory=list)
+    steps: list[tuple[Layer, str | None]] = field(default_factory=list)
+
+    def fold(self) -> None:
+        """Puts the functions into the new layers."""
+        for layer, epilogue in self.steps:
+            if epilogue is not None:
+                layer.new = layer.new.with_epilogue(epilogue)
+
+    def module(self, always_mlp: bool = False) -> torch.nn.Module:
+        """The module, from layers into which the functions are folded."""
+        layers = [layer.new for layer, _ in self.steps]
+        return Int8MLP(*layers) if len(layers) > 1 or always_mlp else layers[0]
+
+
+def find_runs(plan: Plan) -> list[Run]:
+    """The runs of a model whose layers are swapped as the plan says.
+
+    A run starts with a linear layer, and each may be followed by one function. Dropout and Identity inside are left
+    out. A module that the model uses elsewhere as well, or that has hooks, is in no run, nor is a Sequential out of
+    which something takes modules.
+    """
+    runs: list[Run] = []
+    inside: set[int] = set()
+    for module in plan.modules.values():
+        if id(module) in inside or type(module) is not torch.nn.Sequential or not _is_called_whole(module, plan):
+            continue
+        for run in _in_sequential(module, plan):
+            runs.append(run)
+            inside |= {id(m) for key in run.keys for m in module._modules[key].modules()}
+    return runs
+
+
+def _is_called_whole(module: torch.nn.Module, plan: Plan) -> bool:
+    return id(module) not in plan.taken and "forward" not in vars(module)
+
+
+def _in_sequential(sequential: torch.nn.Module, plan: Plan) -> Iterator[Run]:
+    run = Run(sequential)
+    for key, child in sequential._modules.items():
+        steps = _extended(run.steps, child, plan)
+        if steps is None:
+            if _gains(run):
+                yield run
+            run = Run(sequential)
+            steps = _extended([], child, plan)
+        if steps is not None:
+            run.keys.append(key)
+            run.steps = steps
+    if _gains(run):
+        yield run
+
+
+def _gains(run: Run) -> bool:
+    """Whether one call takes the place of two or more that do something."""
+    return len(run.steps) > 1 or (len(run.steps) == 1 and run.steps[0][1] is not None)
+
+
+def _extended(
+    steps: list[tuple[Layer, str | None]], child: torch.nn.Module | None, plan: Plan
+) -> list[tuple[Layer, str | None]] | None:
+    """The steps of a run with one more module; None if it can't be part of the run."""
+    if child is None or any(getattr(child, name) for name in _HOOKS) or id(child) in plan.aliased:
+        return None
+    layer = plan.layers.get(id(child))
+    if layer is not None:
+        if layer.keep is None and isinstance(child, torch.nn.Linear) and len(plan.parents[id(child)]) == 1:
+            return [*steps, (layer, None)]
+        return None
+    if type(child) is torch.nn.Sequential:
+        if len(plan.parents[id(child)]) > 1 or not _is_called_whole(child, plan):
+            return None
+        extended: list[tuple[Layer, str | None]] | None = steps
+        for inner in child._modules.values():
+            extended = None if extended is None else _extended(extended, inner, plan)
+        return extended
+    if not steps or "forward" in vars(child):
+        return None
+    if type(child) in (torch.nn.Dropout, torch.nn.Identity):
+        return steps
+    last, epilogue = steps[-1]
+    if type(child) not in EPILOGUES or epilogue is not None:
+        return None
+    if isinstance(child, torch.nn.GELU) and child.approximate != "none":
+        return None
+    return [*steps[:-1], (last, EPILOGUES[type(child)])]

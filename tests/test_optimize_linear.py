@@ -1,0 +1,600 @@
+"""optimize(linear=...): what becomes one call, what is swapped alone, what stays in float, and what the report says."""
+
+from __future__ import annotations
+
+import copy
+import json
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.utils import parametrizations, prune
+
+import recsys_kernels as rk
+from recsys_kernels.compress import linear as linear_module
+from recsys_kernels.compress.optimize import optimize
+from recsys_kernels.compress.swaps import LayerSwap
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+WIDTH = 24
+
+
+def rows(count: int = 9, width: int = WIDTH) -> torch.Tensor:
+    return torch.randn(count, width, generator=torch.Generator().manual_seed(count))
+
+
+def mlp(*, seed: int = 0) -> nn.Sequential:
+    torch.manual_seed(seed)
+    return nn.Sequential(
+        nn.Linear(WIDTH, 40),
+        nn.ReLU(),
+        nn.Dropout(0.5),
+        nn.Linear(40, 20, bias=False),
+        nn.Dropout(0.5),
+        nn.GELU(),
+        nn.Linear(20, 6),
+    )
+
+
+def by_name(report: Any) -> dict[str, LayerSwap]:
+    return {layer.name: layer for layer in report.layers}
+
+
+def kinds(model: nn.Module) -> dict[str, str]:
+    return {name: type(module).__name__ for name, module in model.named_modules() if name}
+
+
+def only_linear(model: nn.Module, choice: str = "int8", **options: Any) -> tuple[Any, Any]:
+    return optimize(model, None, linear=choice, **options)
+
+
+@pytest.fixture
+def no_timing(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
+    """int8 is always twice as fast; the inputs that were timed."""
+    seen: list[torch.Tensor] = []
+
+    def microseconds(first: Any, second: Any, rows: torch.Tensor) -> tuple[float, float]:
+        first(rows), second(rows)
+        seen.append(rows)
+        return 20.0, 10.0
+
+    monkeypatch.setattr(linear_module, "_microseconds", microseconds)
+    return seen
+
+
+# ---- what becomes one call -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("choice", ["int8", "int8-static", "int8-weight-only"])
+@pytest.mark.parametrize("trains", [True, False])
+def test_an_mlp_becomes_one_call(choice: str, trains: bool) -> None:
+    model = nn.ModuleDict({"top": mlp().train(trains)})
+    before = copy.deepcopy(model.state_dict())
+    ranges = {"top.0": (-3.0, 3.0), "top.3": (0.0, 2.0), "top.6": (-0.2, 1.0)} if choice == "int8-static" else None
+    new, report = only_linear(model, choice, ranges=ranges)
+    assert type(model["top"]) is nn.Sequential
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert type(new["top"]) is rk.Int8MLP
+    assert {module.training for module in new["top"].modules()} == {trains}
+    assert [(layer.action, layer.shape) for layer in report.layers] == [
+        (choice, (40, WIDTH)),
+        (choice, (20, 40)),
+        (choice, (6, 20)),
+    ]
+    wanted = rk.Int8MLP.from_float(
+        model["top"],
+        {"int8": "dynamic", "int8-static": "static", "int8-weight-only": "weight_only"}[choice],
+        input_ranges=None if ranges is None else list(ranges.values()),
+    )
+    with torch.no_grad():
+        assert torch.equal(new["top"](rows()), wanted(rows()))
+        error = (new["top"](rows()) - model["top"].eval()(rows())).abs().max()
+    assert 1e-5 < error < 0.1
+    assert not {p.data_ptr() for p in new.parameters()} & {p.data_ptr() for p in model.parameters()}
+
+
+def test_runs_in_a_longer_sequential() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.ReLU(),
+        nn.Linear(WIDTH, 32),
+        nn.Identity(),
+        nn.SiLU(),
+        nn.LayerNorm(32),
+        nn.Linear(32, 16),
+        nn.ReLU(),
+        nn.Linear(16, 16),
+        nn.Sigmoid(),
+        nn.Sigmoid(),
+        nn.Linear(16, 8),
+        nn.Tanh(),
+        nn.Linear(8, 8),
+        nn.GELU("tanh"),
+    )
+    new, report = only_linear(model.eval())
+    assert kinds(new) == {
+        "0": "ReLU",
+        "1": "Int8Linear",
+        "4": "LayerNorm",
+        "5": "Int8MLP",
+        "5.0": "Int8Linear",
+        "5.1": "Int8Linear",
+        "9": "Sigmoid",
+        "10": "Int8Linear",
+        "11": "Tanh",
+        "12": "Int8Linear",
+        "13": "GELU",
+    }
+    assert len(report.swapped) == 5
+    epilogues = [module.epilogue for module in new.modules() if isinstance(module, rk.Int8Linear)]
+    assert epilogues == ["silu", "relu", "sigmoid", None, None]
+    wanted = rows()
+    for module in model:
+        wanted = rk.Int8Linear.from_float(module)(wanted) if isinstance(module, nn.Linear) else module(wanted)
+    torch.testing.assert_close(new(rows()), wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_nested_sequentials_become_one_call() -> None:
+    block = lambda a, b: nn.Sequential(nn.Linear(a, b), nn.ReLU())  # noqa: E731
+    torch.manual_seed(0)
+    model = nn.Sequential(block(WIDTH, 16), nn.Sequential(block(16, 16), nn.Dropout(0.1)), nn.Linear(16, 4)).eval()
+    new, _ = only_linear(model)
+    assert type(new) is rk.Int8MLP
+    assert len(new) == 3
+    assert torch.equal(new(rows()), rk.Int8MLP.from_float(model)(rows()))
+    mixed = nn.Sequential(block(WIDTH, 16), nn.Sequential(nn.LayerNorm(16), *block(16, 16)), nn.Linear(16, 4)).eval()
+    new, _ = only_linear(mixed)
+    assert [type(module).__name__ for module in new] == ["Int8MLP", "Sequential", "Int8Linear"] or [
+        type(module).__name__ for module in new
+    ] == ["Int8Linear", "Sequential", "Int8Linear"]
+    assert [type(module).__name__ for module in new[1]] == ["LayerNorm", "Int8Linear"]
+    assert (new(rows()) - mixed(rows())).abs().max() < 0.1
+
+
+class Shared(nn.Module):
+    """One activation module in two MLPs, as many models have it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        act = nn.ReLU()
+        self.one = nn.Sequential(nn.Linear(WIDTH, 16), act, nn.Linear(16, 8), act)
+        self.two = nn.Sequential(nn.Linear(8, 16), act, nn.Linear(16, 8))
+        self.act = act
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.act(self.two(self.one(x)))
+
+
+@pytest.mark.parametrize("sampled", [True, False])
+def test_a_shared_function_is_folded(no_timing: Any, sampled: bool) -> None:
+    new, _ = only_linear(Shared(), sample_inputs=rows() if sampled else None)
+    assert kinds(new) == {
+        **dict.fromkeys(("one", "two"), "Int8MLP"),
+        **dict.fromkeys(("one.0", "one.1", "two.0", "two.1"), "Int8Linear"),
+        "act": "ReLU",
+    }
+
+
+class OneByOne(nn.Module):
+    """Uses the modules of its MLP by themselves."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.mlp = nn.Sequential(nn.Linear(WIDTH, 16), nn.ReLU(), nn.Linear(16, 8))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.mlp:
+            x = layer(x) * 2
+        return x
+
+
+class ByNumber(OneByOne):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.mlp[2](self.mlp[1](self.mlp[0](x) - 1))
+
+
+class Part(OneByOne):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.mlp(x) + self.mlp[:1](x)[:, :8]
+
+
+class Handed(OneByOne):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return run_one_by_one(self.mlp, x)
+
+
+class Aliased(OneByOne):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = [self.mlp[0]]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.mlp(x) + self.first[0](x)[:, :8]
+
+
+class TwoNames(OneByOne):
+    def __init__(self) -> None:
+        super().__init__()
+        self.last = self.mlp[2]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.mlp(x) + self.last(x[:, :16])
+
+
+class Hooked(OneByOne):
+    def __init__(self) -> None:
+        super().__init__()
+        self.mlp[1].register_forward_hook(lambda module, args, out: out + 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.mlp(x)
+
+
+class HookedLinear(Hooked):
+    def __init__(self) -> None:
+        OneByOne.__init__(self)
+        self.mlp[0].register_forward_hook(lambda module, args, out: out - 0.25)
+
+
+def run_one_by_one(layers: Any, x: torch.Tensor) -> torch.Tensor:
+    return layers[2](layers[1](layers[0](x)) + 1)
+
+
+@pytest.mark.parametrize("sampled", [True, False])
+@pytest.mark.parametrize(
+    "make", [OneByOne, ByNumber, Part, Handed, Aliased, TwoNames, Hooked, HookedLinear], ids=lambda make: make.__name__
+)
+def test_modules_that_are_needed_one_by_one(no_timing: Any, make: Callable[[], Any], sampled: bool) -> None:
+    model = make().eval()
+    new, report = only_linear(model, sample_inputs=rows() if sampled else None)
+    assert type(new.mlp) is nn.Sequential
+    assert [layer.action for layer in report.layers] == ["int8", "int8"]
+    twin = copy.deepcopy(model)
+    for name in ("0", "2"):
+        layer = rk.Int8Linear.from_float(getattr(model.mlp, name))
+        twin.mlp.get_submodule(name).forward = layer.forward
+    with torch.no_grad():
+        torch.testing.assert_close(new(rows()), twin(rows()), rtol=1e-5, atol=1e-5)
+    if make is Aliased:
+        assert new.first[0] is new.mlp[0]
+
+
+def test_hooks_and_attributes_of_a_sequential_are_carried_over() -> None:
+    model = mlp().eval()
+    model.register_forward_hook(lambda module, args, out: out + 100)
+    model.note = "kept"
+    new, _ = only_linear(model)
+    assert type(new) is rk.Int8MLP
+    assert new(rows()).min() > 90
+    assert new.note == "kept"
+
+
+def test_copies_of_the_new_model() -> None:
+    new, _ = only_linear(Shared().eval())
+    with torch.no_grad():
+        for other in (copy.deepcopy(new), pickle.loads(pickle.dumps(new))):
+            assert torch.equal(other(rows()), new(rows()))
+        again, report = only_linear(new)
+        assert torch.equal(again(rows()), new(rows()))
+    assert {(layer.action, layer.reason) for layer in report.layers} == {("kept", "an Int8Linear already")}
+
+
+# ---- layers left alone ---------------------------------------------------------------------------------------------
+
+
+class Scaled(nn.Linear):
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return super().forward(input) * 2
+
+
+class Reader(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(x, self.fc.weight)
+
+
+class TiedBias(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(WIDTH, WIDTH)
+        self.own = self.fc.bias
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc(x) - self.own
+
+
+class Tied(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.items, self.fc = nn.Embedding(16, WIDTH), nn.Linear(WIDTH, 16)
+        self.fc.weight = self.items.weight
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc(x)
+
+
+def with_nan() -> nn.Module:
+    linear = nn.Linear(WIDTH, 8)
+    with torch.no_grad():
+        linear.weight[5, 2] = float("nan")
+    return linear
+
+
+def attention() -> nn.Module:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attention = nn.MultiheadAttention(WIDTH, 4, batch_first=True)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = x.unsqueeze(0)
+            return self.attention(x, x, x)[0]
+
+    return Model()
+
+
+KEPT: dict[str, tuple[Callable[[], nn.Module], str]] = {
+    "own forward": (lambda: Scaled(WIDTH, 8), "its class has its own forward"),
+    "weight_norm": (lambda: parametrizations.weight_norm(nn.Linear(WIDTH, 8)), "parametrized: weight"),
+    "old weight_norm": (lambda: nn.utils.weight_norm(nn.Linear(WIDTH, 8)), "has bias, weight_g, weight_v instead"),
+    "pruned": (lambda: prune.l1_unstructured(nn.Linear(WIDTH, 8), "weight", 0.5), "weight_mask, weight_orig"),
+    "read": (Reader, "its weight is read by Reader.forward"),
+    "tied bias": (TiedBias, "its bias is shared with 'own'"),
+    "tied": (Tied, "its weight is shared with 'items.weight'"),
+    "attention": (attention, "inside a MultiheadAttention, which reads its weight"),
+    "transformer": (
+        lambda: nn.TransformerEncoderLayer(WIDTH, 4, 32, batch_first=True),
+        "inside a TransformerEncoderLayer, which reads its weight",
+    ),
+    "float64": (lambda: nn.Linear(WIDTH, 8).double(), "its weight is float64"),
+    "one column": (lambda: nn.Linear(1, 8), "too small: int8 would take 72 bytes, scales included"),
+    "NaN": (with_nan, "row 5 of weight holds NaN or infinity"),
+    "meta": (lambda: nn.Linear(WIDTH, 8, device="meta"), "meta device"),
+    "lazy": (lambda: nn.LazyLinear(8), "its class has its own"),
+    "quantized": (lambda: rk.Int8Linear(WIDTH, 8), "an Int8Linear already"),
+    "too wide": (lambda: nn.Linear(65537, 1), "in_features must be from 1 to 65536"),
+}
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore:Lazy modules")
+@pytest.mark.parametrize("name", KEPT)
+def test_kept_with_the_reason(name: str) -> None:
+    make, reason = KEPT[name]
+    model = make().eval()
+    new, report = only_linear(model)
+    assert report.layers
+    assert not report.swapped
+    assert any(reason in layer.reason for layer in report.kept), report
+    assert reason in str(report)
+    assert kinds(new) == kinds(model)
+    if name in ("read", "tied bias", "tied", "attention"):
+        assert torch.equal(new(rows()), model(rows()))
+
+
+def test_attention_with_the_layers_around_it() -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.encoder = nn.TransformerEncoder(
+                nn.TransformerEncoderLayer(WIDTH, 4, 32, batch_first=True), 2, enable_nested_tensor=False
+            )
+            self.out = nn.Linear(WIDTH, 8)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.out(self.encoder(x))
+
+    model = Model().eval()
+    new, report = only_linear(model)
+    assert [layer.name for layer in report.swapped] == ["out"]
+    x = torch.randn(2, 5, WIDTH)
+    with torch.no_grad():
+        assert torch.equal(new(x), rk.Int8Linear.from_float(model.out)(model.encoder(x)))
+
+
+def test_layers_that_share_a_weight_share_the_new_one() -> None:
+    model = nn.ModuleList([nn.Linear(WIDTH, 16), nn.Linear(WIDTH, 16)])
+    model[1].weight = model[0].weight
+    new, report = only_linear(model)
+    assert new[0].weight is new[1].weight
+    assert new[0].weight_scale is new[1].weight_scale
+    assert not torch.equal(new[0].bias, new[1].bias)
+    assert [layer.reason for layer in report.layers] == ["one table with '1'", "one table with '0'"]
+    _, report = only_linear(model, skip="0")
+    assert {layer.name: layer.reason for layer in report.kept} == {
+        "0": "skip='0'",
+        "1": "its weight is shared with '0.weight'",
+    }
+
+
+def test_tables_and_linear_layers_together() -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.items, self.top = nn.Embedding(30, WIDTH), mlp()
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.top(self.items(x))
+
+    model = Model().eval()
+    new, report = rk.optimize(model, embedding="int4", linear="int8", skip="top.3")
+    assert {layer.name: layer.action for layer in report.layers} == {
+        "items": "int4",
+        "top.0": "int8",
+        "top.3": "kept",
+        "top.6": "int8",
+    }
+    assert {name: kind for name, kind in kinds(new).items() if "." in name} == {
+        "top.0": "Int8Linear",
+        "top.3": "Linear",
+        "top.4": "Dropout",
+        "top.5": "GELU",
+        "top.6": "Int8Linear",
+    }
+    ids = torch.arange(30)
+    with torch.no_grad():
+        assert 0 < (new(ids) - model(ids)).abs().max() < 0.5
+    assert by_name(optimize(model)[1]).keys() == {"items"}  # linear layers only if they are asked for
+
+
+# ---- noise and speed -----------------------------------------------------------------------------------------------
+
+
+def test_noise_is_measured_layer_by_layer(no_timing: Any) -> None:
+    model = mlp().eval()
+    _, report = only_linear(model, sample_inputs=rows(200))
+    x = rows(200)
+    steps: list[tuple[str, int, Any]] = [("0", 0, F.relu), ("3", 3, F.gelu), ("6", 6, lambda y: y)]
+    with torch.no_grad():
+        for name, number, function in steps:
+            linear = model[number]
+            wanted = function(linear(x))
+            out = function(rk.Int8Linear.from_float(linear)(x))
+            ratio = wanted.double().square().sum() / (out.double() - wanted.double()).square().sum()
+            layer = by_name(report)[name]
+            assert layer.sqnr == pytest.approx(10 * torch.log10(ratio).item(), abs=0.05)
+            assert layer.sqnr > 30
+            assert f"SQNR {layer.sqnr:.1f} dB" in layer.reason
+            x = wanted
+    assert report.output_error is not None
+    assert 0 < report.output_error < 0.1
+
+
+def test_a_noisy_layer_stays_in_float(no_timing: Any) -> None:
+    model = mlp().eval()
+    with torch.no_grad():
+        model[3].weight[:, 0] = 1e4  # nothing of the others is left in a row with one scale
+        model[0].weight[0] = 0.0
+        model[0].bias[0] = 0.0
+    new, report = only_linear(model, sample_inputs=rows(50))
+    layers = by_name(report)
+    assert [layer.action for layer in report.layers] == ["int8", "kept", "int8"]
+    assert layers["3"].sqnr is not None
+    assert layers["3"].sqnr < 20
+    assert layers["3"].reason == f"SQNR {layers['3'].sqnr:.1f} dB, less than min_sqnr=20"
+    assert kinds(new) == {"0": "Int8Linear", "3": "Linear", "4": "Dropout", "5": "GELU", "6": "Int8Linear"}
+    _, strict = only_linear(model, sample_inputs=rows(50), min_sqnr=1000.0)
+    assert not strict.swapped
+    _, lax = only_linear(model, sample_inputs=rows(50), min_sqnr=-1000.0)
+    assert len(lax.swapped) == 3
+
+
+def test_float_stays_where_it_is_faster(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.top, self.wide = mlp(), nn.Linear(6, 5)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.wide(self.top(x))
+
+    timed = []
+
+    def microseconds(first: Any, second: Any, rows: torch.Tensor) -> tuple[float, float]:
+        torch.testing.assert_close(second(rows), first(rows), rtol=0.1, atol=0.1)
+        timed.append((type(first).__name__, type(second).__name__, tuple(rows.shape)))
+        return (10.0, 12.5) if len(rows) < 100 else (80.0, 20.0)
+
+    monkeypatch.setattr(linear_module, "_microseconds", microseconds)
+    model = Model().eval()
+    new, report = only_linear(model, sample_inputs=rows(50))
+    assert timed == [("Sequential", "Int8MLP", (50, WIDTH)), ("Linear", "Int8Linear", (50, 6))]
+    assert not report.swapped
+    reasons = {layer.name: layer.reason for layer in report.layers}
+    assert reasons["wide"] == "float is faster for 50 rows: 10.0 us, int8 12.5 us"
+    assert reasons["top.3"] == "float is faster for 50 rows: 10.0 us, int8 12.5 us (one call of 'top.0' to 'top.6')"
+    assert kinds(new) == kinds(model)
+    timed.clear()
+    new, report = only_linear(model, sample_inputs=rows(50), batch_size=600)
+    assert timed == [("Sequential", "Int8MLP", (600, WIDTH)), ("Linear", "Int8Linear", (600, 6))]
+    assert all(layer.action == "int8" for layer in report.layers)
+    assert {(layer.float_us, layer.int8_us) for layer in report.layers} == {(80.0, 20.0)}
+    assert "20.0 us instead of 80.0 for 600 rows (one call of 'top.0' to 'top.6')" in str(report)
+    timed.clear()
+    _, report = only_linear(model, batch_size=1)  # without inputs: random rows
+    assert [shape for *_, shape in timed] == [(1, WIDTH), (1, 6)]
+    assert not report.swapped
+    assert "for 1 row:" in report.layers[0].reason
+
+
+def test_rows_of_a_sequence_follow_the_batch_size(no_timing: list[torch.Tensor]) -> None:
+    only_linear(nn.Linear(WIDTH, 16), sample_inputs=torch.randn(4, 10, WIDTH), batch_size=30)
+    assert [tuple(rows.shape) for rows in no_timing] == [(300, WIDTH)]
+
+
+def test_a_real_measurement() -> None:
+    torch.manual_seed(0)
+    _, report = only_linear(nn.Linear(512, 512), sample_inputs=rows(64, 512))
+    (layer,) = report.layers
+    assert layer.float_us is not None
+    assert layer.int8_us is not None
+    assert 1 < layer.float_us < 1e5
+    assert 1 < layer.int8_us < 1e5
+    assert (layer.action == "kept") == (layer.float_us < layer.int8_us)
+
+
+def test_layers_that_the_inputs_do_not_reach(no_timing: Any) -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.used, self.unused = nn.Linear(WIDTH, 8), nn.Linear(WIDTH, 8)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.used(input=x)
+
+    _, report = only_linear(Model(), sample_inputs=rows())
+    layers = by_name(report)
+    assert layers["used"].sqnr is not None
+    assert (layers["unused"].sqnr, layers["unused"].int8_us) == (None, None)
+    assert layers["unused"].action == "int8"
+    assert "not called on the sample inputs" in layers["unused"].reason
+
+
+def test_report_as_json_and_text() -> None:
+    _, report = only_linear(mlp())
+    text = json.loads(json.dumps(report.to_dict()))
+    assert [layer["sqnr"] for layer in text["layers"]] == [None, None, None]
+    assert report.bytes_after < report.bytes_before / 2
+    assert report.bytes_after == sum(layer.bytes_after for layer in report.layers)
+    for word in ("40 x 24", "Linear", "int8", f"{report.bytes_after:,}"):
+        assert word in str(report)
+    for layer in report.layers:
+        assert layer.relative_error is not None
+        assert 0 < layer.relative_error <= 0.5 / 127 * 1.001
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"linear": "int4"}, ValueError, "linear must be 'int8', 'int8-static', 'int8-weight-only' or None"),
+        ({"linear": "int8-static"}, ValueError, r"needs ranges=rk\.calibrate\(model, batches\)"),
+        ({"linear": "int8", "ranges": {}}, ValueError, "ranges is for linear='int8-static', but linear is 'int8'"),
+        ({"linear": "int8-static", "ranges": {"9": (0, 1)}}, ValueError, "ranges: '9' names no module"),
+        ({"linear": "int8", "min_sqnr": 3.0}, ValueError, "min_sqnr needs linear and sample_inputs"),
+        ({"min_sqnr": 3.0, "sample_inputs": rows()}, ValueError, "min_sqnr needs linear and sample_inputs"),
+        ({"linear": "int8", "batch_size": 0}, ValueError, "batch_size must be at least 1"),
+        ({"batch_size": 3}, ValueError, "batch_size must be at least 1, and needs linear"),
+        ({"linear": "int8-static", "ranges": {"0": (1.0, 1.0)}, "skip": ["3", "6"]}, None, "input_range must be"),
+    ],
+)
+def test_wrong_arguments(options: dict[str, Any], error: type[Exception] | None, message: str) -> None:
+    if error is None:  # of one layer: that one stays
+        _, report = optimize(mlp(), **options)
+        assert message in report.layers[0].reason
+        return
+    with pytest.raises(error, match=message):
+        optimize(mlp(), **options)
+
+
+def test_layers_without_a_range_stay() -> None:
+    _, report = only_linear(mlp(), "int8-static", ranges={"0": (-1.0, 1.0), "6": (0.0, 1.0)})
+    assert [layer.action for layer in report.layers] == ["int8-static", "kept", "int8-static"]
+    assert report.layers[1].reason == "no range of its input in ranges"
