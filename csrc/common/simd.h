@@ -288,9 +288,13 @@ inline vi broadcast_word(const uint8_t* p) { return _mm512_set1_epi32(load_word(
 inline Bytes4 broadcast_bytes(const uint8_t* p) { return {broadcast_word(p), broadcast_word(p + 4)}; }
 inline vi load_i16(const int16_t* p) { return _mm512_loadu_si512(p); }
 inline void store_i16(int16_t* p, vi x) { _mm512_storeu_si512(p, x); }
-inline vi add_pairs(vi acc, vi a, vi b) { return add_i(acc, _mm512_madd_epi16(a, b)); }
+inline vi add_pairs(vi acc, vi a, vi b) {
+  vi products;
+  asm("vpmaddwd %3, %2, %1\n\tvpaddd %1, %0, %0" : "+v"(acc), "=&v"(products) : "v"(a), "v"(b));
+  return acc;
+}
 inline vi dot(vi acc, Bytes4 a, Weights4 w) {
-  return add_i(acc, add_i(_mm512_madd_epi16(a.even, w.even), _mm512_madd_epi16(a.odd, w.odd)));
+  return add_pairs(add_pairs(acc, a.even, w.even), a.odd, w.odd);
 }
 #endif
 
@@ -381,15 +385,13 @@ inline Bytes4 broadcast_bytes(const uint8_t* p) { return {broadcast_word(p), bro
 inline vi load_i16(const int16_t* p) { return _mm256_loadu_si256(reinterpret_cast<const vi*>(p)); }
 inline void store_i16(int16_t* p, vi x) { _mm256_storeu_si256(reinterpret_cast<vi*>(p), x); }
 inline vi add_pairs(vi acc, vi a, vi b) {
-  acc = add_i(acc, _mm256_madd_epi16(a, b));
-  // One after the other: gcc would have all products wait in registers, and the sums in memory.
-  asm volatile("" : "+x"(acc));
+  // In assembly: gcc would have all products wait in registers, and the sums in memory.
+  vi products;
+  asm("vpmaddwd %3, %2, %1\n\tvpaddd %1, %0, %0" : "+x"(acc), "=&x"(products) : "x"(a), "x"(b));
   return acc;
 }
 inline vi dot(vi acc, Bytes4 a, Weights4 w) {
-  acc = add_i(acc, add_i(_mm256_madd_epi16(a.even, w.even), _mm256_madd_epi16(a.odd, w.odd)));
-  asm volatile("" : "+x"(acc));
-  return acc;
+  return add_pairs(add_pairs(acc, a.even, w.even), a.odd, w.odd);
 }
 
 #else
