@@ -1,6 +1,8 @@
 """What the tests share: every implementation that this machine can run, and a check that all of them were built."""
 
+import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,7 +12,31 @@ from support import isa_levels
 import recsys_kernels as rk
 from recsys_kernels._native import native
 
+HERE = Path(__file__).parent
+# What takes longest comes first, so that no process is left with it in the end.
+FIRST = (
+    "test_simt.py",
+    "gpu/test_cuda_code.py",
+    "test_triton.py",
+    "simt/test_embedding_bag.py",
+    "test_native.py",
+    "gpu/test_triton_aot.py",
+)
 IMPLEMENTATIONS = ("reference", *isa_levels())
+
+
+def pytest_configure() -> None:
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        torch.set_num_threads(1)  # the other cores have processes of their own
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Keeps the tests of a file in one process, with what they compile, and sorts the files."""
+    order = {HERE / name: number for number, name in enumerate(FIRST)}
+    items.sort(key=lambda item: order.get(item.path, len(order)))
+    for item in items if "PYTEST_XDIST_WORKER" in os.environ else ():
+        item.add_marker(pytest.mark.xdist_group(str(item.path.relative_to(HERE))))
 
 
 @pytest.fixture(autouse=True, scope="session")

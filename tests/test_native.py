@@ -412,7 +412,8 @@ def test_kernels_under_address_and_undefined_behaviour_sanitizer(sanitized: Path
         sanitized,
         _PYTEST,
         sanitized,
-        *("-q", "-s", "-p", "no:cacheprovider", "-c", ROOT / "pyproject.toml", "--rootdir", ROOT, "--tb=short"),
+        *("-q", "-s", "-c", ROOT / "pyproject.toml", "--rootdir", ROOT, "-o", "addopts=", "--tb=short"),
+        *("-p", "no:cacheprovider"),
         *("--hypothesis-profile=sanitize", "-k", "not reference and not scales-apart"),
         *(TESTS / name for name in _SANITIZED_TESTS),
     )

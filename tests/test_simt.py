@@ -32,7 +32,7 @@ def sanitized(script: str, *arguments: str | Path) -> subprocess.CompletedProces
 
 
 def test_kernels_under_address_and_undefined_behaviour_sanitizer() -> None:
-    done = sanitized(_PYTEST, "-q", "-s", "-p", "no:cacheprovider", "--tb=short", HERE / "simt")
+    done = sanitized(_PYTEST, "-q", "-s", "-o", "addopts=", "-p", "no:cacheprovider", "--tb=short", HERE / "simt")
     output = f"{done.stdout[-4000:]}\n{done.stderr[:4000]}"  # the sanitizer says first what is wrong
     assert done.returncode == 0, output
     passed = re.search(r"(\d+) passed", done.stdout)

@@ -16,7 +16,8 @@ HERE = Path(__file__).parent
 def test_interpreter() -> None:
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RECSYS_KERNELS_")}
     environment["TRITON_INTERPRET"] = "1"
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(HERE / "triton_interpreter")]
+    options = ["-q", "-o", "addopts=", "-p", "no:cacheprovider"]
+    command = [sys.executable, "-m", "pytest", *options, str(HERE / "triton_interpreter")]
     result = subprocess.run(command, env=environment, cwd=HERE.parent, capture_output=True, text=True, timeout=900)
     output = result.stdout[-20000:] + result.stderr[-5000:]
     assert result.returncode == 0, f"exit status {result.returncode}\n{output}"

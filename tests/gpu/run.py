@@ -39,7 +39,8 @@ class Step:
 
 
 def _tests(backend: str, *files: str, workers: int = 0) -> list[str]:
-    options = ["-q", "-p", "no:cacheprovider", "--tb=short", f"--backend={backend}"]
+    # Not those of pyproject.toml, which take more than pytest.
+    options = ["-q", "-o", "addopts=", "-p", "no:cacheprovider", "--tb=short", f"--backend={backend}"]
     if workers and importlib.util.find_spec("xdist"):
         options += ["-n", str(workers)]
     return ["python3", "-m", "pytest", *options, *(f"{HERE}/device/{name}" for name in files)]

@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 
 from ... import _backends
 from . import reference
-from .reference import MAX, MEAN
+from .reference import MAX, MEAN, SUM
 
 _BAGS = (
     "Tensor indices, Tensor? offsets, Tensor? per_sample_weights, int mode, int padding_idx, bool include_last_offset"
@@ -169,13 +169,25 @@ class _EmbeddingBag(torch.autograd.Function):
 
 
 def _max_backward(grad: torch.Tensor, argmax: torch.Tensor, num_embeddings: int) -> torch.Tensor:
-    """Each column's gradient goes to the row its value came from; sums in float32 for 16-bit types."""
+    """Each column's gradient goes to the row its value came from; sums in float32 for 16-bit types.
+
+    A GPU's scatter_add_ adds in no certain order. There every element of the table is a row of one column instead, for
+    the operator whose order is certain; what came from no row goes to one more, which is dropped.
+    """
     dtype = grad.dtype if grad.dtype == torch.float64 else torch.float32
-    values = torch.where(argmax >= 0, grad.to(dtype), 0.0)
-    out = torch.zeros(num_embeddings, grad.shape[1], dtype=dtype, device=grad.device)
-    if num_embeddings:
+    dim = grad.shape[1]
+    size = num_embeddings * dim
+    if size == 0:
+        return grad.new_zeros(num_embeddings, dim)
+    if grad.is_cuda or torch.are_deterministic_algorithms_enabled():
+        run = _backends.implementation("embedding_bag_backward", grad)
+        element = torch.where(argmax >= 0, argmax * dim + torch.arange(dim, device=grad.device), size)
+        out = run(grad.to(dtype).reshape(-1, 1), element.reshape(-1, 1), None, None, SUM, size, False, size + 1)[:-1]
+    else:
+        values = torch.where(argmax >= 0, grad.to(dtype), 0.0)
+        out = torch.zeros(num_embeddings, dim, dtype=dtype, device=grad.device)
         out.scatter_add_(0, argmax.clamp(min=0), values)
-    return out.to(grad.dtype)
+    return out.reshape(num_embeddings, dim).to(grad.dtype)
 
 
 def _sparse_backward(
