@@ -25,8 +25,8 @@ DEMO_MODULES = ("jinja2", "matplotlib", "pandas", "platformdirs", "pyarrow", "ri
 _OUT_OF_MEMORY = ("allocate memory", "could not be allocated")
 
 _COMPRESS_HELP = """\
-Trains a ranking model (a DLRM), compresses its embedding tables to 8 and 4 bits, and reports for each
-form: AUC, log loss, bytes, and the time of a call beside the same model on plain torch modules.
+Trains a ranking model (a DLRM), compresses its embedding tables to 8 and 4 bits and its MLPs to 8 bits, and
+reports for each form: AUC, log loss, bytes, and the time of a call beside the same model on plain torch modules.
 
 Without --data it uses MovieLens 100k: the files of an installed recbole, else the cache, else one
 download of the recbole wheel by pip, checked against its SHA-256.
@@ -141,7 +141,8 @@ def _parser() -> argparse.ArgumentParser:
     out.add_argument(
         "--save",
         metavar="FORM",
-        help="form of the model to save: fp32, int8, int4 (default: the smallest that keeps the AUC within 0.001)",
+        help="form of the model to save: fp32, int8, int4, int8-mlp, int8-mlp-static, int8-mlp-qat, int4-mlp "
+        "(default: the smallest that keeps the AUC within 0.001)",
     )
     return parser
 

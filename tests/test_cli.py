@@ -65,7 +65,7 @@ def test_job_prints_and_writes_everything(folder: Path, tmp_path: Path, capsys: 
     assert compress("--data", folder, "--rows", 500, "--out", out, "--save", "int8") == 0
     printed = capsys.readouterr()
     assert printed.err == ""  # no progress bar where there is no terminal
-    for text in ("AUC", "log loss", "8-bit tables", "4-bit tables", "plain torch", "cost only"):
+    for text in ("AUC", "log loss", "8-bit tables", "4-bit tables", "MLP QAT", "plain torch", "cost only"):
         assert text in printed.out
     assert {path.name for path in out.iterdir()} == report.FILES
     numbers = json.loads((out / report.NUMBERS).read_text())
@@ -78,7 +78,12 @@ def test_job_prints_and_writes_everything(folder: Path, tmp_path: Path, capsys: 
                 assert 0 < latency["p50_us"] <= latency["p99_us"]
             assert 0 < costs["table_bytes"] < costs["total_bytes"]
     sizes = {variant["name"]: variant["table_bytes"] for variant in numbers["variants"]}
-    assert sizes[BASELINE] == sizes["fp32"] > sizes["int8"] > sizes["int4"]
+    assert sizes[BASELINE] == sizes["fp32"] > sizes["int8"] > sizes["int4"] == sizes["int4-mlp"]
+    assert sizes["int8"] == sizes["int8-mlp"] == sizes["int8-mlp-static"] == sizes["int8-mlp-qat"]
+    mlps = {variant["name"]: variant["total_bytes"] - variant["table_bytes"] for variant in numbers["variants"]}
+    assert mlps[BASELINE] == mlps["int8"] == mlps["int4"] > 2 * mlps["int8-mlp"] == 2 * mlps["int4-mlp"]
+    # A scale and a zero point for each of 2 + 3 layers.
+    assert mlps["int8-mlp-static"] == mlps["int8-mlp-qat"] == mlps["int8-mlp"] + 5 * 8
     grown = numbers["variants"][0]["grown"]["table_bytes"]
     assert grown == 500 * 8 * 4 * len(numbers["model"]["tables"])
     assert numbers["variants"][0]["auc"] == pytest.approx(numbers["variants"][1]["auc"], abs=1e-6)
@@ -397,5 +402,18 @@ def test_movielens_keeps_its_auc() -> None:
     # The tables matter, or keeping the AUC would say nothing about them.
     assert result.quality[BASELINE].auc - result.without_tables.auc > 0.02
     assert abs(result.auc_change("fp32")) < 1e-5
-    assert abs(result.auc_change("int8")) < 0.001
-    assert result.chosen in ("int8", "int4")
+    for name in ("int8", "int8-mlp", "int8-mlp-static", "int8-mlp-qat", result.chosen):
+        assert abs(result.auc_change(name)) < 0.001, name
+    assert result.chosen in ("int8-mlp", "int4-mlp")
+    # Training the static form brings it closer to the model that it imitates.
+    batches = [result.data.batch(result.data.rows("test"))[:3]]
+    outputs = {
+        name: _probabilities(result.models[name], batches) for name in ("fp32", "int8-mlp-static", "int8-mlp-qat")
+    }
+    errors = {name: (out - outputs["fp32"]).square().mean() for name, out in outputs.items()}
+    assert 0 < errors["int8-mlp-qat"] < errors["int8-mlp-static"]
+
+
+def _probabilities(model: Any, batches: list[Any]) -> torch.Tensor:
+    with torch.inference_mode():
+        return torch.cat([model(*batch) for batch in batches]).sigmoid()

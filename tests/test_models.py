@@ -20,7 +20,7 @@ from small_data import tiny_dataset
 from torch import nn
 
 import recsys_kernels as rk
-from recsys_kernels.compress.variants import VARIANTS
+from recsys_kernels.compress.variants import VARIANTS, Material
 from recsys_kernels.data import Dataset, Schema, Vocabulary
 from recsys_kernels.models import (
     DLRM,
@@ -33,7 +33,7 @@ from recsys_kernels.models import (
     save_model,
 )
 from recsys_kernels.models.requests import normalize
-from recsys_kernels.models.train import TrainSettings, evaluate, predict, train
+from recsys_kernels.models.train import TrainSettings, evaluate, imitate, predict, train
 
 OURS = frozenset({files.WEIGHTS, files.CONFIG, files.VOCABULARIES})
 
@@ -151,9 +151,16 @@ def test_training_learns_through_the_tables_and_is_reproducible() -> None:
     assert evaluate(model, data, "validation").auc == max(epoch.auc for epoch in epochs)
 
 
+def material(data: Dataset) -> Material:
+    def tune(model: DLRM, teacher: DLRM) -> None:
+        imitate(model, teacher, data, TrainSettings(epochs=1, batch_size=256, learning_rate=1e-4))
+
+    return Material([data.batch(data.rows("train")[:300])[:3]], tune)
+
+
 @pytest.mark.parametrize("variant", VARIANTS, ids=lambda variant: variant.name)
 def test_save_and_load_are_bit_identical(variant: object, data: Dataset, model: DLRM, tmp_path: Path) -> None:
-    made = variant.make(model)  # type: ignore[attr-defined]
+    made = variant.make(model, material(data))  # type: ignore[attr-defined]
     save_model(made, data.schema, tmp_path)
     served = rk.load_model(str(tmp_path))
     assert not served.training
@@ -173,7 +180,7 @@ def test_save_and_load_are_bit_identical(variant: object, data: Dataset, model: 
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=lambda variant: variant.name)
 def test_an_empty_batch_has_an_empty_answer(variant: object, data: Dataset, model: DLRM) -> None:
-    made = variant.make(model)  # type: ignore[attr-defined]
+    made = variant.make(model, material(data))  # type: ignore[attr-defined]
     assert RankingModel(made, data.schema).predict([]).shape == (0,)
     batch = data.batch(np.array([], np.int64))
     assert made(*batch[:3]).shape == (0,)
@@ -233,6 +240,84 @@ def test_an_optimized_model_is_saved_as_what_it_is(form: str, data: Dataset, mod
     assert served.model.config.embedding == form
     batch = data.batch(data.rows("test"))
     assert served(*batch[:3]).equal(small(*batch[:3]))
+
+
+@pytest.mark.parametrize("linear", ["int8", "int8-static", "int8-weight-only"])
+def test_a_model_with_optimized_mlps_is_saved_as_what_it_is(
+    linear: str, data: Dataset, model: DLRM, tmp_path: Path
+) -> None:
+    batch = data.batch(data.rows("test"))
+    ranges = rk.calibrate(model, [batch[:3]]) if linear == "int8-static" else None
+    small, report = rk.optimize(model, embedding="int4", linear=linear, ranges=ranges)
+    assert {layer.action for layer in report.layers} == {"int4", linear}
+    assert isinstance(small, DLRM)
+    save_model(small, data.schema, tmp_path)
+    served = rk.load_model(tmp_path)
+    assert (served.model.config.embedding, served.model.config.mlp) == ("int4", linear)
+    assert isinstance(served.model.head.top, rk.Int8MLP)
+    with torch.no_grad():
+        assert served(*batch[:3]).equal(small(*batch[:3]))
+
+
+def test_mlps_of_two_forms_are_not_saved(data: Dataset, model: DLRM, tmp_path: Path) -> None:
+    top, _ = rk.optimize(model, embedding=None, linear="int8", skip="head.bottom")
+    part, _ = rk.optimize(model, embedding=None, linear="int8", skip="head.top.3")
+    groups = [rk.Int8MLP.from_float(mlp, granularity=32) for mlp in (model.head.bottom, model.head.top)]  # type: ignore[arg-type]
+    training = [rk.Int8MLP.qat(mlp) for mlp in (model.head.bottom, model.head.top)]  # type: ignore[arg-type]
+    for mixed, message in (
+        (top, "but has float32: bottom; int8: top"),
+        (part, "but has int8: bottom, top; float32: top"),
+        (model.with_mlps(groups, "int8"), "but has int8 with scales by 32: bottom, top"),
+        (model.with_mlps(training, "int8"), "but has QATLinear: bottom, top"),
+        (copy.deepcopy(model).half().float(), ""),
+    ):
+        if not message:
+            save_model(mixed, data.schema, tmp_path)
+            continue
+        with pytest.raises(ValueError, match=message):
+            save_model(mixed, data.schema, tmp_path)
+        assert not list(tmp_path.iterdir())
+
+
+def test_models_from_before_mlps_had_forms_are_read(data: Dataset, model: DLRM, tmp_path: Path) -> None:
+    save_model(model, data.schema, tmp_path)
+    body = json.loads((tmp_path / files.CONFIG).read_text())
+    del body["config"]["mlp"], body["self_sha256"]
+    body["self_sha256"] = files._digest(body)
+    (tmp_path / files.CONFIG).write_text(json.dumps(body))
+    batch = data.batch(data.rows("test"))
+    assert load_model(tmp_path)(*batch[:3]).equal(model(*batch[:3]))
+
+
+def test_mlps_of_another_form_share_the_tables(model: DLRM) -> None:
+    mlps = [rk.Int8MLP.from_float(mlp) for mlp in (model.head.bottom, model.head.top)]  # type: ignore[arg-type]
+    other = model.with_mlps(mlps, "int8")
+    assert other.embeddings is model.embeddings
+    assert (other.config.mlp, model.config.mlp) == ("int8", "float32")
+    assert (other.training, type(model.head.top)) == (model.training, nn.Sequential)
+    smaller = other.quantize(8)
+    assert (smaller.config.mlp, smaller.config.embedding, type(smaller.head.top)) == ("int8", "int8", rk.Int8MLP)
+    with pytest.raises(ValueError, match="a new model has float32 MLPs, not int8; quantize them after training"):
+        DLRM(other.config)
+
+
+def test_imitation_follows_the_teacher_and_reads_no_labels(data: Dataset, model: DLRM) -> None:
+    blind = copy.copy(data)
+    blind.labels = np.full_like(data.labels, np.nan)
+    pupil = copy.deepcopy(model).train()
+    with torch.no_grad():
+        pupil.head.top[-1].bias.add_(2.0)  # type: ignore[index]
+    steps: list[tuple[int, int]] = []
+
+    def distance() -> float:
+        return float(np.abs(predict(pupil, data, "test") - predict(model, data, "test")).mean())
+
+    before = distance()
+    settings = TrainSettings(epochs=10, batch_size=64, learning_rate=1e-2, drop_ids=0.0)
+    imitate(pupil, model, blind, settings, lambda done, total: steps.append((done, total)))
+    assert distance() < 0.3 * before
+    assert not pupil.training
+    assert steps[-1] == (len(steps), len(steps))
 
 
 def test_tables_of_two_forms_are_not_saved(data: Dataset, model: DLRM, tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from recsys_kernels.data.examples import Batch, Dataset
 from recsys_kernels.models.dlrm import DLRM, DLRMConfig
 from recsys_kernels.models.plain import PlainDLRM, model_input
 
-from .variants import BASELINE, VARIANTS
+from .variants import BASELINE, VARIANTS, Material
 
 BATCH_SIZES = (1, 64, 512)
 # p99 of 600 rounds has 6 slower ones behind it; the whole measurement stays under 10 s on one core.
@@ -104,8 +104,13 @@ def grown_batches(pools: Mapping[int, Sequence[Batch]], rows: int, seed: int) ->
     return {size: [b._replace(indices=ids(len(b.indices))) for b in pool] for size, pool in pools.items()}
 
 
-def grown_models(config: DLRMConfig, rows: int) -> dict[str, DLRM | PlainDLRM]:
+def grown_models(config: DLRMConfig, rows: int, batches: Sequence[Batch]) -> dict[str, DLRM | PlainDLRM]:
     """Every side with tables of `rows` rows of random weights.
+
+    Args:
+        config: the shape of the model.
+        rows: of every table.
+        batches: input for such tables, to find the ranges of static layers on.
 
     Raises:
         DataError: they do not fit into the memory that is free.
@@ -120,22 +125,25 @@ def grown_models(config: DLRMConfig, rows: int) -> dict[str, DLRM | PlainDLRM]:
         )
     tables = tuple(replace(table, rows=rows) for table in config.tables)
     model = DLRM(replace(config, tables=tables)).eval()
-    return all_sides(model)
+    return all_sides(model, Material([batch[:3] for batch in batches]))
 
 
-def all_sides(model: DLRM) -> dict[str, DLRM | PlainDLRM]:
+def all_sides(model: DLRM, material: Material) -> dict[str, DLRM | PlainDLRM]:
     """The plain torch baseline and every variant of a trained model."""
     sides: dict[str, DLRM | PlainDLRM] = {BASELINE: PlainDLRM(model)}
     for variant in VARIANTS:
-        sides[variant.name] = variant.make(model).eval()
+        sides[variant.name] = variant.make(model, material).eval()
     return sides
 
 
 def grown_bytes(config: DLRMConfig, rows: int) -> int:
-    """Bytes that all sides of `grown_models` hold together (the float32 tables twice)."""
+    """Bytes that all sides of `grown_models` hold together (the float32 tables twice).
+
+    Sides do not share tables: one would find in the cache what another has read.
+    """
     values = rows * config.dim * len(config.tables)
-    scales = 2 * 4 * rows * len(config.tables)
-    return int(values * (2 * _TABLE_BYTES["float32"] + _TABLE_BYTES["int8"] + _TABLE_BYTES["int4"])) + scales
+    scales = sum(4 for variant in VARIANTS if variant.tables != "float32") * rows * len(config.tables)
+    return int(values * (_TABLE_BYTES["float32"] + sum(_TABLE_BYTES[v.tables] for v in VARIANTS))) + scales
 
 
 def available_memory() -> int:

@@ -6,10 +6,11 @@ import copy
 import platform
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from recsys_kernels import __version__, _backends
@@ -17,12 +18,16 @@ from recsys_kernels._native import native
 from recsys_kernels.data.examples import Dataset
 from recsys_kernels.data.load import load_dataset
 from recsys_kernels.models.dlrm import DLRM, DLRMConfig
-from recsys_kernels.models.train import Epoch, Quality, TrainSettings, evaluate, train
+from recsys_kernels.models.train import Epoch, Quality, TrainSettings, evaluate, imitate, train
 
 from .cost import Cost, all_sides, grown_batches, grown_models, measure, real_batches
-from .variants import BASELINE, BASELINE_TITLE, VARIANTS
+from .variants import BASELINE, BASELINE_TITLE, METHOD, VARIANTS, Material
 
 TOLERANCE = 0.001  # AUC that a compressed model may lose
+# What the ranges of static layers are found on.
+CALIBRATION_BATCHES, CALIBRATION_ROWS = 32, 512
+# Learning rate of the quantization-aware training, one epoch, as a share of that of the training.
+TUNING_RATE = 0.05
 
 
 @dataclass(frozen=True)
@@ -120,8 +125,9 @@ def _run(settings: JobSettings, clock: _Clock, on_step: Callable[[int, int], Non
     torch.manual_seed(settings.training.seed)
     model = DLRM(config)
     epochs = train(model, data, settings.training, on_step)
-    clock.stage("compressing and scoring")
-    models = all_sides(model)
+    clock.stage("compressing")
+    models = all_sides(model, _material(data, settings, clock, on_step))
+    clock.stage("scoring")
     quality = {name: evaluate(side, data, "test") for name, side in models.items()}
     validation = {name: evaluate(side, data, "validation").auc for name, side in models.items()}
     clock.stage("timing")
@@ -139,6 +145,23 @@ def _run(settings: JobSettings, clock: _Clock, on_step: Callable[[int, int], Non
         chosen=_choose(validation, cost),
         seconds=clock.finish(),
     )
+
+
+def _material(
+    data: Dataset, settings: JobSettings, clock: _Clock, on_step: Callable[[int, int], None] | None
+) -> Material:
+    """Training examples for the ranges of static layers, and the quantization-aware training."""
+    random = np.random.default_rng(settings.training.seed)
+    rows = random.permutation(data.rows("train"))[: CALIBRATION_BATCHES * CALIBRATION_ROWS]
+    batches = [data.batch(rows[start : start + CALIBRATION_ROWS]) for start in range(0, len(rows), CALIBRATION_ROWS)]
+
+    def tune(model: DLRM, teacher: DLRM) -> None:
+        clock.stage("training 8-bit MLPs")
+        rate = settings.training.learning_rate * TUNING_RATE
+        imitate(model, teacher, data, replace(settings.training, epochs=1, learning_rate=rate), on_step)
+        clock.stage("compressing")
+
+    return Material([batch[:3] for batch in batches], tune)
 
 
 def _without_tables(model: DLRM) -> DLRM:
@@ -178,6 +201,12 @@ def to_json(result: JobResult) -> dict[str, Any]:
         "threads": settings.threads,
         "grown_rows": settings.rows,
         "auc_tolerance": TOLERANCE,
+        "calibration": {"method": METHOD, "rows": min(CALIBRATION_BATCHES * CALIBRATION_ROWS, parts["train"]["rows"])},
+        "tuning": {
+            "epochs": 1,
+            "labels": "predictions of the uncompressed model",
+            "learning_rate": settings.training.learning_rate * TUNING_RATE,
+        },
         "chosen": result.chosen,
         "variants": variants,
         "without_tables": asdict(result.without_tables),
@@ -208,9 +237,9 @@ def machine() -> dict[str, str]:
 def _grown_cost(config: DLRMConfig, data: Dataset, settings: JobSettings, clock: _Clock) -> dict[str, Cost]:
     assert settings.rows is not None
     clock.stage(f"timing tables of {settings.rows:,} rows")
-    sides = grown_models(config, settings.rows)
     seed = settings.training.seed
-    return measure(sides, grown_batches(real_batches(data, seed), settings.rows, seed))
+    pools = grown_batches(real_batches(data, seed), settings.rows, seed)
+    return measure(grown_models(config, settings.rows, pools[max(pools)]), pools)
 
 
 def _choose(validation: dict[str, float], cost: dict[str, Cost]) -> str:
@@ -241,5 +270,5 @@ class _Clock:
     def _close(self) -> None:
         now = time.perf_counter()
         if self._stage:
-            self._seconds[self._stage] = round(now - self._start, 3)
+            self._seconds[self._stage] = round(self._seconds.get(self._stage, 0.0) + now - self._start, 3)
         self._start = now

@@ -38,7 +38,7 @@ def latency(report: Report, key: str | None = None) -> Figure:
     titles = [variant["title"] for variant in report["variants"]]
     sizes = list(variants[0]["latency"])
     with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=(_WIDTH, 1.55 * len(sizes)), layout="constrained")
+        figure = Figure(figsize=(_WIDTH, (0.6 + 0.25 * len(variants)) * len(sizes)), layout="constrained")
         for axes, size in zip(figure.subplots(len(sizes), squeeze=False)[:, 0], sizes, strict=True):
             median = [variant["latency"][size]["p50_us"] for variant in variants]
             tail = [variant["latency"][size]["p99_us"] for variant in variants]
@@ -62,7 +62,7 @@ def table_size(report: Report) -> Figure:
     tables = [variant["table_bytes"] / scale for variant in variants]
     others = [(variant["total_bytes"] - variant["table_bytes"]) / scale for variant in variants]
     with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=(_WIDTH, 2.3), layout="constrained")
+        figure = Figure(figsize=(_WIDTH, 0.9 + 0.33 * len(variants)), layout="constrained")
         axes = figure.subplots()
         totals = [a + b for a, b in zip(tables, others, strict=True)]
         _bars(axes, [v["title"] for v in variants], tables, _colors(report), [""] * len(tables), totals, max(totals))
@@ -80,7 +80,7 @@ def auc_change(report: Report) -> Figure:
     changes = [variant["auc_change"] for variant in variants]
     tolerance = report["auc_tolerance"]
     with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=(_WIDTH, 2.0), layout="constrained")
+        figure = Figure(figsize=(_WIDTH, 0.9 + 0.33 * len(variants)), layout="constrained")
         axes = figure.subplots()
         rows = list(range(len(variants)))
         axes.axvspan(-tolerance, tolerance, color="#e6f0e6")
@@ -129,7 +129,7 @@ def overview(report: Report) -> Figure:
     median = [one["latency"][size]["p50_us"] for one in cost]
     digits = 0 if max(sizes) >= 100 else 2
     with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=(9.5, 2.5), layout="constrained")
+        figure = Figure(figsize=(9.5, 1.1 + 0.3 * len(variants)), layout="constrained")
         first, second, third = figure.subplots(1, 3, sharey=True)
         _bars(first, titles, sizes, _colors(report), [f"{value:,.{digits}f}" for value in sizes], sizes, max(sizes))
         first.set_xlabel("model size, MB")

@@ -78,12 +78,13 @@ def render(report: dict[str, Any], folder: Path, example: str) -> str:
 
 
 def _headline(first: dict[str, Any], saved: dict[str, Any]) -> str:
-    ratio = first["table_bytes"] / saved["table_bytes"]
+    ratio = first["total_bytes"] / saved["total_bytes"]
     return f"{saved['title']}: {ratio:.1f} times smaller, AUC {saved['auc']:.4f} against {first['auc']:.4f}"
 
 
 def _facts(first: dict[str, Any], saved: dict[str, Any]) -> list[tuple[str, str]]:
     facts = [
+        (f"{first['total_bytes'] / saved['total_bytes']:.1f}x", "smaller model"),
         (f"{first['table_bytes'] / saved['table_bytes']:.1f}x", "smaller embedding tables"),
         (plots.change(saved["auc_change"]), "change of test AUC"),
     ]
@@ -117,6 +118,7 @@ def _costs(report: dict[str, Any]) -> list[dict[str, Any]]:
 
 def _setup(report: dict[str, Any]) -> list[tuple[str, str]]:
     parts, model, machine = report["data"]["parts"], report["model"], report["machine"]
+    calibration = report["calibration"]
     tables = ", ".join(f"{table['name']} {table['rows']:,}" for table in model["tables"])
     counts = [f"{parts[part]['rows']:,} {part}" for part in ("train", "validation", "test")]
     return [
@@ -125,6 +127,8 @@ def _setup(report: dict[str, Any]) -> list[tuple[str, str]]:
         ("Tables", f"{tables} rows of {model['dim']} numbers"),
         ("Dense features", ", ".join(report["data"]["dense"])),
         ("Training", f"epochs: {report['training']['epochs']}, seed: {report['training']['seed']}"),
+        ("Static MLPs", f"ranges by {calibration['method']} on {calibration['rows']:,} training examples"),
+        ("QAT", f"epochs: {report['tuning']['epochs']}, labels: {report['tuning']['labels']}"),
         ("Timing", f"one process, forms in turn on the same batches, threads: {report['threads']}"),
         ("Machine", f"{machine['cpu']}, {machine['system']}, torch {machine['torch']}"),
         ("Kernels", f"recsys_kernels {machine['recsys_kernels']}, {machine['backend']}, ISA level {machine['isa']}"),

@@ -16,6 +16,8 @@ def summary(result: JobResult) -> Group:
     quality = Table(
         title=f"{result.data.name}: quality on {len(rows):,} later examples, and size",
         caption="AUC: higher is better; log loss: lower is better\n"
+        "MLP: 8-bit linear layers, activations quantized row by row (dynamic),\n"
+        "by ranges of training examples (static), or so after more training (QAT)\n"
         f"with every table zeroed the AUC is {result.without_tables.auc:.4f}: what the tables are worth",
     )
     for name in ("form of the model", "AUC", "change", "log loss", "tables, kB", "all, kB"):

@@ -6,6 +6,7 @@ arXiv:1906.00091.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -15,6 +16,10 @@ from torch import nn
 
 from recsys_kernels.data.examples import Schema
 from recsys_kernels.ops.embedding_bag import EmbeddingBagCollection, EmbeddingBagConfig, QuantizedEmbeddingBag
+from recsys_kernels.ops.int8_matmul import Int8Linear, Int8MLP
+
+# Forms of the MLPs, and what `Int8Linear` calls the treatment of activations.
+MLP_FORMS = {"float32": None, "int8": "dynamic", "int8-static": "static", "int8-weight-only": "weight_only"}
 
 
 @dataclass(frozen=True)
@@ -38,6 +43,8 @@ class DLRMConfig:
         bottom, top: hidden widths of the two MLPs.
         dropout: share of the top MLP's hidden units dropped in training.
         embedding: data type of the rows: "float32", "int8" or "int4".
+        mlp: form of the two MLPs: "float32", "int8" (activations quantized row by row), "int8-static" or
+            "int8-weight-only".
     """
 
     num_dense: int
@@ -47,6 +54,7 @@ class DLRMConfig:
     top: tuple[int, ...] = (128, 64)
     dropout: float = 0.4
     embedding: str = "float32"
+    mlp: str = "float32"
 
     @classmethod
     def for_schema(cls, schema: Schema, dim: int = 64) -> DLRMConfig:
@@ -82,7 +90,7 @@ class DLRM(nn.Module):
         embeddings: the tables, if they exist already; float32 ones with small random rows by default.
 
     Raises:
-        ValueError: `config.embedding` is an integer type and there are no tables (see `quantize`, `load_model`).
+        ValueError: `config` names integers and there are no tables (see `quantize`, `with_mlps`, `load_model`).
 
     `forward(dense [B, num_dense] float32, indices [N] int64, offsets [F * B + 1] int64)` returns
     logits [B] float32; indices and offsets are feature-major, in the order of `config.feature_names`.
@@ -90,6 +98,8 @@ class DLRM(nn.Module):
 
     def __init__(self, config: DLRMConfig, embeddings: EmbeddingBagCollection | None = None) -> None:
         super().__init__()
+        if embeddings is None and config.mlp != "float32":
+            raise ValueError(f"a new model has float32 MLPs, not {config.mlp}; quantize them after training")
         self.config = config
         self.embeddings = _new_tables(config) if embeddings is None else embeddings
         self.head = Head(config)
@@ -101,8 +111,20 @@ class DLRM(nn.Module):
         """A copy in eval mode whose tables have int8 or int4 rows (`bits` 8 or 4), scale and bias a row."""
         config = replace(self.config, embedding=f"int{bits}")
         other = DLRM(config, self.embeddings.quantize(bits))
-        other.head.load_state_dict(self.head.state_dict())
+        other.head = copy.deepcopy(self.head)
         return other.eval()
+
+    def with_mlps(self, mlps: Sequence[nn.Module], form: str) -> DLRM:
+        """The same model with other MLPs of the same shape; the tables are the same ones, not copies.
+
+        Args:
+            mlps: what takes the place of `head.bottom` and `head.top`.
+            form: what `config.mlp` names them.
+        """
+        other = DLRM(replace(self.config, mlp="float32"), self.embeddings)
+        other.config = replace(self.config, mlp=form)
+        other.head.bottom, other.head.top = mlps
+        return other.train(self.training)
 
 
 def empty_tables(config: DLRMConfig) -> EmbeddingBagCollection:
@@ -143,9 +165,17 @@ class Head(nn.Module):
         super().__init__()
         self.dim = config.dim
         self.vectors = len(config.feature_names) + 1
-        self.bottom = mlp(config.num_dense, (*config.bottom, config.dim))
         count = self.vectors * (self.vectors - 1) // 2
-        self.top = mlp(config.dim + count, (*config.top, 1), dropout=config.dropout, last_relu=False)
+        bottom, top = (*config.bottom, config.dim), (*config.top, 1)
+        scheme = MLP_FORMS[config.mlp]
+        self.bottom: nn.Module
+        self.top: nn.Module
+        if scheme is None:
+            self.bottom = mlp(config.num_dense, bottom)
+            self.top = mlp(config.dim + count, top, dropout=config.dropout, last_relu=False)
+        else:
+            self.bottom = int8_mlp(config.num_dense, bottom, scheme)
+            self.top = int8_mlp(config.dim + count, top, scheme, last_relu=False)
         rows, columns = torch.tril_indices(self.vectors, self.vectors, offset=-1)
         self.register_buffer("pairs", rows * self.vectors + columns, persistent=False)
 
@@ -167,3 +197,13 @@ def mlp(width: int, widths: Sequence[int], *, dropout: float = 0.0, last_relu: b
                 layers.append(nn.Dropout(dropout))
         width = out
     return nn.Sequential(*layers)
+
+
+def int8_mlp(width: int, widths: Sequence[int], scheme: str, *, last_relu: bool = True) -> Int8MLP:
+    """What `mlp` is quantized to, with values still to be loaded."""
+    layers = []
+    for position, out in enumerate(widths):
+        relu = last_relu or position + 1 < len(widths)
+        layers.append(Int8Linear(width, out, activation=scheme, epilogue="relu" if relu else None))
+        width = out
+    return Int8MLP(*layers)

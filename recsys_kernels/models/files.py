@@ -25,8 +25,9 @@ from torch import nn
 from recsys_kernels.data.checksum import sha256
 from recsys_kernels.data.examples import Schema
 from recsys_kernels.ops.embedding_bag import QuantizedEmbeddingBag
+from recsys_kernels.ops.int8_matmul import Int8Linear
 
-from .dlrm import DLRM, DLRMConfig, empty_tables
+from .dlrm import DLRM, MLP_FORMS, DLRMConfig, empty_tables
 from .requests import normalize
 
 FORMAT = 1
@@ -78,9 +79,10 @@ def save_model(model: DLRM, schema: Schema, folder: Path) -> None:
     Raises:
         OSError: the disk is full, or the folder cannot be written.
         ModuleNotFoundError: safetensors is not installed.
-        ValueError: the tables are not all of one form: float32, int8 or int4.
+        ValueError: the tables are not all of one form (float32, int8 or int4), or the MLPs are not.
     """
-    config = replace(model.config, embedding=_form(model))  # what `rk.optimize` changed is not in `model.config`
+    # What `rk.optimize` changed is not in `model.config`.
+    config = replace(model.config, embedding=_form(model), mlp=_mlp_form(model))
     state = {name: tensor.detach().contiguous() for name, tensor in model.state_dict().items()}
     safetensors = _safetensors()
     try:
@@ -115,6 +117,25 @@ def _form(model: DLRM) -> str:
         return next(iter(forms))
     found = "; ".join(f"{form}: {', '.join(names)}" for form, names in forms.items())
     raise ValueError(f"a model is saved with tables of one form, float32, int8 or int4, but has {found}")
+
+
+def _mlp_form(model: DLRM) -> str:
+    """The one form that both MLPs of a model have, as `DLRMConfig.mlp` names it."""
+    schemes = {scheme: form for form, scheme in MLP_FORMS.items() if scheme is not None}
+    forms: dict[str, list[str]] = {}
+    for name in ("bottom", "top"):
+        for module in getattr(model.head, name):
+            if isinstance(module, Int8Linear):
+                kind = "" if module.granularity == "channel" else f" with scales by {module.granularity}"
+                forms.setdefault(schemes[module.activation] + kind, []).append(name)
+            elif isinstance(module, nn.Linear):
+                forms.setdefault(str(module.weight.dtype).removeprefix("torch."), []).append(name)
+            elif not isinstance(module, nn.ReLU | nn.Dropout):
+                forms.setdefault(type(module).__name__, []).append(name)
+    if len(forms) == 1 and forms.keys() <= MLP_FORMS.keys():
+        return next(iter(forms))
+    found = "; ".join(f"{form}: {', '.join(dict.fromkeys(names))}" for form, names in forms.items())
+    raise ValueError(f"a model is saved with MLPs of one form ({', '.join(MLP_FORMS)}), but has {found}")
 
 
 def load_model(folder: str | os.PathLike[str]) -> RankingModel:

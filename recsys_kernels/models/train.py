@@ -74,7 +74,7 @@ def train(
     random = np.random.default_rng(settings.seed)
     torch.manual_seed(settings.seed)
     rows = data.rows("train")
-    size = settings.batch_size or min(max(len(rows) // 160, 512), 8192)
+    size = _batch_size(settings, len(rows))
     epoch_steps = -(-len(rows) // size)
     steps = epoch_steps * settings.epochs
     optimizer = torch.optim.AdamW(_groups(model, settings, epoch_steps), lr=settings.learning_rate)
@@ -104,6 +104,52 @@ def train(
     model.load_state_dict(best)
     model.eval()
     return history
+
+
+def imitate(
+    model: nn.Module,
+    teacher: nn.Module,
+    data: Dataset,
+    settings: TrainSettings,
+    on_step: Callable[[int, int], None] | None = None,
+) -> None:
+    """Trains `model` in place, without its dropout, to predict what `teacher` predicts, and leaves it in eval mode.
+
+    (Hinton et al., "Distilling the Knowledge in a Neural Network", 2015.) For a model that was trained already and then
+    quantized: labels would go on with its training, and fit it to them more and more.
+
+    Args:
+        model: `forward(dense, indices, offsets)` -> logits [B].
+        teacher: the same; it is left in eval mode.
+        data: examples; only the training part is read, and no labels.
+        settings: see `TrainSettings`; there is no decay.
+        on_step: called with (steps done, steps in all) after each step.
+    """
+    random = np.random.default_rng(settings.seed)
+    rows = data.rows("train")
+    size = _batch_size(settings, len(rows))
+    steps = -(-len(rows) // size) * settings.epochs
+    weights = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.Adam(weights, lr=settings.learning_rate)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    model.eval()
+    teacher.eval()
+    order = np.concatenate([random.permutation(rows) for _ in range(settings.epochs)])
+    for done, start in enumerate(range(0, len(order), size), 1):
+        batch = data.batch(order[start : start + size], settings.drop_ids, random)
+        with torch.no_grad():
+            wanted = teacher(*batch[:3]).sigmoid()
+        loss = nn.functional.binary_cross_entropy_with_logits(model(*batch[:3]), wanted)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        if on_step:
+            on_step(done, max(steps, done))
+
+
+def _batch_size(settings: TrainSettings, rows: int) -> int:
+    return settings.batch_size or min(max(rows // 160, 512), 8192)
 
 
 def evaluate(model: nn.Module, data: Dataset, part: str) -> Quality:
