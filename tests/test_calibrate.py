@@ -328,6 +328,23 @@ def test_only_consecutive_layers_are_equalized() -> None:
         rk.equalize(model, [rows(0)[:0]])
 
 
+def test_layers_that_share_a_weight_are_not_equalized() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(WIDTH, 8), nn.ReLU(), nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8))
+    model[3].weight = model[2].weight
+    with torch.no_grad():
+        model[0].weight[3] *= 100
+        model[4].weight[3] *= 100
+    with pytest.raises(ValueError, match="no two linear layers in a row"):
+        rk.equalize(model, [rows(0)])
+    model = nn.Sequential(*model, nn.ReLU(), nn.Linear(8, 4)).eval()
+    new = rk.equalize(model, [rows(0)])
+    assert new[2].weight is new[3].weight
+    assert not torch.equal(new[4].weight, model[4].weight)
+    with torch.no_grad():
+        assert torch.equal(new(rows(1)), model(rows(1)))
+
+
 def test_channels_that_are_never_used_stay() -> None:
     model = nn.Sequential(nn.Linear(WIDTH, 8), nn.ReLU(), nn.Linear(8, 4))
     with torch.no_grad():

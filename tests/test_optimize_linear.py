@@ -518,6 +518,7 @@ def test_float_stays_where_it_is_faster(monkeypatch: pytest.MonkeyPatch) -> None
     assert all(layer.action == "int8" for layer in report.layers)
     assert {(layer.float_us, layer.int8_us) for layer in report.layers} == {(80.0, 20.0)}
     assert "20.0 us instead of 80.0 for 600 rows (one call of 'top.0' to 'top.6')" in str(report)
+    assert by_name(report)["top.6"].reason.endswith("in the call of 'top.0'")
     timed.clear()
     _, report = only_linear(model, batch_size=1)  # without inputs: random rows
     assert [shape for *_, shape in timed] == [(1, WIDTH), (1, 6)]

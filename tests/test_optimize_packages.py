@@ -89,3 +89,22 @@ def test_published_models(package: Any, name: str, swapped: set[str], kept: set[
     assert trial.output_error == pytest.approx((out - expected).abs().max().item())
     assert (trial.output_error > 0) == bool(swapped)
     torch.testing.assert_close(out, expected, atol=2e-3, rtol=0)
+
+
+@pytest.mark.parametrize(("package", "name"), [(package, name) for package, name, _, _ in CASES])
+def test_published_models_with_int8_layers(package: Any, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    model, x = package(name)
+    model.eval()
+    linears = {n for n, m in model.named_modules(remove_duplicate=False) if isinstance(m, nn.Linear)}
+    new, report = rk.optimize(model, embedding=None, linear="int8")
+    assert {n for layer in report.layers for n in layer.names} == linears
+    assert len(report.swapped) > 0.7 * len(report.layers) or not linears
+    monkeypatch.setattr("recsys_kernels.compress.linear._microseconds", lambda first, second, rows: (2.0, 1.0))
+    sampled, trial = rk.optimize(model, embedding=None, linear="int8", sample_inputs=x, min_sqnr=10.0)
+    with torch.no_grad():
+        expected, out = model(x), new(x)
+        if {layer.name for layer in trial.swapped} == {layer.name for layer in report.swapped}:
+            assert torch.equal(out, sampled(x))
+    assert all(layer.sqnr is None or layer.sqnr > 25 for layer in trial.layers)
+    torch.testing.assert_close(out, expected, atol=5e-3, rtol=0)

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Iterable
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import torch
 
 from .calibrate import plan_of, watch
-from .plan import Layer, Skip
+from .plan import Layer, Plan, Skip
 
 # Exponents beyond would take values towards the ends of float16.
 _MOST = 8
@@ -48,18 +50,13 @@ def equalize(
         The copy, in the mode (train or eval) of the original.
 
     Raises:
-        ValueError: ``alpha`` out of range; no two such layers; no batches; an input with NaN or infinity.
+        ValueError: ``alpha`` out of range; no two such layers (they must not share a weight with another one); no
+            batches; an input with NaN or infinity.
         RuntimeError: layers that no batch reached.
     """
     if not 0.0 <= alpha <= 1.0:
         raise ValueError(f"alpha must be from 0 to 1, but is {alpha}")
-    pairs: list[tuple[Layer, Layer]] = []
-    for run in plan_of(model, skip).runs():
-        pairs += [
-            (a, b)
-            for (a, epilogue), (b, _) in zip(run.steps, run.steps[1:], strict=False)
-            if epilogue in (None, "relu")
-        ]
+    pairs = _pairs(plan_of(model, skip))
     if not pairs:
         raise ValueError(
             "the model has no two linear layers in a row (in a Sequential, with at most a ReLU in between)"
@@ -79,6 +76,17 @@ def equalize(
             raise RuntimeError(f"no batch reached {second.names[0]!r}; name what is not used in skip")
         _move(memo[id(first.module)], memo[id(second.module)], largest[second.names[0]], alpha)
     return new
+
+
+def _pairs(plan: Plan) -> list[tuple[Layer, Layer]]:
+    """Layers that follow each other, neither of which shares its weight with another."""
+    owners = Counter(id(layer.module.weight) for layer in plan.swapped)
+    return [
+        (first, second)
+        for run in plan.runs()
+        for (first, epilogue), (second, _) in pairwise(run.steps)
+        if epilogue in (None, "relu") and owners[id(first.module.weight)] == owners[id(second.module.weight)] == 1
+    ]
 
 
 @torch.no_grad()

@@ -152,7 +152,8 @@ def _material(
 ) -> Material:
     """Training examples for the ranges of static layers, and the quantization-aware training."""
     random = np.random.default_rng(settings.training.seed)
-    rows = random.permutation(data.rows("train"))[: CALIBRATION_BATCHES * CALIBRATION_ROWS]
+    rows = data.rows("train")
+    rows = random.choice(rows, min(len(rows), CALIBRATION_BATCHES * CALIBRATION_ROWS), replace=False)
     batches = [data.batch(rows[start : start + CALIBRATION_ROWS]) for start in range(0, len(rows), CALIBRATION_ROWS)]
 
     def tune(model: DLRM, teacher: DLRM) -> None:

@@ -184,12 +184,18 @@ def _judge(layers: Sequence[Layer], rows: torch.Tensor, float_us: float, new_us:
     count = f"{len(rows):,} row{'s' if len(rows) > 1 else ''}"
     names = [layer.names[0] or "(the model)" for layer in layers]
     together = f" (one call of {names[0]!r} to {names[-1]!r})" if len(layers) > 1 else ""
-    for layer in layers:
+    for number, layer in enumerate(layers):
         layer.float_us, layer.new_us = float_us, new_us
         if float_us < new_us:
-            layer.leave(f"float is faster for {count}: {float_us:.1f} us, int8 {new_us:.1f} us{together}")
+            layer.leave(f"float is faster for {count}: {_us(float_us)} us, int8 {_us(new_us)} us{together}")
+        elif number == 0:
+            layer.notes.append(f"{_us(new_us)} us instead of {_us(float_us)} for {count}{together}")
         else:
-            layer.notes.append(f"{new_us:.1f} us instead of {float_us:.1f} for {count}{together}")
+            layer.notes.append(f"in the call of {names[0]!r}")
+
+
+def _us(value: float) -> str:
+    return f"{value:,.1f}" if value < 100 else f"{value:,.0f}"
 
 
 @torch.inference_mode()
