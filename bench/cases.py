@@ -1,6 +1,6 @@
-"""What is measured: one `Case` a line of the report, and the `Workload` (tables, ids) that belongs to it.
+"""Embedding bags: one `Case` a line of the report, and the `Workload` (tables, ids) that belongs to it.
 
-A new operator adds its cases here. The speeds to reach are ratios against the better peer, or against the side that
+The speeds to reach are ratios against the better peer, or against the side that
 `against` names.
 """
 
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -16,13 +16,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from bench.sides import BEST, ONE_THREAD, Target
+
 BITS = {"fp32": 32, "fp16": 16, "int8": 8, "int4": 4}
-BEST = "the best peer"
 LOOP = "torch"
-ONE_THREAD = "recsys_kernels, 1 thread"
 SINGLE_TABLE_ROWS = 2_000_000
 QUICK_ROWS = 20_000
 MAX_POOL_IDS = 16_000_000  # 128 MB of int64
+# fp16 outputs round to 11 bits, once or after every row; everything else is exact (see Workload.table)
+TOLERANCE = {"fp16": 4e-3}
+DEFAULT_TOLERANCE = 1e-5
+LIMIT_SHARE = 0.85
 
 
 @dataclass(frozen=True)
@@ -64,7 +68,17 @@ class Case:
         return self.dim * BITS[self.dtype] // 8
 
     @property
-    def table_bytes(self) -> int:
+    def targets(self) -> tuple[Target, ...]:
+        """What to reach, as every operator's cases have it."""
+        return (Target(self.target, self.against),)
+
+    @property
+    def amount(self) -> int:
+        """Bytes of rows that one call reads."""
+        return self.ids_per_call * self.row_bytes
+
+    @property
+    def size(self) -> int:
         """Bytes of all rows of all tables."""
         return self.tables * self.rows * self.row_bytes
 
@@ -80,7 +94,6 @@ class Case:
         return replace(self, rows=min(self.rows, QUICK_ROWS // self.tables)) if quick else self
 
 
-LIMIT_SHARE = 0.85
 _UNIFORM = {
     ("fp32", 64): 2.0,
     ("fp32", 128): 2.0,
@@ -137,8 +150,10 @@ class Workload:
     """The tables and a pool of batches of one case, both from a fixed seed.
 
     The pool touches twice the last-level cache before it comes round again (or MAX_POOL_IDS ids), so that a batch
-    never finds its own rows in the cache.
+    never finds its own rows in the cache. `checked`: the number of batches that the gate runs.
     """
+
+    checked = 2
 
     def __init__(self, case: Case, quick: bool = False) -> None:
         self.case = case
@@ -200,3 +215,10 @@ class Workload:
         pooled = torch.zeros(case.tables * case.batch, case.dim, dtype=torch.float64)
         pooled.index_add_(0, bag, self.table.view(-1, case.dim)[rows].double())
         return pooled.view(case.tables, case.batch, case.dim).transpose(0, 1).reshape(case.batch, -1)
+
+    def check(self, outputs: Sequence[Tensor]) -> None:
+        """Raises AssertionError unless `outputs`, in float64, are right for batches 0, 1, 2 and so on."""
+        tolerance = TOLERANCE.get(self.case.dtype, DEFAULT_TOLERANCE)
+        for number, output in enumerate(outputs):
+            expected = self.expected(self.batch(number))
+            torch.testing.assert_close(output, expected, rtol=tolerance, atol=tolerance)

@@ -1,8 +1,18 @@
-"""Options of `pytest bench`."""
+"""Options of `pytest bench`, and the case that a test is about."""
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
+
 import pytest
+
+from bench import levels
+
+os.environ.update(levels.caps())  # before torch and the peers are there to read them
+
+from bench.harness import Comparison
+from bench.sides import AbsentError
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -11,3 +21,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--quick", action="store_true", help="small tables and few rounds: shows that it runs, not how fast"
     )
     group.addoption("--rows", type=int, help="rows of the single-table cases (default: 2,000,000)")
+
+
+@pytest.fixture(scope="module")
+def comparison(request: pytest.FixtureRequest) -> Iterator[Comparison]:
+    """The case of this test: one at a time is in memory."""
+    quick = request.config.getoption("--quick")
+    try:
+        yield Comparison(request.param.resized(request.config.getoption("--rows"), quick), quick)
+    except AbsentError as error:
+        pytest.skip(str(error))

@@ -16,19 +16,17 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
 
-from bench import peers, probe
-from bench.cases import BEST, LIMIT_SHARE, Case, Workload
-from bench.peers import AbsentError, Side
+from bench import operators, probe
+from bench.cases import LIMIT_SHARE
+from bench.sides import BEST, OWN, AbsentError, Side, Target
 
 SAMPLE_SECONDS = 0.01  # calls shorter than this are timed in groups
 MAX_GROUP = 512
-# fp16 outputs round to 11 bits, once or after every row; everything else is exact (see Workload.table)
-TOLERANCE = {"fp16": 4e-3}
-DEFAULT_TOLERANCE = 1e-5
 
 
 class GateError(AssertionError):
@@ -52,9 +50,9 @@ class Pair:
 class Result:
     """Everything measured of one case. `absent`: sides that could not run, with the reason."""
 
-    case: Case
+    case: Any
     pairs: list[Pair]
-    limit: probe.Limit | None
+    limit: probe.Limit | probe.Int8Limit | None
     absent: dict[str, str] = field(default_factory=dict)
 
     @property
@@ -65,42 +63,44 @@ class Result:
     @property
     def best(self) -> Pair:
         """The pair with the fastest peer."""
-        return min((pair for pair in self.pairs if pair.name not in peers.OWN), key=lambda pair: pair.ratio)
+        return min((pair for pair in self.pairs if pair.name not in OWN), key=lambda pair: pair.ratio)
 
-    @property
-    def aim(self) -> Pair | None:
-        """The pair that the case's target is about; None when that side is absent."""
-        if self.case.against == BEST:
-            return self.best
-        return next((pair for pair in self.pairs if pair.name == self.case.against), None)
+    def reaches(self, target: Target) -> bool:
+        """Whether that ratio was measured; no, when the side it is about is absent."""
+        ratios = {pair.name: pair.ratio for pair in self.pairs} | {BEST: self.best.ratio}
+        return ratios.get(target.against, 0.0) >= target.ratio
 
     def rate(self, pair: Pair | None = None) -> float:
-        """Bytes of rows a second: ours, or those of the other side of `pair`."""
-        return self.case.ids_per_call * self.case.row_bytes / (pair.theirs if pair else self.seconds)
+        """What `case.amount` counts, a second: ours, or that of the other side of `pair`."""
+        return float(self.case.amount / (pair.theirs if pair else self.seconds))
 
     @property
     def share(self) -> float | None:
         """Our rate as a share of the probed limit."""
-        return self.rate() / self.limit.gather if self.limit else None
+        return self.rate() / self.limit.rate if self.limit else None
 
     @property
     def reached(self) -> bool:
-        """The target, no slower than any peer, and LIMIT_SHARE where the case asks for it and a probe ran."""
+        """All targets, no slower than any peer, and LIMIT_SHARE where the case asks for it and a probe ran."""
         near = not self.case.near_limit or self.share is None or self.share >= LIMIT_SHARE
-        return near and self.best.ratio >= 1.0 and self.aim is not None and self.aim.ratio >= self.case.target
+        return near and all(map(self.reaches, (Target(1.0), *self.case.targets)))
 
 
-def gate(side: Side, work: Workload) -> None:
-    """Raises GateError unless `side` gives the right results for the first two batches."""
-    tolerance = TOLERANCE.get(work.case.dtype, DEFAULT_TOLERANCE)
-    for batch in (work.batch(0), work.batch(1)):
+def gate(side: Side, work: Any) -> None:
+    """Raises GateError unless `side` gives the right results for the first batches."""
+    outputs, before = [], torch.get_num_threads()
+    torch.set_num_threads(side.threads)  # what a side compiles at its first call depends on it
+    try:
         with side.context():
-            output = side.run(side.prepare(batch))
-            output = output.to_dense() if output.is_sparse else output
-            try:
-                torch.testing.assert_close(output.double(), work.expected(batch), rtol=tolerance, atol=tolerance)
-            except AssertionError as error:
-                raise GateError(f"{side.name} is wrong on {work.case.name}: {error}") from error
+            for number in range(work.checked):
+                output = torch.as_tensor(side.run(side.prepare(work.batch(number))))
+                # A copy: the side may use that memory again.
+                outputs.append((output.to_dense() if output.is_sparse else output).to(torch.float64, copy=True))
+        work.check(outputs)
+    except AssertionError as error:
+        raise GateError(f"{side.name} is wrong on {work.case.name}: {error}") from error
+    finally:
+        torch.set_num_threads(before)
 
 
 def keep_freed_memory() -> None:
@@ -133,7 +133,7 @@ def quiet(threads: int) -> Iterator[None]:
         os.sched_setaffinity(0, allowed)
 
 
-def sample(side: Side, work: Workload, first: int, calls: int) -> float:
+def sample(side: Side, work: Any, first: int, calls: int) -> float:
     """Seconds a call of `side`, over batches `first` to `first + calls`, after one that is not timed.
 
     That one brings back what the other side has driven out: page translations most of all, which a large table needs
@@ -150,12 +150,12 @@ def sample(side: Side, work: Workload, first: int, calls: int) -> float:
         return (time.perf_counter() - begin) / calls
 
 
-def group_size(side: Side, work: Workload) -> int:
+def group_size(side: Side, work: Any) -> int:
     """Calls of `side` that take SAMPLE_SECONDS together."""
     return int(min(MAX_GROUP, max(1.0, SAMPLE_SECONDS / min(sample(side, work, n, 1) for n in range(5)))))
 
 
-def alternate(own: Side, other: Side, work: Workload, seconds: float, min_rounds: int) -> Pair:
+def alternate(own: Side, other: Side, work: Any, seconds: float, min_rounds: int) -> Pair:
     """Alternates the two sides for about `seconds`, at least `min_rounds` rounds."""
     times: dict[str, list[float]] = {own.name: [], other.name: []}
     with quiet(work.case.threads):
@@ -175,43 +175,38 @@ def alternate(own: Side, other: Side, work: Workload, seconds: float, min_rounds
 class Comparison:
     """One case, ready to be compared: `.own` is our side (gated), `.limit` the probe's result, `.work` the data."""
 
-    def __init__(self, case: Case, quick: bool = False) -> None:
+    def __init__(self, case: Any, quick: bool = False) -> None:
         keep_freed_memory()
-        self.quick, self.work = quick, Workload(case, quick)
+        self.operator = operators.of(case)
+        self.quick, self.work = quick, self.operator.workload(case, quick)
         self.seconds, self.min_rounds = (0.05, 5) if quick else (2.0, 11)
-        self.limit: probe.Limit | None = None
+        self.limit: probe.Limit | probe.Int8Limit | None = None
         self.no_limit = ""
-        if case.kind == "forward":
-            self._probe()  # before the tables are there: it needs as much memory
-        self.own = peers.ours(self.work)
-        gate(self.own, self.work)
-
-    def _probe(self) -> None:
-        case = self.work.case
-        ids = self.work.probe_ids().numpy()
         try:
-            with quiet(case.threads):
-                self.limit = probe.probe(ids, case.tables * case.rows, case.row_bytes, case.threads)
+            with quiet(case.threads):  # before the tables are there: a probe may need as much memory
+                self.limit = self.operator.peers.limit(self.work)
         except probe.ProbeUnavailableError as error:
             self.no_limit = str(error)
+        self.own: Side = self.operator.peers.ours(self.work)
+        gate(self.own, self.work)
 
     def against(self, name: str) -> tuple[Side, Pair]:
         """Builds, gates and measures side `name`. Raises AbsentError if it cannot run, GateError if it is wrong."""
         gc.collect()  # the side before this one may hang in a cycle, with its tables
-        other = peers.build(name, self.work, self.own)
+        other = self.operator.peers.build(name, self.work, self.own)
         gate(other, self.work)
         return other, alternate(self.own, other, self.work, self.seconds, self.min_rounds)
 
 
-def measure(case: Case, quick: bool = False) -> Result:
+def measure(case: Any, quick: bool = False) -> Result:
     """Compares our side of `case` with every side that can run here."""
     comparison = Comparison(case, quick)
     pairs, absent = [], {}
-    for name in peers.sides_of(case):
+    for name in comparison.operator.peers.sides_of(case):
         try:
             pairs.append(comparison.against(name)[1])
         except AbsentError as error:
             absent[name] = str(error)
     if comparison.no_limit:
-        absent["gather probe"] = comparison.no_limit
+        absent["limit"] = comparison.no_limit
     return Result(case, pairs, comparison.limit, absent)

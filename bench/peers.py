@@ -1,4 +1,4 @@
-"""The sides of a comparison: recsys_kernels and every library a user might run instead.
+"""Embedding bags: the sides of a comparison, recsys_kernels and every library a user might run instead.
 
 A builder takes a Workload and returns a Side, or raises AbsentError with the reason. Float peers share the workload's
 table, quantized ones quantize it themselves. Every side gets its input in the format it likes best, converted outside
@@ -16,8 +16,8 @@ import functools
 import importlib
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, replace
+from contextlib import contextmanager
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -26,37 +26,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import recsys_kernels as rk
-from bench.cases import BITS, LOOP, ONE_THREAD, Batch, Case, Workload
+from bench import probe
+from bench.cases import BITS, LOOP, Batch, Case, Workload
+from bench.sides import ONE_THREAD, OURS, REFERENCE, AbsentError, Side
 from recsys_kernels import _backends
 
-OURS = "recsys_kernels"
-REFERENCE = "recsys_kernels, reference"
 FBGEMM = "fbgemm IntNBit"
 FBGEMM_SPLIT = "fbgemm Split"
 TORCHREC = "torchrec"
-OWN = (ONE_THREAD, REFERENCE)  # sides that are no peers
-
-
-class AbsentError(RuntimeError):
-    """This side cannot run here; the message says why."""
-
-
-def _fresh(batch: Batch) -> Any:
-    return batch.indices.clone(), batch.offsets
-
-
-@dataclass(frozen=True)
-class Side:
-    """One side: `run(prepare(batch))` is a call of which only `run` is timed, under `context()` and `threads` threads.
-
-    `prepare` gives fresh tensors (a request's ids were just written); for a backward case it runs the forward.
-    """
-
-    name: str
-    run: Callable[[Any], Tensor]
-    prepare: Callable[[Batch], Any] = _fresh
-    threads: int = 1
-    context: Callable[[], AbstractContextManager[Any]] = torch.inference_mode
 
 
 def _gradient(name: str, bag: nn.EmbeddingBag, work: Workload) -> Side:
@@ -271,3 +248,11 @@ def build(name: str, work: Workload, own: Side) -> Side:
     if name == REFERENCE:
         return replace(own, name=name, context=_reference)
     return _PEERS[name](work)
+
+
+def limit(work: Workload) -> probe.Limit | None:
+    """What the rows of a forward case could be read at. Raises ProbeUnavailableError."""
+    case = work.case
+    if case.kind != "forward":
+        return None
+    return probe.probe(work.probe_ids().numpy(), case.tables * case.rows, case.row_bytes, case.threads)

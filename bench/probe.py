@@ -1,7 +1,8 @@
-"""The limit of this machine for random rows, probed in the run that reports it.
+"""The limits of this machine, probed in the run that reports them.
 
 `probe()` reads the very rows a case will read (same ids, same row size, own memory on 2 MiB pages) with nothing but
 prefetches and loads whose result is used. A lookup cannot do better; how close it comes is the figure to report.
+`probe_int8()` multiplies and adds int8 in registers, which no int8 layer can do faster.
 """
 
 from __future__ import annotations
@@ -21,7 +22,10 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from recsys_kernels._native import ISA_LEVELS
+
 SOURCE = Path(__file__).with_name("gather_probe.c")
+INT8_SOURCE = Path(__file__).with_name("vnni_probe.c")
 # Which hint and which order is the limit depends on the CPU and on the row: on Zen 4 it is T1, by 2x, and for rows of
 # four lines and more the order line by line, by 1.7x.
 LEVELS = {"T1": 1, "T0": 0}
@@ -44,23 +48,56 @@ class Limit:
     prefetch: str
     huge_pages: float
 
+    @property
+    def rate(self) -> float:
+        """The limit of a lookup."""
+        return self.gather
 
-@functools.cache
-def _library() -> ctypes.CDLL:
+    @property
+    def how(self) -> str:
+        """By what means it was reached."""
+        pages = "" if self.huge_pages > 0.9 else f", {self.huge_pages:.0%} on huge pages"
+        return self.prefetch + pages
+
+
+@dataclass(frozen=True)
+class Int8Limit:
+    """Probed limit, in operations/s (two for each product), and by which instructions."""
+
+    rate: float
+    how: str
+
+
+def _compiled(source: Path, *options: str) -> ctypes.CDLL:
     compiler = next(filter(None, map(shutil.which, ("cc", "gcc", "clang"))), None)
     if compiler is None:
         raise ProbeUnavailableError("no C compiler (cc, gcc or clang) on PATH")
     with tempfile.TemporaryDirectory() as folder:
-        target = Path(folder) / "gather_probe.so"
-        command = [compiler, "-O3", "-march=native", "-shared", "-fPIC", str(SOURCE), "-o", str(target)]
+        target = Path(folder) / f"{source.stem}.so"
+        command = [compiler, "-O3", "-march=native", "-shared", "-fPIC", *options, str(source), "-o", str(target)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
             raise ProbeUnavailableError(f"{' '.join(command)} failed: {done.stderr.strip()[-500:]}")
-        library = ctypes.CDLL(str(target))  # stays mapped when the file goes
+        return ctypes.CDLL(str(target))  # stays mapped when the file goes
+
+
+@functools.cache
+def _library() -> ctypes.CDLL:
+    library = _compiled(SOURCE)
     library.gather_rows.restype = library.read_sequentially.restype = ctypes.c_uint64
     size, pointer = ctypes.c_size_t, ctypes.c_void_p
     library.gather_rows.argtypes = [pointer, pointer, size, size, ctypes.c_int, ctypes.c_int, size]
     library.read_sequentially.argtypes = [pointer, size]
+    return library
+
+
+@functools.cache
+def _int8_library(level: str) -> ctypes.CDLL:
+    library = _compiled(INT8_SOURCE, f"-DMAX_LEVEL={ISA_LEVELS.index(level)}")
+    library.instruction.restype = ctypes.c_char_p
+    library.products_per_round.restype = ctypes.c_int64
+    library.multiply_add.restype = ctypes.c_uint32
+    library.multiply_add.argtypes = [ctypes.c_int64, ctypes.c_int32, ctypes.c_int32]
     return library
 
 
@@ -73,7 +110,7 @@ def _on_huge_pages() -> int:
     return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("AnonHugePages:"))
 
 
-def _seconds(work: Callable[[int], int], parts: int, expected: int) -> float:
+def _seconds(work: Callable[[int], int], parts: int, expected: int, bits: int = 64) -> float:
     """Best wall time of `work(part)` over all parts, one thread each; the sum of the results is checked."""
     best = float("inf")
     with ThreadPoolExecutor(parts) as pool:
@@ -81,8 +118,8 @@ def _seconds(work: Callable[[int], int], parts: int, expected: int) -> float:
             begin = time.perf_counter()
             total = sum(pool.map(work, range(parts)) if parts > 1 else map(work, range(parts)))
             best = min(best, time.perf_counter() - begin)
-            if total % 2**64 != expected % 2**64:
-                raise AssertionError("the probe read something else than the rows it was given")
+            if total % 2**bits != expected % 2**bits:
+                raise AssertionError("the probe did something else than what it was given to do")
     return best
 
 
@@ -129,3 +166,21 @@ def probe(ids: npt.NDArray[np.int64], rows: int, row_bytes: int, threads: int = 
         straight = _seconds(sequential, threads, WORD * size // 8)
         del table  # the mapping cannot be closed while an array looks at it
     return Limit(ids.size * row_bytes / seconds, size / straight, name, huge)
+
+
+def probe_int8(level: str, threads: int = 1, rounds: int = 2_000_000) -> Int8Limit:
+    """Multiplies and adds int8 with the best instructions of an instruction-set level (see ISA_LEVELS).
+
+    Raises ProbeUnavailableError where there is no compiler, or no such instruction.
+    """
+    library = _int8_library(level)
+    products = int(library.products_per_round())
+    if not products or level == ISA_LEVELS[0]:
+        raise ProbeUnavailableError(f"no int8 probe at the level {level}")
+    a, b = 101, -77
+
+    def work(part: int) -> int:
+        return int(library.multiply_add(rounds, a, b))
+
+    seconds = _seconds(work, threads, threads * rounds * products * a * b, bits=32)
+    return Int8Limit(2 * threads * rounds * products / seconds, library.instruction().decode())

@@ -15,11 +15,16 @@ ROOT = Path(__file__).resolve().parent.parent
 if str(ROOT) not in sys.path:
     sys.path.append(str(ROOT))  # bench is not part of the installed package
 
-from bench import harness, peers, probe, report  # noqa: E402
-from bench.cases import CASES, LOOP, Case, Workload  # noqa: E402
+from bench import harness, levels, linear_peers, operators, peers, probe, report  # noqa: E402
+from bench.cases import LOOP, Case, Workload  # noqa: E402
 from bench.harness import Pair, Result  # noqa: E402
+from bench.linear_cases import FP32, LinearCase, LinearWorkload  # noqa: E402
+from bench.operators import CASES  # noqa: E402
+from bench.sides import ONE_THREAD, OURS, AbsentError, Side, Target  # noqa: E402
+from recsys_kernels._native import native  # noqa: E402
 
 FLOAT, QUANTIZED = (Case(dtype, 64, 64, 20).resized(None, quick=True) for dtype in ("fp32", "int8"))
+LINEAR, MLP = LinearCase(7, (45, 33)), LinearCase(5, (45, 33, 17, 1), level="module")
 
 
 def _limit(rate: float) -> probe.Limit:
@@ -47,22 +52,89 @@ def test_batches_change_from_call_to_call() -> None:
     assert torch.equal(work.batch(0).indices, work.batch(len(work)).indices)
 
 
-@pytest.mark.parametrize("case", [FLOAT, QUANTIZED], ids=lambda case: case.name)
-def test_gate_passes_a_right_side_and_catches_a_wrong_one(case: Case) -> None:
-    work = Workload(case, quick=True)
-    side = peers.ours(work)
+@pytest.mark.parametrize("case", [LINEAR, MLP], ids=lambda case: case.name)
+def test_linear_layers_expect_what_torch_computes(case: LinearCase) -> None:
+    work = LinearWorkload(case)
+    assert not torch.equal(work.batch(0), work.batch(1))
+    for number in (0, 1):
+        output = work.net(work.batch(number))
+        torch.testing.assert_close(work.expected(work.batch(number)), output.double(), rtol=1e-4, atol=1e-4)
+    assert float(output.std()) > 0.1  # or noise would be judged by nothing
+
+
+def test_operations_are_counted() -> None:
+    assert MLP.size == 45 * 33 + 33 * 17 + 17
+    assert MLP.amount == 2 * 5 * MLP.size
+
+
+@pytest.mark.parametrize("case", [FLOAT, QUANTIZED, LINEAR, MLP], ids=lambda case: case.name)
+def test_gate_passes_a_right_side_and_catches_a_wrong_one(case: Case | LinearCase) -> None:
+    operator = operators.of(case)
+    work = operator.workload(case, True)
+    side = operator.peers.ours(work)
     harness.gate(side, work)
+    scale = 1.001 if case in (FLOAT, QUANTIZED) else 1.08
     with pytest.raises(harness.GateError, match=f"impostor is wrong on {case.name}"):
-        harness.gate(replace(side, name="impostor", run=lambda inputs: side.run(inputs) * 1.001), work)
+        harness.gate(replace(side, name="impostor", run=lambda inputs: side.run(inputs) * scale), work)
+
+
+@pytest.mark.parametrize(("row", "value"), [(3, 1.0), (6, float("nan"))])
+def test_gate_catches_one_wrong_output_of_a_layer(row: int, value: float) -> None:
+    work = LinearWorkload(LINEAR)
+    side = linear_peers.ours(work)
+
+    def run(inputs: torch.Tensor) -> torch.Tensor:
+        output = side.run(inputs).clone()
+        output[row, 32] += value * 5
+        return output
+
+    with pytest.raises(harness.GateError, match=r"off by|signal-to-noise"):
+        harness.gate(replace(side, run=run), work)
+
+
+@pytest.mark.parametrize("name", linear_peers.sides_of(MLP))
+@pytest.mark.parametrize("level", ["function", "module"])
+def test_peers_of_layers_give_right_results(name: str, level: str) -> None:
+    work = LinearWorkload(replace(MLP, level=level), quick=True)
+    try:
+        side = linear_peers.build(name, work, linear_peers.ours(work))
+    except AbsentError as error:
+        pytest.skip(str(error))
+    before = torch.backends.quantized.engine
+    harness.gate(side, work)
+    assert side.name == name
+    assert torch.backends.quantized.engine == before
+
+
+def test_one_thread_is_compared_with_two() -> None:
+    large = [case for case in operators.INT8_LINEAR.cases if case.batch >= 128]
+    assert {case.threads for case in large} == {1, 2}
+    for case in large:
+        assert (ONE_THREAD in linear_peers.sides_of(case)) == (case.threads == 2)
+    own = Side(OURS, lambda _: torch.empty(0), threads=2)
+    assert linear_peers.build(ONE_THREAD, LinearWorkload(LINEAR), own).threads == 1
+
+
+def test_peers_are_held_to_our_level(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RECSYS_KERNELS_ISA", raising=False)
+    assert levels.caps() == {}
+    monkeypatch.setenv("RECSYS_KERNELS_ISA", "avx2")
+    assert levels.caps()["ATEN_CPU_CAPABILITY"] == "avx2"
+    # In the process that measures; this one has read the variables before.
+    monkeypatch.setattr(report.os, "environ", report.os.environ.copy())
+    report.os.environ.update(levels.caps())
+    assert levels.of_sides()["FBGEMM and torch's engine fbgemm"] == "at most AVX2 (FBGEMM_ENABLE_INSTRUCTIONS)"
+    with pytest.raises(AbsentError, match="no switch that holds it to avx2"):
+        linear_peers.build(linear_peers.ONNXRUNTIME, LinearWorkload(LINEAR), Side(OURS, lambda _: torch.empty(0)))
 
 
 def test_alternate_measures_a_known_ratio() -> None:
-    def sleeper(name: str, seconds: float) -> peers.Side:
+    def sleeper(name: str, seconds: float) -> Side:
         def run(_: object) -> torch.Tensor:
             time.sleep(seconds)
             return torch.empty(0)
 
-        return peers.Side(name, run)
+        return Side(name, run)
 
     pair = harness.alternate(sleeper("a", 0.004), sleeper("b", 0.012), Workload(FLOAT, quick=True), 0.0, 5)
     assert pair.rounds == 5
@@ -84,6 +156,22 @@ def test_probe_reads_every_row_it_is_given() -> None:
         probe.probe(ids, 1000, 33)
 
 
+def test_int8_probe_multiplies_what_it_is_given() -> None:
+    best = native.isa_supported()
+    if best in (None, "generic"):
+        pytest.skip(f"no int8 instructions to probe: {best}")
+    try:
+        for threads in (1, 2):
+            limit = probe.probe_int8(best, threads, rounds=10_000)  # raises when its sum is off
+            assert limit.rate > 0
+            assert "vp" in limit.how
+        assert "256 bits" in probe.probe_int8("avx2", rounds=10_000).how
+    except probe.ProbeUnavailableError as error:
+        pytest.skip(str(error))
+    with pytest.raises(probe.ProbeUnavailableError, match="no int8 probe at the level generic"):
+        probe.probe_int8("generic")
+
+
 def test_a_target_needs_its_ratio_the_limit_and_no_faster_peer() -> None:
     case = Case("fp32", 64, 1000, 10, target=2.0, near_limit=True)  # 2.56 MB a call
     fast, slow = (Pair(name, 1e-3, ratio * 1e-3, ratio, ratio, ratio, 11) for name, ratio in (("x", 2.1), ("y", 3.0)))
@@ -100,25 +188,39 @@ def test_a_target_needs_its_ratio_the_limit_and_no_faster_peer() -> None:
     assert not replace(named, pairs=[fast]).reached
 
 
+def test_every_target_has_to_be_reached() -> None:
+    case = LinearCase(512, (100, 100), targets=(Target(1.3), Target(4.0, FP32)))
+    slow, fast = Pair(FP32, 1e-3, 4.2e-3, 4.2, 4.0, 4.5, 11), Pair("x", 1e-3, 1.4e-3, 1.4, 1.3, 1.5, 11)
+    result = Result(case, [slow, fast], probe.Int8Limit(2e10, "vpdpbusd"))
+    assert result.rate() == pytest.approx(1.024e10)
+    assert result.share == pytest.approx(0.512)
+    assert result.reached
+    assert not replace(result, pairs=[replace(slow, ratio=3.9), fast]).reached
+    assert not replace(result, pairs=[slow, replace(fast, ratio=1.2)]).reached
+    assert not replace(result, pairs=[fast]).reached
+
+
 def test_report_shows_and_saves_what_was_measured(tmp_path: Path) -> None:
-    run = report.run_cases([FLOAT, QUANTIZED], quick=True)
+    run = report.run_cases([FLOAT, QUANTIZED, MLP], quick=True)
     assert not run.wrong
+    assert len(run.results) == 3
     facts = report.machine()
     text = report.markdown(facts, [run])
     for result in run.results:
-        assert any(pair.name == LOOP for pair in result.pairs)
+        assert any(pair.name in (LOOP, FP32) for pair in result.pairs)
         assert f"| {result.case.name} | " in text
         assert f"{result.best.ratio:.2f} [" in text
     report.save(tmp_path / "results.json", facts, [run])
     assert report.load(tmp_path / "results.json") == (facts, [run])
     assert report.main(["--json", str(tmp_path / "results.json"), "--out", str(tmp_path / "out")]) == 0
     assert (tmp_path / "out" / "report.md").read_text() == text
-    assert (tmp_path / "out" / "roofline.png").read_bytes().startswith(b"\x89PNG")
+    for chart in ("roofline.png", "int8_linear.png"):
+        assert (tmp_path / "out" / chart).read_bytes().startswith(b"\x89PNG")
 
 
 def test_report_names_wrong_results_and_fails(monkeypatch: pytest.MonkeyPatch) -> None:
-    def wrong(work: Workload) -> peers.Side:
-        return peers.Side(peers.OURS, lambda _: torch.zeros(work.case.batch, work.case.dim))
+    def wrong(work: Workload) -> Side:
+        return Side(OURS, lambda _: torch.zeros(work.case.batch, work.case.dim))
 
     monkeypatch.setattr(peers, "ours", wrong)
     run = report.run_cases([FLOAT], quick=True)
