@@ -49,8 +49,8 @@ X86_LEVELS = {
 
 # The machine code in the library, by the PTX that it is made of: making PTX takes three times as long as making machine
 # code of it. sm_90 is what the kernels are tuned for. A GPU runs the code of its own generation (12.0 also serves 12.1,
-# 10.0 also 10.3), and others compile the newest PTX when the library is first used. A toolkit that is too old for some
-# of them builds the others.
+# 10.0 also 10.3), and newer ones compile the newest PTX when the library is first used. A toolkit that is too old for
+# some of them builds the others.
 GPU_CODE = {90: (90, 100, 120), 75: (75,), 80: (80, 86, 89)}
 GPU_ARCHITECTURES = tuple(number for numbers in GPU_CODE.values() for number in numbers)
 TOOLKIT_FOLDERS = (Path("/usr/local/cuda"), Path("/opt/cuda"))
@@ -111,13 +111,18 @@ def cuda_toolkit() -> Toolkit | None:
     return found
 
 
+def kept_ptx(architectures: tuple[int, ...]) -> int:
+    """Which PTX the library keeps for GPUs that are newer than its code: the newest that is built."""
+    return max(ptx for ptx, numbers in GPU_CODE.items() if set(numbers) & set(architectures))
+
+
 def nvcc_flags(architectures: tuple[int, ...]) -> list[str]:
     """What every .cu file is compiled with, but for the folders of headers."""
     code = []
     for ptx, numbers in GPU_CODE.items():
         targets = [f"sm_{number}" for number in numbers if number in architectures]
         if targets:
-            targets += [f"compute_{ptx}"] if ptx == max(GPU_CODE) else []
+            targets += [f"compute_{ptx}"] if ptx == kept_ptx(architectures) else []
             code.append(f"-gencode=arch=compute_{ptx},code=[{','.join(targets)}]")
     return ["-std=c++17", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall,-Werror=return-type", *DEFINES, *code]
 
@@ -177,7 +182,11 @@ def ninja_file(cxx: str, torch_dir: Path, target: Path, extra: list[str], cuda: 
         # The runtime asks the loader for its thread-local storage; the system's libraries are needed where it is used.
         link += f" {ninja_argument(str(cuda.runtime / 'libcudart_static.a'))} -Wl,--as-needed -lpthread -ldl -lrt"
         built_for = "_".join(map(str, sorted(cuda.architectures)))
-        common += [f"-DRK_CUDA_RELEASE={cuda.release[0]}{cuda.release[1]:02}", f"-DRK_CUDA_ARCHITECTURES={built_for}"]
+        common += [
+            f"-DRK_CUDA_RELEASE={cuda.release[0]}{cuda.release[1]:02}",
+            f"-DRK_CUDA_ARCHITECTURES={built_for}",
+            f"-DRK_CUDA_PTX={kept_ptx(cuda.architectures)}",
+        ]
     flags = " ".join([*COMMON_FLAGS, *DEFINES, *common, includes, *extra])
     command = cxx.replace("$", "$$")
     lines = [

@@ -3,7 +3,7 @@
 Every operator is a torch operator (``torch.ops.recsys_kernels.*``). Its schema and reference are defined here, so that
 it exists with the right answer on any machine; torch's dispatcher then picks the native CPU kernel or the GPU's by the
 device of the tensors. For CUDA tensors that is the CUDA C++ kernel if this build has one that can run here, else the
-Triton kernel. A backend that was asked for by name bypasses the dispatcher.
+Triton kernel, else the reference. A backend that was asked for by name bypasses the dispatcher.
 """
 
 from __future__ import annotations
@@ -60,11 +60,33 @@ def connect_gpu_kernels() -> None:
         built = native.has_cuda and torch._C._dispatch_has_kernel_for_dispatch_key(f"recsys_kernels::{name}", "CUDA")
         if built and usable:
             _cuda_operators.add(name)
-        elif name in _triton_modules and _triton_reason() is None:
-            with warnings.catch_warnings():
-                # torch says that this takes a kernel's place, which is what it is for.
-                warnings.simplefilter("ignore")
-                library.impl(name, _lazy(_triton_modules[name], name), "CUDA")
+        else:
+            _serve_without_library(name, built)
+    if _cuda_operators:
+        # Which GPUs there are is known when torch wakes them, which importing a package should not.
+        torch.cuda._lazy_call(_leave_unserved_gpus)
+
+
+def _leave_unserved_gpus() -> None:
+    """Takes CUDA tensors from the library's kernels where a GPU is too old for them: torch dispatches by kind only."""
+    if _unserved_gpu_reason() is not None:
+        for name in _cuda_operators:
+            _serve_without_library(name, True)
+        _cuda_operators.clear()
+
+
+def _serve_without_library(name: str, built: bool) -> None:
+    """CUDA tensors get Triton's kernel, or the reference; `built`: in the place of a kernel that the library has."""
+    if name in _triton_modules and _triton_reason() is None:
+        kernel = _lazy(_triton_modules[name], name)
+    elif built:
+        kernel = _references[name]
+    else:
+        return
+    with warnings.catch_warnings():
+        # torch says that this takes a kernel's place, which is what it is for.
+        warnings.simplefilter("ignore")
+        library.impl(name, kernel, "CUDA")
 
 
 def _lazy(module: str, name: str) -> Callable[..., Any]:
@@ -109,17 +131,17 @@ def _cuda_reason() -> str | None:
     return None
 
 
-def _no_gpu_reason() -> str | None:
-    """Why none of the GPUs that torch sees can run the CUDA C++ kernels, or None."""
-    if not torch.cuda.is_available():
-        return "torch sees no GPU"
-    oldest = min(native.cuda_architectures())
+def _unserved_gpu_reason() -> str | None:
+    """Which of the GPUs that torch sees cannot run the CUDA C++ kernels, or None."""
     for device in range(torch.cuda.device_count()):
-        major, minor = torch.cuda.get_device_capability(device)
-        if major * 10 + minor >= oldest:
-            return None
-    name = torch.cuda.get_device_name(0)
-    return f"the kernels are built for sm_{oldest} and newer, and the GPU ({name}) is older"
+        capability = torch.cuda.get_device_capability(device)
+        if not native.serves(capability):
+            return (
+                f"the kernels are built for sm_{min(native.cuda_architectures())} and newer, and GPU {device} "
+                f"({torch.cuda.get_device_name(device)}) is sm_{capability[0]}{capability[1]}; CUDA_VISIBLE_DEVICES "
+                "can leave it out"
+            )
+    return None
 
 
 def why_not(backend: str) -> str | None:
@@ -133,7 +155,10 @@ def why_not(backend: str) -> str | None:
         if reason is None and not torch.cuda.is_available() and not _triton_interprets():
             return "torch sees no GPU (and Triton's interpreter is off)"
         return reason
-    return _cuda_reason() or _no_gpu_reason()
+    reason = _cuda_reason()
+    if reason is None and not torch.cuda.is_available():
+        return "torch sees no GPU"
+    return reason or _unserved_gpu_reason()
 
 
 def implementation(name: str, tensor: torch.Tensor) -> Callable[..., Any]:

@@ -132,6 +132,17 @@ class NativeLibrary:
         self._functions.rk_cuda_architectures.restype = ctypes.c_char_p
         return tuple(map(int, self._functions.rk_cuda_architectures().decode().split("_")))
 
+    def cuda_ptx(self) -> int:
+        """The architecture of which the library holds PTX, or 0."""
+        return int(self._functions.rk_cuda_ptx()) if self._functions is not None and self.has_cuda else 0
+
+    def serves(self, capability: tuple[int, int]) -> bool:
+        """Whether a GPU of this compute capability can run the library's CUDA kernels."""
+        number = 10 * capability[0] + capability[1]
+        # Machine code runs on GPUs of its generation that are not older; PTX is compiled for all that are not.
+        own = any(built // 10 == capability[0] and built <= number for built in self.cuda_architectures())
+        return own or 0 < self.cuda_ptx() <= number
+
     def select_bounds_check(self, mode: str) -> None:
         """Tells the CUDA kernels, if there are any, what to do about wrong indices: one of BOUNDS_CHECKS."""
         if self._functions is not None and self.has_cuda:

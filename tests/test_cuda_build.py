@@ -215,6 +215,18 @@ def test_library_of_this_environment_has_cuda_kernels() -> None:
     assert native.cuda_architectures() == tuple(sorted(build_script().GPU_ARCHITECTURES))
 
 
+def test_ptx_is_of_the_newest_group_that_is_built() -> None:
+    script = build_script()
+    assert script.kept_ptx(script.GPU_ARCHITECTURES) == 90
+    assert script.kept_ptx((120,)) == 90
+    assert script.kept_ptx((75, 80, 86)) == 80
+    gencode = [flag for flag in script.nvcc_flags((75, 80)) if flag.startswith("-gencode")]
+    assert gencode == [
+        "-gencode=arch=compute_75,code=[sm_75]",
+        "-gencode=arch=compute_80,code=[sm_80,compute_80]",
+    ]
+
+
 def test_library_holds_code_for_every_architecture() -> None:
     if not native.has_cuda:
         test_library_of_this_environment_has_cuda_kernels()
@@ -226,4 +238,4 @@ def test_library_holds_code_for_every_architecture() -> None:
         return {int(number) for number in re.findall(r"\.sm_(\d+)\.", text)}
 
     assert listed("--list-elf") == set(native.cuda_architectures())
-    assert listed("--list-ptx") == {90}
+    assert listed("--list-ptx") == {native.cuda_ptx()} == {90}

@@ -45,6 +45,7 @@ class Machine:
     def build(self, release: tuple[int, int] | None) -> None:
         self.patch.setattr(native, "cuda_release", lambda: release)
         self.patch.setattr(native, "cuda_architectures", lambda: (75, 80, 90, 120) if release else ())
+        self.patch.setattr(native, "cuda_ptx", lambda: 90 if release else 0)
 
     def torch(self, cuda: str | None, hip: str | None = None) -> None:
         self.patch.setattr(torch.version, "cuda", cuda)
@@ -94,11 +95,33 @@ def test_no_gpu(machine: Machine) -> None:
 
 
 def test_gpus_that_are_too_old(machine: Machine) -> None:
-    machine.gpus((7, 0), (6, 1))
-    reason = "the kernels are built for sm_75 and newer, and the GPU (GPU number 0) is older"
-    assert _backends.why_not("cuda") == reason
-    machine.gpus((7, 0), (7, 5))
+    machine.gpus((7, 5), (6, 1))
+    assert _backends.why_not("cuda") == (
+        "the kernels are built for sm_75 and newer, and GPU 1 (GPU number 1) is sm_61; "
+        "CUDA_VISIBLE_DEVICES can leave it out"
+    )
+    machine.gpus((7, 5), (9, 0))
     assert _backends.why_not("cuda") is None
+
+
+@pytest.mark.parametrize(
+    ("capability", "served"),
+    [
+        ((7, 0), False), ((7, 5), True), ((8, 0), True), ((8, 9), True), ((9, 0), True), ((10, 0), True),
+        ((12, 0), True), ((12, 1), True), ((13, 0), True),
+    ],
+)  # fmt: skip
+def test_gpus_are_served_by_code_or_ptx(machine: Machine, capability: tuple[int, int], served: bool) -> None:
+    assert native.serves(capability) == served
+
+
+def test_library_for_one_architecture(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Code serves its generation only, and PTX of an architecture none that is older."""
+    monkeypatch.setattr(native, "cuda_architectures", lambda: (80,))
+    monkeypatch.setattr(native, "cuda_ptx", lambda: 90)
+    assert [number for number in (75, 80, 89, 90, 120) if native.serves(divmod(number, 10))] == [80, 89, 90, 120]
+    machine.build(None)
+    assert not native.serves((9, 0))
 
 
 def test_driver_that_is_too_old(machine: Machine) -> None:
@@ -139,12 +162,24 @@ def test_release_that_the_driver_serves(
 
 # ---- the choice --------------------------------------------------------------------------------------------------
 
-# What torch's dispatcher holds for CUDA tensors, for a torch that says of itself what it is told to.
+# What torch's dispatcher holds for CUDA tensors, for a torch that says of itself what it is told to. With a capability,
+# what torch calls when it wakes a GPU is called as if it had woken such a one.
 _DISPATCH = """
-import re, sys, torch
+import importlib.util, re, sys, torch
 torch.version.cuda, torch.version.hip = {cuda!r}, {hip!r}
+if {without_triton!r}:
+    find_spec = importlib.util.find_spec
+    importlib.util.find_spec = lambda name, *rest: None if name == "triton" else find_spec(name, *rest)
 import recsys_kernels as rk
 from recsys_kernels import _backends
+if {capability!r}:
+    torch.cuda.is_available, torch.cuda.device_count = lambda: True, lambda: 1
+    torch.cuda.get_device_capability, torch.cuda.get_device_name = lambda device: {capability!r}, lambda device: "old"
+    for call, _ in torch.cuda._queued_calls:
+        if call.__module__.startswith("recsys_kernels"):
+            call()
+    if _backends.chosen("embedding_bag", "cuda") != "cuda":
+        assert "GPU 0 (old) is sm_" in _backends.why_not("cuda")
 for name in sorted(_backends._references):
     table = torch._C._dispatch_dump("recsys_kernels::" + name)
     found = re.search("^CUDA: (.*)$", table, re.MULTILINE)
@@ -153,11 +188,17 @@ for name in sorted(_backends._references):
 """
 
 
-def dispatched(cuda: str | None, hip: str | None = None) -> dict[str, tuple[str, str]]:
-    done = run_python("-c", _DISPATCH.format(cuda=cuda, hip=hip))
+def dispatched(cuda: str | None, hip: str | None = None, **more: Any) -> dict[str, tuple[str, str]]:
+    words = {"cuda": cuda, "hip": hip, "without_triton": False, "capability": None, **more}
+    done = run_python("-c", _DISPATCH.format(**words))
     assert done.returncode == 0, done.stderr
     assert not done.stderr
     return {name: (chosen, kernel) for name, chosen, kernel in map(str.split, done.stdout.splitlines())}
+
+
+def cuda_of_library() -> str | None:
+    release = native.cuda_release()
+    return release and "{}.{}".format(*release)
 
 
 def built_operators() -> set[str]:
@@ -167,8 +208,9 @@ def built_operators() -> set[str]:
     return set(named) if native.has_cuda else set()
 
 
-def test_library_serves_cuda_tensors_where_it_can() -> None:
-    table = dispatched(native.cuda_release() and "{}.{}".format(*native.cuda_release() or ()))
+@pytest.mark.parametrize("capability", [None, (9, 0)])
+def test_library_serves_cuda_tensors_where_it_can(capability: tuple[int, int] | None) -> None:
+    table = dispatched(cuda_of_library(), capability=capability)
     assert set(table) == set(_backends._references)
     for name, found in table.items():
         if name in built_operators():
@@ -179,12 +221,29 @@ def test_library_serves_cuda_tensors_where_it_can() -> None:
             assert found == ("reference", "none"), name
 
 
+# Kernels that cannot run: a torch for AMD GPUs, one without CUDA, and a GPU that is older than all that was built.
+CANNOT: list[dict[str, Any]] = [
+    {"cuda": None, "hip": "7.1"}, {"cuda": None}, {"cuda": cuda_of_library(), "capability": (7, 0)},
+]  # fmt: skip
+
+
 @pytest.mark.skipif(not TRITON, reason="Triton is not installed")
-@pytest.mark.parametrize(("cuda", "hip"), [(None, "7.1"), (None, None)])
-def test_triton_serves_where_the_library_cannot(cuda: str | None, hip: str | None) -> None:
+@pytest.mark.parametrize("words", CANNOT)
+def test_triton_serves_where_the_library_cannot(words: dict[str, Any]) -> None:
     """Also in the place of kernels that the library registered; torch's warning about that is not passed on."""
-    for name, found in dispatched(cuda, hip).items():
-        assert found == (("triton", "python") if name in _backends._triton_modules else ("reference", found[1])), name
+    for name, found in dispatched(**words).items():
+        if name in _backends._triton_modules:
+            assert found == ("triton", "python"), name
+        else:
+            assert found == ("reference", "python" if name in built_operators() else "none"), name
+
+
+@pytest.mark.parametrize("words", CANNOT)
+def test_reference_serves_where_nothing_else_can(words: dict[str, Any]) -> None:
+    """The dispatcher must not go on to kernels that cannot run."""
+    for name, found in dispatched(**words, without_triton=True).items():
+        assert found[0] == "reference", name
+        assert found[1] == "none" if name not in built_operators() else found[1] != "library", name
 
 
 def test_backends_that_are_asked_for(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -149,6 +149,7 @@ def test_library_defines_little(build: Path) -> None:
     defined = checked("nm", "-D", "--defined-only", built_library(build)).splitlines()
     strong = {line.split()[-1] for line in defined if line.split()[-2] in "TDBR"}
     named = {"rk_isa_supported", "rk_isa_current", "rk_isa_select", "rk_cuda_release", "rk_cuda_architectures"}
+    named |= {"rk_cuda_ptx"}
     if build_script().cuda_toolkit() is not None:
         named |= {"rk_cuda_select_bounds_check", "rk_cuda_take_fault"}
     assert strong - {"_edata", "_end", "__bss_start", "_init", "_fini"} == named

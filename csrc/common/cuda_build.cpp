@@ -3,6 +3,7 @@
 #ifndef RK_CUDA_RELEASE  // no CUDA toolkit at build time
 #define RK_CUDA_RELEASE 0
 #define RK_CUDA_ARCHITECTURES
+#define RK_CUDA_PTX 0
 #endif
 #define RK_QUOTED(text) #text
 #define RK_TEXT(macro) RK_QUOTED(macro)
@@ -16,5 +17,8 @@ __attribute__((visibility("default"))) int rk_cuda_release() { return RK_CUDA_RE
 __attribute__((visibility("default"))) const char* rk_cuda_architectures() {
   return RK_TEXT(RK_CUDA_ARCHITECTURES);
 }
+
+// Of which architecture the library holds PTX, which this and newer GPUs can compile. 0: built without.
+__attribute__((visibility("default"))) int rk_cuda_ptx() { return RK_CUDA_PTX; }
 
 }  // extern "C"
