@@ -64,6 +64,7 @@ _backends.define(
     reference.int8_layers,
     _fake_int8_layers,
 )
+_backends.register_triton(f"{__package__}.triton", ("int8_linear",))
 
 
 def dequantize(weight: torch.Tensor, weight_scale: torch.Tensor, group: int) -> torch.Tensor:
