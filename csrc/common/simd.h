@@ -536,10 +536,26 @@ inline void store_f16(void* p, vf x, int n) {
 }
 
 inline void store_bf16(void* p, vf x, int n) {
-  float f[lanes];
   uint16_t h[lanes];
-  std::memcpy(f, &x, sizeof f);
-  for (int i = 0; i < lanes; ++i) h[i] = float_to_bf16(f[i]);
+#if defined(__AVX512F__)
+  // As float_to_bf16.
+  const vi u = bits_i(x), high = _mm512_srli_epi32(u, 16);
+  const vi odd = _mm512_and_si512(high, _mm512_set1_epi32(1));
+  const vi rounded = _mm512_srli_epi32(add_i(u, add_i(odd, _mm512_set1_epi32(0x7fff))), 16);
+  const __mmask16 nan = _mm512_cmpgt_epi32_mask(magnitude_bits(x), _mm512_set1_epi32(0x7f800000));
+  const vi kept = _mm512_mask_or_epi32(rounded, nan, high, _mm512_set1_epi32(0x40));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(h), _mm512_cvtepi32_epi16(kept));
+#elif defined(__AVX2__)
+  const vi u = bits_i(x), high = _mm256_srli_epi32(u, 16);
+  const vi odd = _mm256_and_si256(high, _mm256_set1_epi32(1));
+  const vi rounded = _mm256_srli_epi32(add_i(u, add_i(odd, _mm256_set1_epi32(0x7fff))), 16);
+  const vi nan = _mm256_cmpgt_epi32(magnitude_bits(x), _mm256_set1_epi32(0x7f800000));
+  const vi kept = _mm256_blendv_epi8(rounded, _mm256_or_si256(high, _mm256_set1_epi32(0x40)), nan);
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(h),
+                   _mm_packus_epi32(_mm256_castsi256_si128(kept), _mm256_extracti128_si256(kept, 1)));
+#else
+  for (int i = 0; i < lanes; ++i) h[i] = float_to_bf16(x[i]);
+#endif
   std::memcpy(p, h, sizeof(uint16_t) * static_cast<unsigned>(n));
 }
 

@@ -351,7 +351,7 @@ def quantize_rowwise(
             row = start + int(bad.nonzero()[0])
             raise ValueError(f"row {row} of weight holds NaN or infinity and can't be quantized")
         x = torch.ldexp(x, torch.tensor(-exponent, device=x.device))
-        low, high = x.aminmax(dim=1)
+        low, high = (bound + 0.0 for bound in x.aminmax(dim=1))  # no zero with a sign
         bias = _round_half(low, up=False)
         scale = _round_half((high - bias.float()) / levels, up=True)
         inverse = torch.where(scale > 0, 1.0 / scale.float(), 0.0)
