@@ -5,6 +5,9 @@ All quantize weights per output channel and activations as they come: recsys_ker
 its own but OpenVINO's, which is read where its request leaves it. onnxruntime's threads stop spinning when a call ends,
 or they would take the other side's time.
 
+Held to AVX2, torchao fails the gate: torch._int_mm is wrong under ONEDNN_MAX_CPU_ISA=AVX2 (for random bytes in 8,191 of
+8,192 elements).
+
 All of them load beside torch 2.13: onnxruntime 1.32 with onnx 1.23, torchao 0.18, openvino 2026.4.
 """
 
@@ -167,6 +170,7 @@ def _torchao(work: LinearWorkload) -> Side:
         (quantization,) = _load("torchao.quantization")
     finally:
         logging.disable(logging.NOTSET)
+    warnings.filterwarnings("ignore", "Int8Tensor does not implement")  # a hash for the cache of compiled code
     net = deepcopy(work.net)
     quantization.quantize_(net, quantization.Int8DynamicActivationInt8WeightConfig(set_inductor_config=False))
     run = net if work.quick else torch.compile(net)

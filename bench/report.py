@@ -21,6 +21,7 @@ import platform
 import re
 import subprocess
 import sys
+from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, fields
 from datetime import datetime, timezone
@@ -53,7 +54,7 @@ freed, for both. "Reached" also asks for a ratio of at least 1.0 against every p
 class Run:
     """All cases, measured in one process.
 
-    thp: the value of THP_MEM_ALLOC_ENABLE; cache: bytes of the last-level cache; wrong: why cases failed the
+    thp: the value of THP_MEM_ALLOC_ENABLE; cache: bytes of the last-level cache; wrong: why our side failed the
     gate; left_out: why cases were not measured; levels: the instruction-set level of every side.
     """
 
@@ -203,12 +204,12 @@ def _section(operator: Operator, run: Run) -> list[str]:
     parts = [f"### {operator.title}", operator.note.format(cache=_size(run.cache))]
     parts.append(_table(columns, [_summary(result, run.cache) for result in results]))
     parts += ["Ratio against every side:", _table(["Case", *sides], rows)]
-    absent = {name: why for result in results for name, why in result.absent.items()}
+    absent = dict.fromkeys(item for result in results for item in result.absent.items())
     return parts + (["Not compared:", _list(absent)] if absent else [])
 
 
-def _list(items: dict[str, str]) -> str:
-    return "\n".join(f"- {name}: {text}" for name, text in items.items())
+def _list(items: Iterable[tuple[str, str]]) -> str:
+    return "\n".join(f"- {name}: {text}" for name, text in items)
 
 
 def markdown(facts: dict[str, str], runs: list[Run]) -> str:
@@ -222,18 +223,18 @@ def markdown(facts: dict[str, str], runs: list[Run]) -> str:
         pages = "on huge pages" if run.thp == "1" else "as it comes"
         parts.append(f"## torch's allocator {pages} ({THP}={run.thp})")
         if run.levels:
-            parts += ["Instruction sets:", _list(run.levels)]
+            parts += ["Instruction sets:", _list(run.levels.items())]
         for operator in operators.ALL:
             parts += _section(operator, run)
         if run.left_out:
-            parts += ["Not measured:", _list(run.left_out)]
+            parts += ["Not measured:", _list(run.left_out.items())]
         if run.wrong:
             parts += ["**Wrong results, not timed:**", "\n".join(f"- {why}" for why in run.wrong.values())]
     return "\n\n".join(parts) + "\n"
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Command line; returns the exit code: 1 when a side gave wrong results, 2 for bad arguments."""
+    """Command line; returns the exit code: 1 when we gave wrong results, 2 for bad arguments."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, metavar="DIR", help="write report.md, charts and results.json there")
     parser.add_argument("--json", type=Path, metavar="FILE", help="render this results.json instead of measuring")

@@ -228,6 +228,17 @@ def test_report_names_wrong_results_and_fails(monkeypatch: pytest.MonkeyPatch) -
     assert f"recsys_kernels is wrong on {FLOAT.name}" in report.markdown({}, [run])
 
 
+def test_a_wrong_peer_is_named_and_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def wrong(work: LinearWorkload) -> Side:
+        return Side(FP32, lambda batch: work.net(batch) * 2)
+
+    monkeypatch.setitem(linear_peers._PEERS, FP32, wrong)
+    run = report.run_cases([LINEAR], quick=True)
+    assert not run.wrong
+    assert FP32 not in {pair.name for pair in run.results[0].pairs}
+    assert f"- {FP32}: not timed: {FP32} is wrong on {LINEAR.name}" in report.markdown({}, [run])
+
+
 def test_report_refuses_what_it_cannot_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "bad.json").write_text("{}")
     for arguments in (["--json", str(tmp_path / "bad.json")], ["--case", "no such case"]):
