@@ -46,6 +46,10 @@ class Lookahead {
   static constexpr int64_t max_bytes = 48 << 10, min_rows = 16, max_rows = 64, max_row_bytes = 4096;
   static constexpr int64_t most_near_bytes = 512, near_rows = 16;
   static constexpr int64_t index_distance = 256;
+  // A table of this size lives in L2 and what is next to it, from where asking into L1 is enough: rows of 256
+  // bytes take 2.7 instead of 4.2 ns from 256 KiB, 4.4 instead of 5.0 from 2 MiB (Zen 4); from 8 MiB it is
+  // the other way.
+  static constexpr int64_t cached_bytes = 2 << 20;
 
  public:
   Lookahead(const Table& t, const Bags& b, int64_t begin, int64_t end)
@@ -77,6 +81,7 @@ class Lookahead {
     bytes = bytes < 1 ? 1 : bytes > max_row_bytes ? max_row_bytes : bytes;
     last_byte_ = static_cast<uintptr_t>(bytes - 1);
     lines_ = (64 - alignment + bytes + 63) / 64;
+    asked_lines_ = t.num_rows * t.row_stride > cached_bytes ? lines_ : 0;
     more_ = lines_ == 1 ? 0 : lines_ - 2 + pairs_apart_;
     // Bursts of 64 to 128 lines: with fewer rows in one, lines of a row follow each other too closely; with
     // more, the queue of misses overflows (rows of 16 lines: 81 ns in groups of 16, 60 in groups of 8).
@@ -194,7 +199,7 @@ class Lookahead {
 
   // Line by line through the rows from front_ to `stop`, the last line by its last byte.
   void prefetch_group(int64_t stop) const {
-    for (int64_t l = 0; l < lines_; ++l) {
+    for (int64_t l = 0; l < asked_lines_; ++l) {
       const uintptr_t offset = l < lines_ - 1 ? 64 * static_cast<uintptr_t>(l) : last_byte_;
       for (int64_t pos = front_; pos < stop; ++pos) {
         prefetch(reinterpret_cast<uintptr_t>(row_[slot(pos)]) + offset);
@@ -211,7 +216,7 @@ class Lookahead {
   int64_t pair_stride_ = 0, pair_at_;
   uint64_t num_rows_;
   const Bags& bags_;
-  int64_t lines_, more_, group_, front_, end_, next_advance_;
+  int64_t lines_, asked_lines_, more_, group_, front_, end_, next_advance_;
   uintptr_t last_byte_;
   bool even_, pairs_apart_ = false;
   Fault fault_{FaultKind::none, 0, 0};
