@@ -17,7 +17,7 @@ constexpr int32_t most_devices = 64;
 
 std::atomic<int32_t> bounds_check{static_cast<int32_t>(BoundsCheck::raise)};
 std::array<std::atomic<FaultRecord*>, most_devices> records{};
-std::mutex allocation;
+std::mutex allocation, taking;
 
 FaultRecord* new_record() {
   // The first call may be one that a graph captures. Page-locking is refused then, unless this thread says
@@ -27,6 +27,7 @@ FaultRecord* new_record() {
   void* memory = nullptr;
   const cudaError_t error =
       cudaHostAlloc(&memory, sizeof(FaultRecord), cudaHostAllocMapped | cudaHostAllocPortable);
+  if (error != cudaSuccess) static_cast<void>(cudaGetLastError());  // else the next launch would report it
   rk::cuda_check(cudaThreadExchangeStreamCaptureMode(&mode), "allocating the fault record");
   rk::cuda_check(error, "allocating the fault record");
   return new (memory) FaultRecord{};
@@ -44,14 +45,16 @@ FaultRecord* record_of(int32_t device) {
 
 // Copies a complete fault out and frees the record; false when there is none.
 bool take(FaultRecord* record, int64_t (&fault)[6]) {
-  if (*static_cast<volatile int32_t*>(&record->ready) == 0) return false;
-  const std::lock_guard<std::mutex> lock(allocation);
-  if (*static_cast<volatile int32_t*>(&record->ready) == 0) return false;  // another thread took it
+  const volatile uint32_t& ready = record->ready;
+  volatile uint32_t& taken = record->taken;
+  if (ready == taken) return false;
+  const std::lock_guard<std::mutex> lock(taking);
+  const uint32_t number = ready;
+  if (number == taken) return false;  // another thread took it
   std::atomic_thread_fence(std::memory_order_acquire);
   for (int i = 0; i < 6; ++i) fault[i] = record->fault[i];
-  record->ready = 0;
   std::atomic_thread_fence(std::memory_order_release);
-  *static_cast<volatile int32_t*>(&record->claimed) = 0;
+  taken = number;  // from here on kernels may write the next one
   return true;
 }
 

@@ -35,6 +35,9 @@ __device__ __forceinline__ uint32_t bag_of_position(const Bags& b, uint32_t posi
   return range.begin <= position && position < range.end ? static_cast<uint32_t>(low) : no_bag;
 }
 
+// x - y, but not below 0.
+__device__ __forceinline__ uint32_t less(uint32_t x, int y) { return x - min(x, static_cast<uint32_t>(y)); }
+
 struct MeanArguments {
   Bags bags;
   Bounds bounds;
@@ -53,9 +56,11 @@ __global__ void __launch_bounds__(block_lanes) mean_kernel(const __grid_constant
     Range range{0, 0};
     if (bag < b.num_bags) range = bag_range(b, bag, false, a.bounds);
     uint32_t count = 0;
-    for (uint32_t at = range.begin; any_lane(at < range.end); at += team.team) {
-      const uint32_t position = at + team.in_group;
-      bool present = position < range.end;
+    // What is left is counted down: positions of a team that is done could go round beyond 2^32.
+    uint32_t position = range.begin + static_cast<uint32_t>(team.in_group);
+    for (uint32_t left = range.end - range.begin; any_lane(left > 0);
+         left = less(left, team.team), position += static_cast<uint32_t>(team.team)) {
+      bool present = static_cast<uint32_t>(team.in_group) < left;
       if (present) {
         const int64_t index = load_integer(b.indices, b.indices_64, position);
         present = checked_row(index, position, a.num_rows, b.padding_idx, a.bounds, {-1, 0}) != absent;

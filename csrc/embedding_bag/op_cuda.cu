@@ -464,7 +464,7 @@ Tensor embedding_bag_backward(const Tensor& grad_arg, const Tensor& indices,
   check(num_embeddings >= 0 && num_embeddings < rk::absent, "num_embeddings must be below 2^32 - 1");
   Tensor out = torch::stable::new_zeros(grad, Shape{num_embeddings, source.dim});
   const int64_t count = bags.num_indices;
-  if (count == 0 || bags.num_bags == 0 || source.dim == 0) return out;
+  if (bags.num_bags == 0 || source.dim == 0) return out;
 
   rk::KeyArguments k{};
   k.bags = bags;
@@ -472,7 +472,7 @@ Tensor embedding_bag_backward(const Tensor& grad_arg, const Tensor& indices,
   k.num_rows = static_cast<uint32_t>(num_embeddings);
   k.keys_64 = num_embeddings > INT32_MAX;
   std::optional<Tensor> means, factors;
-  if (mode == 1) {
+  if (mode == 1 && count > 0) {
     means = mean_factors(bags, k.num_rows, source.type, grad, device);
     k.mean_factors = means->data_ptr();
   }
@@ -485,10 +485,11 @@ Tensor embedding_bag_backward(const Tensor& grad_arg, const Tensor& indices,
   k.keys = keys.data_ptr();
   k.bag_of = static_cast<uint32_t*>(bag_of.data_ptr());
   with_sum(source.type, [&](auto sum) {
-    RK_LAUNCH(rk::keys_kernel<decltype(sum)>, grid_of(blocks_for(count, 32), 1, 1), dim3(rk::block_lanes), 0,
-              device.stream, k);
+    // Also without indices: it checks the offsets.
+    RK_LAUNCH(rk::keys_kernel<decltype(sum)>, grid_of(blocks_for(std::max<int64_t>(count, 1), 32), 1, 1),
+              dim3(rk::block_lanes), 0, device.stream, k);
   });
-  if (num_embeddings == 0) return out;
+  if (count == 0 || num_embeddings == 0) return out;
 
   const auto [sorted, order] = sort(keys);
   rk::SegmentArguments a{};
@@ -520,7 +521,6 @@ Tensor embedding_bag_weights_backward(const Tensor& grad_arg, const Tensor& weig
         ", ", table.dim, "]");
   if (bags.num_bags == 0 || table.dim == 0) return torch::stable::new_zeros(grad, indices.sizes());
   Tensor out = torch::stable::new_empty(grad, indices.sizes());
-  if (bags.num_indices == 0) return out;
   rk::WeightArguments a{};
   a.table = device_table(table, "weight");
   a.table.alignment = std::min(a.table.alignment, device_table(source, "grad").alignment);
@@ -534,9 +534,10 @@ Tensor embedding_bag_weights_backward(const Tensor& grad_arg, const Tensor& weig
     means = mean_factors(bags, a.table.num_rows, table.type, grad, device);
     a.mean_factors = means->data_ptr();
   }
+  const int64_t blocks = blocks_for(std::max<int64_t>(bags.num_indices, 1), 32);  // it checks the offsets
   with_sum(table.type, [&](auto sum) {
-    RK_LAUNCH(rk::weights_kernel<decltype(sum)>, grid_of(blocks_for(bags.num_indices, 32), 1, 1),
-              dim3(rk::block_lanes), 0, device.stream, a);
+    RK_LAUNCH(rk::weights_kernel<decltype(sum)>, grid_of(blocks, 1, 1), dim3(rk::block_lanes), 0,
+              device.stream, a);
   });
   return out;
 }

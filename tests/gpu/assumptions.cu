@@ -1,6 +1,7 @@
 // What the emulation of CUDA on the CPU takes for granted, checked on a GPU. Prints a line for each, and
 // returns how many do not hold.
 
+#include <atomic>
 #include <cstdio>
 #include <cstring>
 #include <ctime>
@@ -8,6 +9,7 @@
 #include <vector>
 
 #include "common/cuda.cuh"
+#include "common/cuda_faults.cuh"
 #include "common/mma.cuh"
 
 namespace {
@@ -199,6 +201,44 @@ void check_record() {
   say("the host sees a record while the kernel that wrote it still runs, and all of it", whole && running);
 }
 
+// Many threads want to write down what they found all the time, as kernels do that meet many wrong indices.
+__global__ void find_faults(rk::FaultRecord* record, const int* stop, long long patience) {
+  const int64_t thread = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+  const rk::Bounds bounds{record, rk::BoundsCheck::raise};
+  const long long begin = clock64();
+  for (int64_t i = 0; *static_cast<const volatile int*>(stop) == 0 && clock64() - begin < patience; ++i) {
+    rk::record_fault(bounds, rk::DeviceFault::index, thread, i, thread + i, thread - i, 3 * thread);
+  }
+}
+
+// As common/cuda_faults.cu reads it, over and over: each fault is whole, and no two are counted as one.
+void check_faults() {
+  constexpr uint32_t wanted = 2000;
+  auto* record = mapped<rk::FaultRecord>(1);
+  auto* stop = mapped<int>(1);
+  find_faults<<<64, 256>>>(record, stop, 8'000'000'000);
+  need(cudaGetLastError(), "the kernel that finds faults");
+  const volatile uint32_t &ready = record->ready, &claimed = record->claimed;
+  volatile uint32_t& taken = record->taken;
+  bool whole = true;
+  uint32_t number = 0;
+  const std::clock_t end = std::clock() + 3 * CLOCKS_PER_SEC;
+  while (number < wanted && whole && std::clock() < end) {
+    if (ready == number) continue;
+    std::atomic_thread_fence(std::memory_order_acquire);
+    const int64_t* f = record->fault;
+    whole = ready == number + 1 && claimed == number + 1 && f[0] == 1 && f[3] == f[1] + f[2] &&
+            f[4] == f[1] - f[2] && f[5] == 3 * f[1];
+    std::atomic_thread_fence(std::memory_order_release);
+    taken = ++number;
+  }
+  *static_cast<volatile int*>(stop) = 1;
+  need(cudaDeviceSynchronize(), "the kernel that finds faults");
+  std::printf("%u faults were read\n", number);
+  say("faults that many threads write and the host takes come one after the other, each of them whole",
+      whole && number == wanted && claimed - number <= 1 && ready == claimed);
+}
+
 }  // namespace
 
 int main() {
@@ -209,6 +249,7 @@ int main() {
     check_dp4a();
     check_conversions();
     check_record();
+    check_faults();
   } catch (const std::exception& error) {
     std::printf("%s\n", error.what());
     return 100;

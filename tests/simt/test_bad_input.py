@@ -99,6 +99,27 @@ def test_wrong_offset(kernels: Emulation, seed: int, name: str) -> None:
         assert_raised_later(kernels, name, calls(torch.arange(6), torch.tensor([1, 2, 3, 4, 5]))[name])
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_wrong_offset_without_indices(kernels: Emulation, seed: int, name: str) -> None:
+    """A lookup of nothing, in which offsets go beyond it; its gradients look at them, too."""
+    kernels.seed(seed)
+    nothing = torch.zeros(0, dtype=torch.int64)
+    assert_raised_later(kernels, name, calls(nothing, torch.tensor([0, 0, 0, 0, 3]))[name])
+    kernels.operator(name)(*calls(nothing, torch.zeros(5, dtype=torch.int64))[name])
+
+
+def test_faults_after_faults(kernels: Emulation, seed: int) -> None:
+    """Of many wrong indices one is written down, whole; the next one only after it was read."""
+    kernels.seed(seed)
+    for number in range(5):
+        wrong = torch.arange(64).reshape(8, 8) + 7 + 100 * number
+        kernels.operator("embedding_bag")(*calls(wrong, None)["embedding_bag"])
+        fault = kernels.take_fault()
+        assert fault is not None
+        assert fault.value == fault.position + 7 + 100 * number
+        assert kernels.take_fault() is None
+
+
 def test_table_without_rows(kernels: Emulation, seed: int) -> None:
     kernels.seed(seed)
     args = (torch.ones(0, 6), torch.tensor([0]), torch.tensor([0, 0, 1]), None, MEAN, -1, True)
