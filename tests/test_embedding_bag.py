@@ -8,6 +8,7 @@ import resource
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from support import named
 
 import recsys_kernels as rk
 from recsys_kernels import testing
+from recsys_kernels.ops.embedding_bag import op
 from recsys_kernels.ops.embedding_bag.reference import MAX, MEAN, MODES
 from recsys_kernels.testing import BagSample, assert_matches
 
@@ -255,6 +257,37 @@ def test_argmax_names_rows(implementation: str) -> None:
     assert argmax.tolist() == [[0, 1], [-1, -1], [2, 2]]
     out, argmax = run(weight, torch.tensor([2, 1, 0]), torch.tensor([0]), 2, False, True)
     assert argmax.tolist() == [[0, 1]]
+
+
+@pytest.mark.parametrize("most_rows", [1 << 40, 7 * 9 + 2, 4 * 9 + 2, 9 + 2, 1])
+def test_gradient_of_max_in_parts_of_columns(
+    implementation: str, monkeypatch: pytest.MonkeyPatch, most_rows: int
+) -> None:
+    """Elements of a table can be more than a GPU's operators count, where they are what is summed."""
+    monkeypatch.setattr(op, "_MOST_ROWS", most_rows)
+    widths = []
+    by_element = op._max_backward_by_element
+
+    def watched(grad: torch.Tensor, *rest: Any) -> torch.Tensor:
+        widths.append(grad.shape[1])
+        return by_element(grad, *rest)
+
+    monkeypatch.setattr(op, "_max_backward_by_element", watched)
+    rng = torch.Generator().manual_seed(41)
+    table, grad = torch.randn(9, 7, generator=rng), torch.randn(6, 7, generator=rng)
+    indices, offsets = torch.tensor([3, 0, 8, 8, 2, 5, 5, 1]), torch.tensor([0, 2, 2, 3, 5, 7, 8])
+    grads = []
+    for lookup in (rk.functional.embedding_bag, F.embedding_bag):
+        weight = table.clone().requires_grad_()
+        out = lookup(indices, weight, offsets, mode="max", include_last_offset=True)
+        torch.use_deterministic_algorithms(lookup is rk.functional.embedding_bag)
+        try:
+            grads += torch.autograd.grad(out, weight, grad)
+        finally:
+            torch.use_deterministic_algorithms(False)
+    assert_matches(*grads, torch.float32)
+    width = {1 << 40: 7, 7 * 9 + 2: 7, 4 * 9 + 2: 4, 9 + 2: 1, 1: 1}[most_rows]
+    assert widths == [min(width, 7 - first) for first in range(0, 7, width)]
 
 
 # ---- beyond torch -----------------------------------------------------------------------------------------------

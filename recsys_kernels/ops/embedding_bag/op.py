@@ -168,25 +168,43 @@ class _EmbeddingBag(torch.autograd.Function):
         return grad_weight, None, None, grad_samples, None, None
 
 
+# Fewer than 2^32 rows, and fewer indices by 64, is what the CUDA C++ operators count.
+_MOST_ROWS = (1 << 32) - 64
+
+
 def _max_backward(grad: torch.Tensor, argmax: torch.Tensor, num_embeddings: int) -> torch.Tensor:
     """Each column's gradient goes to the row its value came from; sums in float32 for 16-bit types.
 
     A GPU's scatter_add_ adds in no certain order. There every element of the table is a row of one column instead, for
-    the operator whose order is certain; what came from no row goes to one more, which is dropped.
+    the operator whose order is certain; what came from no row goes to one more, which is dropped. Columns that are
+    together too many rows come one part after the other.
     """
     dtype = grad.dtype if grad.dtype == torch.float64 else torch.float32
     dim = grad.shape[1]
-    size = num_embeddings * dim
-    if size == 0:
+    if num_embeddings * dim == 0:
         return grad.new_zeros(num_embeddings, dim)
     if grad.is_cuda or torch.are_deterministic_algorithms_enabled():
-        run = _backends.implementation("embedding_bag_backward", grad)
-        element = torch.where(argmax >= 0, argmax * dim + torch.arange(dim, device=grad.device), size)
-        out = run(grad.to(dtype).reshape(-1, 1), element.reshape(-1, 1), None, None, SUM, size, False, size + 1)[:-1]
-    else:
-        values = torch.where(argmax >= 0, grad.to(dtype), 0.0)
-        out = torch.zeros(num_embeddings, dim, dtype=dtype, device=grad.device)
-        out.scatter_add_(0, argmax.clamp(min=0), values)
+        most = max(1, (_MOST_ROWS - 2) // max(num_embeddings, grad.shape[0]))
+        if most >= dim:
+            return _max_backward_by_element(grad, argmax, num_embeddings, dtype)
+        out = grad.new_empty(num_embeddings, dim)
+        for first in range(0, dim, most):
+            part = slice(first, first + most)
+            out[:, part] = _max_backward_by_element(grad[:, part], argmax[:, part], num_embeddings, dtype)
+        return out
+    values = torch.where(argmax >= 0, grad.to(dtype), 0.0)
+    out = torch.zeros(num_embeddings, dim, dtype=dtype, device=grad.device)
+    return out.scatter_add_(0, argmax.clamp(min=0), values).to(grad.dtype)
+
+
+def _max_backward_by_element(
+    grad: torch.Tensor, argmax: torch.Tensor, num_embeddings: int, dtype: torch.dtype
+) -> torch.Tensor:
+    dim = grad.shape[1]
+    size = num_embeddings * dim
+    run = _backends.implementation("embedding_bag_backward", grad)
+    element = torch.where(argmax >= 0, argmax * dim + torch.arange(dim, device=grad.device), size)
+    out = run(grad.to(dtype).reshape(-1, 1), element.reshape(-1, 1), None, None, SUM, size, False, size + 1)[:-1]
     return out.reshape(num_embeddings, dim).to(grad.dtype)
 
 
