@@ -193,7 +193,8 @@ def nvcc(*arguments: str | Path) -> None:
 @pytest.mark.parametrize("architecture", [80, 90, 100, 120])
 def test_matrix_product_is_one_instruction(architecture: int, tmp_path: Path) -> None:
     """What csrc/common/mma.cuh emulates is what it makes of PTX, and ptxas makes code of it."""
-    nvcc(f"-arch=sm_{architecture}", "-cubin", f"-keep-dir={tmp_path}", "-keep", PROGRAMS / "matrices.cu")
+    options = [f"-arch=sm_{architecture}", "-cubin", f"-keep-dir={tmp_path}", "-keep"]
+    nvcc(*options, PROGRAMS / "matrices.cu", "-o", tmp_path / "matrices.cubin")
     (ptx,) = tmp_path.glob("*.ptx")
     kernels = ptx.read_text().split(".entry")[1:]
     right = next(text for text in kernels if "multiplyILb1E" in text.split("(")[0])
