@@ -122,6 +122,7 @@ def quiet(threads: int) -> Iterator[None]:
     allowed, before = os.sched_getaffinity(0), torch.get_num_threads()
     if len(allowed) < threads:
         raise AbsentError(f"{threads} threads need as many CPUs, this process may use {len(allowed)}")
+    torch.set_num_threads(threads)  # before: or torch would start more, all on these CPUs for good
     os.sched_setaffinity(0, sorted(allowed)[:threads])
     gc.collect()
     gc.disable()

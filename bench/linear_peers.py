@@ -228,13 +228,15 @@ def build(name: str, work: LinearWorkload, own: Side) -> Side:
     """Side `name` of a case; `own` is what `ours` returned for it. Raises AbsentError where it cannot run."""
     if name == ONE_THREAD:
         return replace(own, name=name, threads=1)
-    before = os.sched_getaffinity(0)
+    before, threads = os.sched_getaffinity(0), torch.get_num_threads()
     try:
         # Pools of threads that a library starts stay on the CPUs that the comparison is pinned to.
+        torch.set_num_threads(work.case.threads)
         os.sched_setaffinity(0, sorted(before)[: work.case.threads])
         return _PEERS[name](work)
     finally:
         os.sched_setaffinity(0, before)
+        torch.set_num_threads(threads)
 
 
 def limit(work: LinearWorkload) -> probe.Int8Limit:

@@ -23,7 +23,7 @@ import subprocess
 import sys
 from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
@@ -52,7 +52,7 @@ freed, for both. "Reached" also asks for a ratio of at least 1.0 against every p
 
 @dataclass(frozen=True)
 class Run:
-    """All cases, measured in one process.
+    """All cases, measured with one setting of torch's allocator.
 
     thp: the value of THP_MEM_ALLOC_ENABLE; cache: bytes of the last-level cache; wrong: why our side failed the
     gate; left_out: why cases were not measured; levels: the instruction-set level of every side.
@@ -86,10 +86,22 @@ def run_cases(cases: list[Any], quick: bool) -> Run:
 
 
 def run_in_child(cases: list[Any], quick: bool, thp: str) -> Run:
-    """`run_cases` in a new process with torch's huge-page switch set to `thp`, and peers held to our level."""
+    """`run_cases` in a new process with torch's huge-page switch set to `thp`, and peers held to our level.
+
+    One process for each number of threads: a library may keep to the CPUs that it was started on.
+    """
     os.environ.update({THP: thp, **levels.caps()})
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(run_cases, cases, quick).result()
+    parts = []
+    for threads in sorted({case.threads for case in cases}):
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+            mine = [case for case in cases if case.threads == threads]
+            parts.append(pool.submit(run_cases, mine, quick).result())
+    return replace(
+        parts[0],
+        results=[result for part in parts for result in part.results],
+        wrong={name: why for part in parts for name, why in part.wrong.items()},
+        left_out={name: why for part in parts for name, why in part.left_out.items()},
+    )
 
 
 def _read(path: str) -> str:

@@ -228,6 +228,21 @@ def test_report_names_wrong_results_and_fails(monkeypatch: pytest.MonkeyPatch) -
     assert f"recsys_kernels is wrong on {FLOAT.name}" in report.markdown({}, [run])
 
 
+def test_children_hold_all_sides_to_the_level(monkeypatch: pytest.MonkeyPatch) -> None:
+    if native.isa_supported() in (None, "generic"):
+        pytest.skip(f"no AVX2 level: {native.isa_supported()}")
+    monkeypatch.setenv("RECSYS_KERNELS_ISA", "avx2")
+    for variable in (report.THP, *levels.caps()):
+        monkeypatch.setenv(variable, "")  # so that the old value comes back afterwards
+    many = replace(LINEAR, threads=10_000)
+    run = report.run_in_child([many, LINEAR], quick=True, thp="0")
+    assert run.levels["recsys_kernels"] == "avx2"
+    assert run.levels["torch"] == "AVX2, at most avx2 (ATEN_CPU_CAPABILITY)"
+    assert [result.case for result in run.results] == [LINEAR]
+    assert "10000 threads need as many CPUs" in run.left_out[many.name]
+    assert any(name.startswith("onnxruntime") for name in run.results[0].absent)
+
+
 def test_a_wrong_peer_is_named_and_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     def wrong(work: LinearWorkload) -> Side:
         return Side(FP32, lambda batch: work.net(batch) * 2)
