@@ -275,6 +275,24 @@ def test_hooks_and_attributes_of_a_sequential_are_carried_over() -> None:
     assert new.note == "kept"
 
 
+def test_a_sequential_with_hooks_on_its_state_stays_one() -> None:
+    model = mlp()
+    model.register_state_dict_post_hook(lambda *args: None)
+    new, report = only_linear(model)
+    assert type(new) is nn.Sequential
+    assert len(report.swapped) == 3
+
+
+def test_code_without_a_source_may_take_modules_out() -> None:
+    names: dict[str, Any] = {"Base": OneByOne}
+    exec("class Model(Base):\n def forward(self, x):\n  return self.mlp[2](self.mlp[1](self.mlp[0](x) - 1))", names)
+    model = names["Model"]().eval()
+    new, report = only_linear(model)
+    assert kinds(new) == {"mlp": "Sequential", "mlp.0": "Int8Linear", "mlp.1": "ReLU", "mlp.2": "Int8Linear"}
+    assert "no source of Model.forward" in report.notes[0]
+    assert (new(rows()) - model(rows())).abs().max() < 0.1
+
+
 def test_copies_of_the_new_model() -> None:
     new, _ = only_linear(Shared().eval())
     with torch.no_grad():

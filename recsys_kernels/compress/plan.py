@@ -166,6 +166,7 @@ class Plan:
         elif layers and reads.unknown:
             methods = ", ".join(sorted(reads.unknown))
             self.notes.append(f"no source of {methods}: give sample_inputs to see whether it reads weights directly")
+            self.taken.update({id(module): methods for module in sequentials})  # it may
         for layer in layers:
             key = id(layer.module)
             if key in decisive:

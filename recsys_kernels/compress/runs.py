@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from .plan import Layer, Plan
 
 _HOOKS = tuple(n for n in sorted(vars(torch.nn.Module())) if n.endswith(("hooks", "hooks_with_kwargs")))
+# Those that a new module does not get.
+_OTHER_HOOKS = tuple(name for name in _HOOKS if not name.startswith("_forward_"))
 
 
 @dataclass(eq=False)
@@ -62,7 +64,8 @@ def find_runs(plan: Plan) -> list[Run]:
 
 
 def _is_called_whole(module: torch.nn.Module, plan: Plan) -> bool:
-    return id(module) not in plan.taken and "forward" not in vars(module)
+    free = id(module) not in plan.taken and "forward" not in vars(module)
+    return free and not any(getattr(module, name) for name in _OTHER_HOOKS)
 
 
 def _in_sequential(sequential: torch.nn.Module, plan: Plan) -> Iterator[Run]:
