@@ -8,6 +8,7 @@ import pickle
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -617,3 +618,50 @@ def test_layers_without_a_range_stay() -> None:
     _, report = only_linear(mlp(), "int8-static", ranges={"0": (-1.0, 1.0), "6": (0.0, 1.0)})
     assert [layer.action for layer in report.layers] == ["int8-static", "kept", "int8-static"]
     assert report.layers[1].reason == "no range of its input in ranges"
+
+
+def random_sequential(random: Any, width: int, depth: int = 0) -> tuple[nn.Sequential, int]:
+    """Any order of layers, functions, what is left out and what ends a run, and Sequentials of them."""
+    modules: list[nn.Module] = []
+    for _ in range(random.integers(1, 6)):
+        kind = random.integers(0, 10)
+        if kind < 4:
+            out = int(random.integers(4, 12))
+            modules.append(nn.Linear(width, out, bool(random.integers(0, 2))))
+            width = out
+        elif kind < 8:
+            functions = (nn.ReLU, nn.GELU, nn.Sigmoid, nn.SiLU, nn.Dropout, nn.Identity)
+            modules.append(functions[random.integers(0, len(functions))]())
+        elif kind == 8 or depth == 2:
+            modules.append((nn.Tanh(), nn.LayerNorm(width), nn.GELU("tanh"))[random.integers(0, 3)])
+        else:
+            inner, width = random_sequential(random, width, depth + 1)
+            modules.append(inner)
+    return nn.Sequential(*modules), width
+
+
+def one_by_one(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """The model with each linear layer quantized by itself."""
+    for module in model.children():
+        if isinstance(module, nn.Sequential):
+            x = one_by_one(module, x)
+        else:
+            x = rk.Int8Linear.from_float(module)(x) if isinstance(module, nn.Linear) else module(x)
+    return x
+
+
+def test_random_sequentials(no_timing: Any) -> None:
+    random = np.random.default_rng(0)
+    folded = 0
+    for seed in range(150):
+        torch.manual_seed(seed)
+        model = random_sequential(random, WIDTH)[0].eval()
+        new, report = only_linear(model, **({"min_sqnr": -100.0, "sample_inputs": rows()} if seed % 2 else {}))
+        assert all(layer.action == "int8" for layer in report.layers)
+        with torch.no_grad():
+            torch.testing.assert_close(new(rows()), one_by_one(model, rows()), rtol=1e-4, atol=1e-5)
+        # Nothing of a run is left beside it.
+        left = [module for module in new.modules() if isinstance(module, nn.Linear)]
+        assert not left
+        folded += sum(isinstance(module, rk.Int8MLP) for module in new.modules())
+    assert folded > 50
