@@ -42,13 +42,13 @@ def of_sides() -> dict[str, str]:
 
     def switched(variable: str) -> str:
         value = os.environ.get(variable)
-        return f"at most {value} ({variable})" if value else "all that it finds"
+        return f"{variable}={value}" if value else "all that it finds"
 
     return {
         "recsys_kernels": native.isa() or f"no native library: {native.reason}",
         "torch": f"{torch.backends.cpu.get_cpu_capability()}, {switched('ATEN_CPU_CAPABILITY')}",
         "FBGEMM and torch's engine fbgemm": switched("FBGEMM_ENABLE_INSTRUCTIONS"),
-        "oneDNN (torch's engine onednn, torchao)": switched("ONEDNN_MAX_CPU_ISA"),
-        "MKL (torch fp32)": switched("MKL_ENABLE_INSTRUCTIONS"),
-        "onnxruntime, OpenVINO": f"not held to {cap()}, hence left out" if cap() else "all that they find",
+        "oneDNN (torch's engine onednn, torchao, OpenVINO)": switched("ONEDNN_MAX_CPU_ISA"),
+        "MKL (torch fp32)": switched("MKL_ENABLE_INSTRUCTIONS") + (", made for Intel's CPUs" if cap() else ""),
+        "onnxruntime": f"can't be held to {cap()}, hence left out" if cap() else "all that it finds",
     }

@@ -5,8 +5,8 @@ All quantize weights per output channel and activations as they come: recsys_ker
 its own but OpenVINO's, which is read where its request leaves it. onnxruntime's threads stop spinning when a call ends,
 or they would take the other side's time.
 
-Held to AVX2, torchao fails the gate: torch._int_mm is wrong under ONEDNN_MAX_CPU_ISA=AVX2 (for random bytes in 8,191 of
-8,192 elements).
+Under ONEDNN_MAX_CPU_ISA=AVX2 torchao and OpenVINO fail the gate: torch._int_mm is wrong (for random bytes in 8,191 of
+8,192 elements), and OpenVINO gives no rows.
 
 All of them load beside torch 2.13: onnxruntime 1.32 with onnx 1.23, torchao 0.18, openvino 2026.4.
 """
@@ -147,14 +147,9 @@ def _numpy(batch: Tensor) -> Any:
     return batch.numpy().copy()
 
 
-def _uncapped(library: str) -> None:
-    """Raises AbsentError where sides are held to a level, for a library that can't be held to one."""
-    if cap():
-        raise AbsentError(f"{library} has no switch that holds it to {cap()}")
-
-
 def _onnxruntime(work: LinearWorkload) -> Side:
-    _uncapped("onnxruntime")
+    if cap():
+        raise AbsentError(f"onnxruntime has no switch that holds it to {cap()}")
     (runtime,) = _load("onnxruntime")
     options = runtime.SessionOptions()
     options.intra_op_num_threads, options.inter_op_num_threads = work.case.threads, 1
@@ -180,7 +175,6 @@ def _torchao(work: LinearWorkload) -> Side:
 
 def _openvino(work: LinearWorkload) -> Side:
     """Weights as compressed constants, which make the CPU plugin quantize activations as they come."""
-    _uncapped("openvino")
     openvino, ops = _load("openvino", "openvino.opset13")
     source = flow = ops.parameter([-1, work.case.widths[0]], np.float32)
     for number, (weight, bias) in enumerate(work.layers):

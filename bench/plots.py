@@ -68,7 +68,7 @@ def _int8_linear(results: list[Result], cpu: str, path: Path) -> None:
         label = f"limit: int8 multiply-add, probed, {threads} thread{'s' * (threads > 1)}"
         bars.axvline(rate / 1e9, color="k", linestyle=style, label=label)
     bars.set(xlabel="GOP/s (two for each weight and row)", title=f"int8 linear layers and MLPs\n{cpu}")
-    bars.legend(fontsize="small", loc="upper center", bbox_to_anchor=(0.4, -0.08), ncols=2)
+    figure.legend(fontsize="small", loc="outside lower center", ncols=2)
     figure.savefig(path, dpi=120)
     plt.close(figure)
 
