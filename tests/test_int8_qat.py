@@ -269,15 +269,40 @@ def test_wrong_options() -> None:
         module(rows())
 
 
+@pytest.mark.parametrize(
+    ("activation", "ranges"),
+    [("dynamic", "running"), ("static", "running"), ("static", "learnable"), ("weight_only", "running")],
+)
+def test_compiled_training(activation: str, ranges: str) -> None:
+    torch.compiler.reset()
+    module = rk.Int8MLP.qat(mlp(dropout=0.0), activation, ranges=ranges)
+    twin = copy.deepcopy(module)
+    compiled = torch.compile(twin, fullgraph=True, backend="aot_eager")
+    for one in (module, twin):
+        one.optimizer = torch.optim.SGD(one.parameters(), 1e-3)  # type: ignore[assignment]
+    for seed in (20, 21, 20):
+        outputs = [run(rows(seed)) for run in (module, compiled)]
+        torch.testing.assert_close(*outputs, rtol=1e-5, atol=1e-5)
+        for one, out in zip((module, twin), outputs, strict=True):
+            one.optimizer.zero_grad()
+            out.square().sum().backward()
+            one.optimizer.step()
+    for (name, value), other in zip(module.state_dict().items(), twin.state_dict().values(), strict=True):
+        torch.testing.assert_close(value, other, rtol=1e-4, atol=1e-5, msg=name)
+    with torch.no_grad():
+        assert torch.equal(twin.eval().convert()(rows()), twin(rows()))
+        torch.testing.assert_close(compiled(rows()), twin(rows()), rtol=1e-5, atol=1e-5)
+
+
 # ---- MLPs ----------------------------------------------------------------------------------------------------------
 
 
-def mlp() -> torch.nn.Sequential:
+def mlp(dropout: float = 0.5) -> torch.nn.Sequential:
     torch.manual_seed(0)
     return torch.nn.Sequential(
         torch.nn.Linear(40, 30),
         torch.nn.ReLU(),
-        torch.nn.Dropout(0.5),
+        torch.nn.Dropout(dropout),
         torch.nn.Sequential(torch.nn.Linear(30, 20), torch.nn.Identity(), torch.nn.GELU()),
         torch.nn.Linear(20, 3),
     )

@@ -9,8 +9,8 @@ from torch.autograd.function import once_differentiable
 
 from ... import _backends
 from . import op, reference
-from .linear import FixedTypes, Int8Linear, runs_packed
-from .reference import GELU, NONE, RELU, SIGMOID, SILU, STATIC, WEIGHT_ONLY
+from .linear import FixedTypes, Int8Linear, quantize_weight, runs_packed
+from .reference import GELU, NONE, RELU, SIGMOID, STATIC, WEIGHT_ONLY
 
 RANGES = ("running", "learnable")
 
@@ -31,27 +31,32 @@ class _FakeQuantized(torch.autograd.Function):
         weight: torch.Tensor,
         bias: torch.Tensor | None,
         input_range: torch.Tensor | None,
-        layer: op.Operands,
+        q: torch.Tensor,
+        scale: torch.Tensor,
+        group: int,
+        qparams: torch.Tensor | None,
+        scheme: int,
+        activation: int,
         dtype: torch.dtype,
     ) -> torch.Tensor:
-        ctx.layer, ctx.dtype = layer, input.dtype
-        out = _run(input, layer, dtype)
-        ctx.save_for_backward(input, out if layer[-1] in (RELU, SIGMOID) else None)
+        ctx.group, ctx.scheme, ctx.activation, ctx.dtype = group, scheme, activation, input.dtype
+        out = _run(input, (q, scale, group, bias, qparams, scheme, activation), dtype)
+        ctx.save_for_backward(input, q, scale, bias, qparams, out if activation in (RELU, SIGMOID) else None)
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        input, out = ctx.saved_tensors
-        q, scale, group, _, qparams, scheme, activation = ctx.layer
+        input, q, scale, bias, qparams, out = ctx.saved_tensors
+        group, scheme, activation = ctx.group, ctx.scheme, ctx.activation
         grad = grad.float()
         if activation == RELU:
             grad = torch.ops.aten.threshold_backward(grad, out.float(), 0)
         elif activation == SIGMOID:
             grad = torch.ops.aten.sigmoid_backward(grad, out.float())
         elif activation != NONE:
-            backward = {GELU: torch.ops.aten.gelu_backward, SILU: torch.ops.aten.silu_backward}[activation]
-            grad = backward(grad, _run(input, (*ctx.layer[:-1], NONE), torch.float32))
+            backward = torch.ops.aten.gelu_backward if activation == GELU else torch.ops.aten.silu_backward
+            grad = backward(grad, _run(input, (q, scale, group, bias, qparams, scheme, NONE), torch.float32))
         rows = input.float().reshape(-1, input.shape[-1])
         grad = grad.reshape(-1, grad.shape[-1])
         grad_input = grad_weight = grad_bias = grad_range = None
@@ -72,7 +77,7 @@ class _FakeQuantized(torch.autograd.Function):
             grad_weight = grad.t() @ rows
         if ctx.needs_input_grad[2]:
             grad_bias = grad.sum(0)
-        return grad_input, grad_weight, grad_bias, grad_range, None, None
+        return grad_input, grad_weight, grad_bias, grad_range, None, None, None, None, None, None, None
 
 
 def _static(rows: torch.Tensor, qparams: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -132,6 +137,7 @@ class QATLinear(FixedTypes):
             linear, activation, epilogue=epilogue, granularity=granularity, input_range=known
         )
         super().__init__(sample.dtype)
+        self._numbers = sample.operands()[2], *sample.operands()[5:]
         self.in_features, self.out_features = sample.in_features, sample.out_features
         self.activation, self.epilogue, self.granularity = activation, epilogue, granularity
         self.ranges, self.momentum = ranges, momentum
@@ -162,40 +168,42 @@ class QATLinear(FixedTypes):
         """:meth:`forward` with another type of the output."""
         if self.training and self.input_range is not None:
             self._observe(input)
-        layer = self._quantized().operands()
-        return _FakeQuantized.apply(input, self.weight, self.bias, self.input_range, layer, dtype)
+        with torch.no_grad():
+            q, scale = quantize_weight(self.weight, self.granularity)
+            if self.granularity == "tensor":
+                scale = scale.expand(self.out_features, 1)
+            qparams = self._qparams()
+        group, scheme, epilogue = self._numbers
+        return _FakeQuantized.apply(
+            input, self.weight, self.bias, self.input_range, q, scale, group, qparams, scheme, epilogue, dtype
+        )
 
     @torch.no_grad()
     def _observe(self, input: torch.Tensor) -> None:
         ends = self.input_range
         assert ends is not None
-        fresh = bool(ends.isnan().any())
-        if self.ranges == "learnable" and not fresh:
+        fresh = ends.isnan()
+        if input.numel() == 0 or (self.ranges == "learnable" and not torch.compiler.is_compiling() and not fresh.any()):
             return
         values = input.detach().float()
-        values = values[torch.isfinite(values)]
-        if values.numel():
-            new = torch.stack([values.amin(), values.amax()])
-            ends.copy_(new if fresh else torch.lerp(ends, new, self.momentum))
+        finite = torch.isfinite(values)
+        low, high = torch.where(finite, values, torch.inf).amin(), torch.where(finite, values, -torch.inf).amax()
+        new = torch.stack([low, high])
+        moved = torch.lerp(ends, new, self.momentum) if self.ranges == "running" else ends
+        ends.copy_(torch.where(torch.isfinite(new), torch.where(fresh, new, moved), ends))
+
+    def _qparams(self) -> torch.Tensor | None:
+        if self.input_range is None:
+            return None
+        low, high = self.input_range.detach()
+        if not torch.compiler.is_compiling() and (low.isnan() or high.isnan()):
+            raise RuntimeError(
+                "a static layer in quantization-aware training has seen no input: call it in training mode first, "
+                "or give input_range"
+            )
+        return torch.stack(reference.range_qparams(low.clamp(max=0.0), high.clamp(min=0.0)))
 
     @torch.no_grad()
-    def _quantized(self) -> Int8Linear:
-        bias = self.bias is not None
-        options = (self.activation, self.epilogue, self.granularity)
-        new = Int8Linear(
-            self.in_features, self.out_features, bias, *options, dtype=self.dtype, device=self.weight.device
-        )
-        new.set_float(self.weight, self.bias)
-        if self.input_range is not None:
-            low, high = self.input_range.detach()
-            if low.isnan() or high.isnan():
-                raise RuntimeError(
-                    "a static layer in quantization-aware training has seen no input: call it in training mode first, "
-                    "or give input_range"
-                )
-            new.input_qparams = torch.stack(reference.range_qparams(low.clamp(max=0.0), high.clamp(min=0.0)))
-        return new
-
     def convert(self) -> Int8Linear:
         """The deployed layer, whose output is that of this one in eval mode, bit for bit.
 
@@ -203,7 +211,12 @@ class QATLinear(FixedTypes):
             RuntimeError: a static layer that has seen no input yet.
             ValueError: the weights have become NaN or infinite.
         """
-        return self._quantized().train(self.training)
+        sizes = (self.in_features, self.out_features, self.bias is not None)
+        options = (self.activation, self.epilogue, self.granularity)
+        new = Int8Linear(*sizes, *options, dtype=self.dtype, device=self.weight.device)
+        new.set_float(self.weight, self.bias)
+        new.input_qparams = self._qparams()
+        return new.train(self.training)
 
     def extra_repr(self) -> str:
         parts = [f"{self.in_features}, {self.out_features}, bias={self.bias is not None}"]
