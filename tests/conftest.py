@@ -1,12 +1,12 @@
 """What the tests share: every implementation that this machine can run, and a check that all of them were built."""
 
+import importlib.util
 import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import settings
 from support import isa_levels
 
 import recsys_kernels as rk
@@ -26,6 +26,14 @@ IMPLEMENTATIONS = ("reference", *isa_levels())
 
 
 def pytest_configure() -> None:
+    # Not needed by the tests that run on a GPU's machine.
+    if importlib.util.find_spec("hypothesis") is not None:
+        from hypothesis import settings
+
+        # The examples are the same in every run, so that a failure is somebody's and not chance's.
+        settings.register_profile("default", max_examples=1050, deadline=None, derandomize=True, database=None)
+        settings.register_profile("sanitize", max_examples=150, deadline=None, derandomize=True, database=None)
+        settings.load_profile("default")
     if "PYTEST_XDIST_WORKER" in os.environ:
         torch.set_num_threads(1)  # the other cores have processes of their own
 
@@ -85,9 +93,3 @@ def threads() -> Iterator[None]:
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)
-
-
-# The examples are the same in every run, so that a failure is somebody's and not chance's.
-settings.register_profile("default", max_examples=1050, deadline=None, derandomize=True, database=None)
-settings.register_profile("sanitize", max_examples=150, deadline=None, derandomize=True, database=None)
-settings.load_profile("default")

@@ -12,15 +12,15 @@ sys.path.insert(0, str(HERE.parent))
 from cuda_support import ROOT, build_script  # noqa: E402
 
 
-def compile_program(target: Path, *options: str) -> str | None:
-    """Compiles the program; returns why it could not be done, or None."""
+def compile_program(target: Path, *options: str, source: str = "assumptions.cu") -> str | None:
+    """Compiles a program of this folder; returns why it could not be done, or None."""
     script = build_script()
     toolkit = script.cuda_toolkit()
     if toolkit is None:
         return "no CUDA toolkit with nvcc was found"
     flags = [flag for flag in script.nvcc_flags(toolkit.architectures) if not flag.startswith("-gencode")]
     libraries = [f"-L{toolkit.runtime}", "-cudart=static"]
-    command = [str(toolkit.nvcc), *flags, *options, f"-I{ROOT / 'csrc'}", *libraries, str(HERE / "assumptions.cu")]
+    command = [str(toolkit.nvcc), *flags, *options, f"-I{ROOT / 'csrc'}", *libraries, str(HERE / source)]
     done = subprocess.run([*command, "-o", str(target)], capture_output=True, text=True)
     return done.stdout + done.stderr if done.returncode else None
 

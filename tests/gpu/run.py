@@ -9,7 +9,6 @@ import argparse
 import importlib.util
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -19,15 +18,22 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+from sanitizer import options as sanitizer_options
+from toolkit import program
+
 ROOT = Path(__file__).resolve().parent.parent.parent
 HERE = "tests/gpu"
+PYTHON = os.environ.get("PYTHON", "").strip() or sys.executable  # the one of run.sh
 SECONDS = 480
 PASSED, FAILED, TIMED_OUT, NOT_RUN = "passed", "failed", "timed out", "not run"
 
 
 @dataclass(frozen=True)
 class Step:
-    """One command. It has `seconds`, and what the steps before it left of theirs; "{seconds}" in it becomes that.
+    """One command. It has `seconds`, and what the steps before it left of theirs.
+
+    "{deadline}" in it becomes the time, of time.monotonic(), at which it will be stopped.
 
     data: the name under which the last line of its output, a JSON object, is kept.
     """
@@ -43,29 +49,30 @@ def _tests(backend: str, *files: str, workers: int = 0) -> list[str]:
     options = ["-q", "-o", "addopts=", "-p", "no:cacheprovider", "--tb=short", f"--backend={backend}"]
     if workers and importlib.util.find_spec("xdist"):
         options += ["-n", str(workers)]
-    return ["python3", "-m", "pytest", *options, *(f"{HERE}/device/{name}" for name in files)]
+    return [PYTHON, "-m", "pytest", *options, *(f"{HERE}/device/{name}" for name in files)]
 
 
 def _sanitizer(tool: str, *arguments: str) -> list[str]:
-    # Our kernels only, by their namespace: torch's are not ours to judge, and each tool slows down what it watches.
-    options = ["--tool", tool, "--kernel-name", "kns=_ZN2rk", "--report-api-errors", "no", "--error-exitcode", "9"]
-    return ["compute-sanitizer", *options, "python3", f"{HERE}/small_set.py", *arguments]
+    return ["compute-sanitizer", *sanitizer_options(tool), PYTHON, f"{HERE}/small_set.py", *arguments]
 
 
 _SMALL = ("test_operators.py", "test_faults.py", "test_modules.py")
 STEPS = [
-    Step("build", ["python3", "setup.py", "build_ext", "--inplace"], 70),
-    Step("machine", ["python3", f"{HERE}/machine.py"], 25, data="machine"),
+    Step("prerequisites", [PYTHON, f"{HERE}/prerequisites.py"], 5),
+    Step("build", [PYTHON, "setup.py", "build_ext", "--inplace"], 60),
+    Step("machine", [PYTHON, f"{HERE}/machine.py"], 25, data="machine"),
     Step("operators, CUDA C++", _tests("cuda", ""), 70),
     # Compiling takes nearly all of the time, and is work for several cores; the other two files need the GPU alone.
-    Step("operators, Triton", _tests("triton", *_SMALL, workers=min(8, os.cpu_count() or 1)), 95),
+    Step("operators, Triton", _tests("triton", *_SMALL, workers=min(8, os.cpu_count() or 1)), 90),
     Step("streams and sizes, Triton", _tests("triton", "test_streams.py", "test_large.py"), 25),
-    Step("assumptions", ["python3", f"{HERE}/assumptions.py"], 30),
+    Step("assumptions", [PYTHON, f"{HERE}/assumptions.py"], 30),
+    Step("sanitizer", [PYTHON, f"{HERE}/sanitizer.py", "memcheck", "racecheck", "initcheck"], 20),
     Step("memcheck", _sanitizer("memcheck"), 35),
-    Step("racecheck", _sanitizer("racecheck"), 35),
+    # Of shared memory only: it has nothing to see where no kernel of the set declares any.
+    Step("racecheck", _sanitizer("racecheck"), 30),
     # What torch's kernels write would count as never written, so only what needs none of them.
-    Step("initcheck", _sanitizer("initcheck", "--lookups-only"), 35),
-    Step("benchmarks", ["python3", f"{HERE}/benchmark.py", "--seconds", "{seconds}"], 60, data="benchmarks"),
+    Step("initcheck", _sanitizer("initcheck", "--lookups-only"), 30),
+    Step("benchmarks", [PYTHON, f"{HERE}/benchmark.py", "--until", "{deadline}"], 60, data="benchmarks"),
 ]
 
 
@@ -109,12 +116,13 @@ class Run:
 
     def step(self, step: Step, limit: float, log: IO[bytes]) -> Outcome:
         """Runs one step; its output goes to the log."""
-        if shutil.which(step.command[0]) is None:
-            return Outcome(step.name, NOT_RUN, note=f"{step.command[0]} is not on the PATH")
+        found = program(step.command[0])
+        if found is None:
+            return Outcome(step.name, NOT_RUN, note=f"{step.command[0]} is neither on the PATH nor in a CUDA toolkit")
         log.write(f"==== {step.name}: {' '.join(step.command)}\n".encode())
         log.flush()
         start, position = time.monotonic(), log.tell()
-        command = [word.format(seconds=f"{limit:.0f}") for word in step.command]
+        command = [found, *(word.format(deadline=f"{start + limit:.1f}") for word in step.command[1:])]
         # A group of its own: what the step has started must end with it.
         self.process = subprocess.Popen(
             command, cwd=ROOT, env={**os.environ, "PYTHONUNBUFFERED": "1"}, stdin=subprocess.DEVNULL, stdout=log,
@@ -213,6 +221,7 @@ def _benchmarks(measured: dict[str, Any]) -> list[str]:
         "",
         *_table(("case", "side", "a call", "rows, indices and output", "of the copy", "its time over ours"), rows),
         *(f"\n{name} was not measured: {reason}" for name, reason in measured["failed"].items()),
+        *(f"\n{name} was left out: no time was left" for name in measured["left_out"]),
         "",
     ]
 

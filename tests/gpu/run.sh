@@ -4,8 +4,9 @@
 #
 #   bash tests/gpu/run.sh [--out FOLDER] [--seconds N]
 #
+# PYTHON names another interpreter than python3. What must be there: README.md; the first step says what is not.
 # Writes run.json, run.md and log.txt, by default into build/gpu. Goes on when a step fails, says at the end which did,
 # and then returns 1.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
-exec python3 tests/gpu/run.py "$@"
+exec "${PYTHON:-python3}" tests/gpu/run.py "$@"

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -55,11 +57,12 @@ BENCHMARKS = {
             },
         }
     ],
-    "failed": {"int8-d64-b1-l50-uniform": "no time was left"},
+    "failed": {"int8-d64-b1-l50-uniform": "out of memory"},
+    "left_out": ["int4-d64-b1-l50-uniform"],
 }  # fmt: skip
 STEPS = [
-    *("build", "machine", "operators, CUDA C++", "operators, Triton", "streams and sizes, Triton", "assumptions"),
-    *("memcheck", "racecheck", "initcheck", "benchmarks"),
+    *("prerequisites", "build", "machine", "operators, CUDA C++", "operators, Triton", "streams and sizes, Triton"),
+    *("assumptions", "sanitizer", "memcheck", "racecheck", "initcheck", "benchmarks"),
 ]
 
 
@@ -67,15 +70,17 @@ class Fake:
     """A folder for the PATH with a python3 and a compute-sanitizer that do as they are told."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder, self.out = folder / "bin", folder / "out"
+        self.folder, self.out, self.toolkit = folder / "bin", folder / "out", folder / "toolkit"
         self.folder.mkdir()
         self.does: dict[str, str] = {
+            "prerequisites.py": "echo nothing is missing",
             "setup.py": "echo built",
             "machine.py": f"echo '{json.dumps(MACHINE)}'",
             "backend=cuda": "echo '== 900 passed in 9.00s =='",
             "test_streams.py": "echo '== 20 passed in 2.00s =='",
             "backend=triton": "echo '== 800 passed in 8.00s =='",
             "assumptions.py": "echo 'all: holds'",
+            "sanitizer.py": "echo each tool finds its kernel",
             "tool memcheck": "echo '========= ERROR SUMMARY: 0 errors'",
             "tool racecheck": "echo '========= RACECHECK SUMMARY: 0 hazards'",
             "tool initcheck": "echo '========= ERROR SUMMARY: 0 errors'",
@@ -101,10 +106,9 @@ class Fake:
             if not (self.folder / name).exists():
                 (self.folder / name).symlink_to(target if target.exists() else Path("/usr/bin") / name)
         command = ["/bin/bash", str(HERE / "run.sh"), "--out", str(self.out), *arguments]
-        return subprocess.Popen(
-            command, env={"PATH": str(self.folder), "HOME": "/nowhere"}, text=True,
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        )  # fmt: skip
+        environment = {"PATH": str(self.folder), "HOME": "/nowhere"}
+        environment |= {"PYTHON": str(self.folder / "python3"), "CUDA_HOME": str(self.toolkit)}
+        return subprocess.Popen(command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
     def outcomes(self) -> dict[str, dict[str, Any]]:
         record = json.loads((self.out / "run.json").read_text())
@@ -120,7 +124,7 @@ def fake(tmp_path: Path) -> Fake:
 def test_everything_passes(fake: Fake) -> None:
     done = fake.run()
     assert done.returncode == 0, done.stdout
-    assert "all 10 steps passed" in done.stdout
+    assert "all 12 steps passed" in done.stdout
     outcomes = fake.outcomes()
     assert {step["result"] for step in outcomes.values()} == {"passed"}
     assert outcomes["operators, Triton"]["note"] == "800 passed in 8.00s"
@@ -135,7 +139,8 @@ def test_everything_passes(fake: Fake) -> None:
         "A copy of 2.1 GB ran at 3000 GB/s, bytes read and written.",
         "| fp16-d64-b65536-l20-uniform | recsys_kernels, CUDA C++ | 70.0 us | 2700 GB/s | 90% |  |",
         "| fp16-d64-b65536-l20-uniform | torch | 210.0 us | 900 GB/s | 30% | 3.00 [2.90-3.10] |",
-        "int8-d64-b1-l50-uniform was not measured: no time was left",
+        "int8-d64-b1-l50-uniform was not measured: out of memory",
+        "int4-d64-b1-l50-uniform was left out: no time was left",
         "| fp16-d64-b65536-l20-uniform | fbgemm_gpu | ModuleNotFoundError: No module named 'fbgemm_gpu' |  |  |  |",
     ):
         assert line in page, page
@@ -155,7 +160,7 @@ def test_failures_do_not_stop_the_rest(fake: Fake) -> None:
         "operators, Triton": "exit status 1; 1 failed, 799 passed in 8.00s",
         "racecheck": "exit status -11",
     }
-    assert "3 of 10 steps did not pass:" in done.stdout
+    assert "3 of 12 steps did not pass:" in done.stdout
     assert "  operators, Triton: failed. exit status 1; 1 failed, 799 passed in 8.00s" in done.stdout
     assert "| racecheck | failed |" in (fake.out / "run.md").read_text()
     assert json.loads((fake.out / "run.json").read_text())["benchmarks"] == BENCHMARKS
@@ -188,13 +193,13 @@ def test_step_that_takes_too_long_is_stopped(fake: Fake, tmp_path: Path, stubbor
 
 
 def test_time_that_a_step_leaves_is_for_the_next_ones(fake: Fake) -> None:
-    """The Triton step may take what the three before it have not used."""
+    """The Triton step may take what those before it have not used."""
     run = load("run")
-    before = sum(step.seconds for step in run.STEPS[:4])
-    assert run.STEPS[3].name == "operators, Triton"
+    place = STEPS.index("operators, Triton")
+    before = sum(step.seconds for step in run.STEPS[: place + 1])
     total = sum(step.seconds for step in run.STEPS)
     assert total <= run.SECONDS == 480
-    own, granted = run.STEPS[3].seconds * 10 / total, before * 10 / total
+    own, granted = run.STEPS[place].seconds * 10 / total, before * 10 / total
     assert own + 1 < granted
     fake.does["backend=triton"] = f"sleep {own + 1:.1f}; echo 1 passed"
     done = fake.run("--seconds", "10")
@@ -208,7 +213,65 @@ def test_missing_sanitizer(fake: Fake) -> None:
     for name in ("memcheck", "racecheck", "initcheck"):
         assert outcomes.pop(name)["result"] == "not run"
     assert {step["result"] for step in outcomes.values()} == {"passed"}
-    assert "  memcheck: not run. compute-sanitizer is not on the PATH" in done.stdout
+    assert "  memcheck: not run. compute-sanitizer is neither on the PATH nor in a CUDA toolkit" in done.stdout
+
+
+def test_sanitizer_in_the_folder_of_the_toolkit(fake: Fake) -> None:
+    (fake.toolkit / "bin").mkdir(parents=True)
+    fake.does["tool memcheck"] = "echo $0"
+    (fake.toolkit / "bin" / "compute-sanitizer").symlink_to(fake.folder / "python3")
+    done = fake.run(without="compute-sanitizer")
+    assert done.returncode == 0, done.stdout
+    assert fake.outcomes()["memcheck"]["note"] == str(fake.toolkit / "bin" / "compute-sanitizer")
+
+
+def test_prerequisites_that_are_missing(fake: Fake, tmp_path: Path) -> None:
+    """They are named in the first line of the record; the steps run all the same."""
+    command = [sys.executable, "-I", str(HERE / "prerequisites.py")]
+    environment = {"PATH": str(tmp_path / "nothing"), "CUDA_HOME": str(tmp_path / "nowhere")}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1
+    assert "nvcc is missing, which is for the build of the CUDA kernels\n" in done.stdout
+    assert "compute-sanitizer is missing, which is for memcheck, racecheck and initcheck\n" in done.stdout
+    assert "torch" not in done.stdout
+    fake.does["prerequisites.py"] = "echo pytest is missing; exit 1"
+    done = fake.run()
+    assert "  prerequisites: failed. exit status 1; pytest is missing" in done.stdout
+    assert {name for name, step in fake.outcomes().items() if step["result"] != "passed"} == {"prerequisites"}
+
+
+@pytest.mark.parametrize("blind", ["", "racecheck"])
+def test_sanitizer_must_find_what_is_wrong(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str], blind: str
+) -> None:
+    """Each tool, on a kernel of its own, with the options that the library's are watched with."""
+    sanitizer, run = load("sanitizer"), load("run")
+    tool = tmp_path / "compute-sanitizer"
+    tool.write_text(f'#!/bin/sh\necho "$@"\ntest "$2" = "{blind}" || exit 9\n')
+    tool.chmod(0o755)
+    monkeypatch.setattr(sanitizer, "program", lambda name: str(tool))
+    monkeypatch.setitem(sys.modules, "assumptions", load("assumptions"))
+    monkeypatch.setattr(sys.modules["assumptions"], "compile_program", lambda *_, **__: None)
+    (step,) = (step for step in run.STEPS if step.name == "sanitizer")
+    assert sanitizer.main(step.command[2:]) == bool(blind)
+    printed = capfd.readouterr().out
+    for name in ("memcheck", "racecheck", "initcheck"):
+        (watched,) = (one for one in run.STEPS if one.name == name)
+        options = watched.command[1 : watched.command.index(run.PYTHON)]
+        assert f"{' '.join(options)} " in printed
+    assert printed.endswith(f"found nothing: {blind}\n" if blind else "each tool finds its kernel\n")
+
+
+def test_kernels_for_the_sanitizer_are_watched(tmp_path: Path) -> None:
+    """Their names are in the namespace that the options choose, and there is one for each tool."""
+    assumptions = load("assumptions")
+    toolkit = sys.modules["cuda_support"].require_toolkit()
+    target = tmp_path / "sanitized.ptx"
+    assert assumptions.compile_program(target, "-arch=sm_90", "-ptx", source="sanitized.cu") is None
+    names = re.findall(r"\.visible \.entry (\w+)", target.read_text())
+    assert len(names) == 3, toolkit
+    chosen = next(word for word in load("sanitizer").options("memcheck") if word.startswith("kns="))
+    assert all(name.startswith(chosen.removeprefix("kns=")) for name in names)
 
 
 def test_figures_of_benchmarks_that_fail_later_are_kept(fake: Fake) -> None:
@@ -229,7 +292,7 @@ def test_interruption_leaves_a_record(fake: Fake, tmp_path: Path) -> None:
     process.communicate(timeout=30)
     assert process.returncode == 130
     record = json.loads((fake.out / "run.json").read_text())
-    assert [step["name"] for step in record["steps"]] == STEPS[:5]
+    assert [step["name"] for step in record["steps"]] == STEPS[: STEPS.index("assumptions")]
     assert not alive(int((tmp_path / "child").read_text()))
 
 
@@ -297,8 +360,37 @@ def test_benchmarks_measure(monkeypatch: pytest.MonkeyPatch) -> None:
         assert torch_side["low"] <= torch_side["ratio"] <= torch_side["high"]
     assert len(seen) >= 8
     run = load("run")
-    data = {"benchmarks": {"copy_bytes": 1, "copy_bytes_per_second": 1e12, "cases": [found], "failed": {}}}
+    data = {
+        "benchmarks": {"copy_bytes": 1, "copy_bytes_per_second": 1e12, "cases": [found], "failed": {}, "left_out": []}
+    }
     assert found["name"] in run.markdown([], data)
+
+
+def test_cases_for_which_no_time_is_left(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """They are left out, which is no failure."""
+    benchmark = load("benchmark")
+    now = [100.0]
+
+    def measure(case: Any, device: Any, until: float) -> dict[str, Any]:
+        now[0] += 10
+        return {"name": case.name}
+
+    monkeypatch.setattr(benchmark, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr(benchmark, "measure", measure)
+    monkeypatch.setattr(benchmark, "copy_rate", lambda device: (1, 1.0))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    everything = list(benchmark.cases())[:4]
+    assert benchmark.run_cases(everything, 125.0) == 0
+    *_, record, last = capsys.readouterr().out.splitlines()
+    found = json.loads(record)
+    names = [case.name for case in everything]
+    measured = [case["name"] for case in found["cases"]]
+    assert measured + found["left_out"] == names
+    assert len(measured) == 2
+    assert last == "incomplete: 2 of 4 cases were left out, no time was left"
+    assert benchmark.run_cases(everything, math.inf) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["left_out"] == []
 
 
 def test_bytes_of_a_call() -> None:
