@@ -17,6 +17,7 @@ import torch
 import recsys_kernels as rk
 from recsys_kernels import _backends, _native
 from recsys_kernels._native import BOUNDS_CHECKS, Fault, native
+from recsys_kernels.ops.embedding_bag import op
 
 PACKAGE = Path(rk.__file__).parent
 ON_GPU: Any = SimpleNamespace(device=torch.device("cuda:0"))
@@ -408,6 +409,24 @@ def test_check_bounds_has_the_words_of_the_cpu(monkeypatch: pytest.MonkeyPatch) 
             rk.check_bounds()
         # torch's own operators prefix nothing, so the texts are the same to the letter.
         assert (type(on_gpu.value), str(on_gpu.value)) == (type(on_cpu.value), str(on_cpu.value))
+
+
+@pytest.mark.parametrize("earlier", [False, True])
+def test_collections_name_their_own_tables(monkeypatch: pytest.MonkeyPatch, earlier: bool) -> None:
+    """What an earlier call left may be about another collection's tables."""
+    tables = [rk.EmbeddingBagConfig("user", 5, 4), rk.EmbeddingBagConfig("item", 5, 4)]
+    collection = rk.EmbeddingBagCollection(tables)
+    message = "index 8 at position 1 of indices is out of range for the table of feature #1 with 5 rows"
+    message += " (found by an earlier call)" if earlier else ""
+
+    def lookup(*args: Any) -> None:
+        raise IndexError(message)
+
+    monkeypatch.setattr(op, "embedding_bag_collection", lookup)
+    with pytest.raises(IndexError) as caught:
+        collection(torch.tensor([0, 8]), torch.tensor([0, 1, 2]))
+    named = message.replace("the table of feature #1", "table 'item' (feature 'item')")
+    assert str(caught.value) == (message if earlier else named)
 
 
 def test_check_bounds_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -275,6 +275,9 @@ class EmbeddingBagCollection(torch.nn.Module):
         ]
 
     def _with_names(self, message: str) -> str:
+        if message.endswith("(found by an earlier call)"):  # which may have been another collection's
+            return message
+
         def name(match: re.Match[str]) -> str:
             feature = int(match[1])
             return f"table {self._table_of_feature[feature]!r} (feature {self.feature_names[feature]!r})"

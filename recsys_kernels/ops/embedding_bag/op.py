@@ -420,8 +420,13 @@ class _Collection(torch.autograd.Function):
 
 
 def _feature_starts(offsets: torch.Tensor, batch: int, num_features: int) -> list[int] | None:
-    """Where each feature's indices begin, and the last one's end; None while a graph is traced, which has no values."""
+    """Where each feature's indices begin, and the last one's end.
+
+    None while a graph is traced, which has no values, or captured, which nobody can wait for.
+    """
     if torch.compiler.is_compiling() or isinstance(offsets, torch._subclasses.FakeTensor):
+        return None
+    if offsets.is_cuda and torch.cuda.is_current_stream_capturing():
         return None
     return offsets[::batch].tolist() if batch else [0] * (num_features + 1)
 
@@ -439,7 +444,7 @@ def _collection_weights_backward(
     batch = grad.shape[0]
     starts = _feature_starts(offsets, batch, len(features))
     if starts is None:
-        raise NotImplementedError("gradients of a collection's per_sample_weights can't be compiled yet")
+        raise NotImplementedError("gradients of a collection's per_sample_weights can't be compiled or captured yet")
     for f, (table, dim, column, mode, bits, exponent) in enumerate(features):
         if mode == MAX:  # takes no weights
             continue

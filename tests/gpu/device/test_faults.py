@@ -114,8 +114,10 @@ def test_modules_name_the_table(raises_later: bool, device: torch.device) -> Non
     tables = [rk.EmbeddingBagConfig("user", 5, 4), rk.EmbeddingBagConfig("item", 9, 4)]
     collection = rk.EmbeddingBagCollection(tables).to(device)
     wrong, offsets = torch.tensor([0, 1, 9, 2], device=device), torch.tensor([0, 1, 2, 3, 4], device=device)
-    if raises_later:
+    where = r"table 'item' \(feature 'item'\) with 9 rows"
+    if raises_later:  # whose call it was is not known then
         collection(wrong, offsets)
         wait(device)
-    with pytest.raises(IndexError, match=r"index 9 at position 2 .* table 'item' \(feature 'item'\) with 9 rows"):
+        where = r"the table of feature #1 with 9 rows \(found by an earlier call\)"
+    with pytest.raises(IndexError, match=f"index 9 at position 2 .* {where}"):
         collection(wrong % 5 if raises_later else wrong, offsets)

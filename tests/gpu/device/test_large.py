@@ -30,6 +30,46 @@ def test_tables_beyond_32_bits(gpu: torch.device, dtype: torch.dtype, rows: int,
     assert bool((out == out[:, :1]).all())
 
 
+@pytest.mark.parametrize(("bits", "rows"), [(8, 70_000_000), (4, 140_000_000)])
+def test_quantized_tables_beyond_32_bits(gpu: torch.device, bits: int, rows: int) -> None:
+    """More than 2^32 bytes of rows."""
+    columns = 64 * bits // 8
+    if torch.cuda.mem_get_info()[0] < 1.3 * rows * (columns + 4):
+        pytest.skip("the GPU has too little memory")
+    table = torch.empty(rows, columns, dtype=torch.uint8, device=gpu)
+    scales = torch.empty(rows, 2, dtype=torch.float16, device=gpu)
+    used = torch.tensor([0, 1, rows - 2, rows - 1], device=gpu)
+    values = torch.tensor([1, 2, 3, 4], device=gpu)
+    table[used] = (values * (17 if bits == 4 else 1)).to(torch.uint8).unsqueeze(1)
+    scales[used] = torch.stack([2.0 * values, values], 1).half()
+    indices = used[torch.tensor([[3, 2], [0, 3], [1, 0]], device=gpu)]
+    run = _backends.implementation("quantized_embedding_bag", indices)
+    out = run(table, scales, 0, 64, bits, indices, None, None, 0, -1, False, torch.float32)
+    rk.check_bounds()
+    row = [3.0, 10.0, 21.0, 36.0]  # scale * q + bias
+    assert out[:, 0].tolist() == [row[3] + row[2], row[0] + row[3], row[1] + row[0]]
+    assert bool((out == out[:, :1]).all())
+
+
+@pytest.mark.parametrize("mode", ["sum", "max"])
+def test_gradients_beyond_32_bits(gpu: torch.device, mode: str) -> None:
+    """A table's gradient of more than 2^32 bytes; of max also of more than 2^32 elements, which come in parts."""
+    rows, dim = (20_000_000, 64) if mode == "sum" else (70_000_000, 64)
+    dtype = torch.float32 if mode == "sum" else torch.float16
+    # The table, its gradient, and for max a part of the gradient in float32 and in float16.
+    if torch.cuda.mem_get_info()[0] < (2.5 if mode == "sum" else 5.5) * rows * dim * dtype.itemsize:
+        pytest.skip("the GPU has too little memory")
+    table = torch.zeros(rows, dim, dtype=dtype, device=gpu, requires_grad=True)
+    indices = torch.tensor([[rows - 1, rows - 1], [0, 0], [rows - 1, rows - 1], [1, 1]], device=gpu)
+    out = rk.functional.embedding_bag(indices, table, mode=mode)
+    grad = torch.arange(1.0, 5.0, device=gpu).unsqueeze(1).expand(4, dim).to(dtype).contiguous()
+    (found,) = torch.autograd.grad(out, table, grad)
+    rk.check_bounds()
+    times = 2.0 if mode == "sum" else 1.0
+    for row, value in ((rows - 1, 4.0), (0, 2.0), (1, 4.0), (2, 0.0), (rows // 2, 0.0)):
+        assert bool((found[row] == times * value).all()), row
+
+
 def test_more_bags_than_a_grid_has_rows(gpu: torch.device) -> None:
     """2^16 is the most that a grid has in its second and third dimension."""
     count = 3_000_000

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 
 import recsys_kernels as rk
+from recsys_kernels.testing import assert_matches
 
+ROOT = Path(__file__).resolve().parents[3]
 ROWS, DIM, BATCH, LENGTH = 1000, 64, 128, 20
 SLEEP = 200_000_000  # cycles: about 0.1 s
 
@@ -19,20 +24,25 @@ def _no_poison() -> None:
     torch.use_deterministic_algorithms(False)
 
 
-@pytest.fixture(params=["float", "int8", "int4", "collection"])
-def lookup(request: pytest.FixtureRequest, gpu: torch.device) -> Callable[[torch.Tensor], torch.Tensor]:
+def make_lookup(kind: str, device: torch.device) -> Callable[[torch.Tensor], torch.Tensor]:
     """One lookup of BATCH bags of LENGTH indices."""
     torch.manual_seed(16)
-    bag = rk.EmbeddingBag(ROWS, DIM, mode="sum", device=gpu).requires_grad_(False)
-    offsets = torch.arange(0, BATCH * LENGTH + 1, LENGTH, device=gpu)
-    if request.param == "float":
+    bag = rk.EmbeddingBag(ROWS, DIM, mode="sum", device=device).requires_grad_(False)
+    offsets = torch.arange(0, BATCH * LENGTH + 1, LENGTH, device=device)
+    if kind == "float":
         return lambda indices: bag(indices)
-    if request.param != "collection":
-        small = rk.QuantizedEmbeddingBag.from_float(bag, int(request.param[3:]))
+    if kind != "collection":
+        small = rk.QuantizedEmbeddingBag.from_float(bag, int(kind[3:]))
         return lambda indices: small(indices)
     table = rk.EmbeddingBagConfig("a", ROWS, DIM)
-    collection = rk.EmbeddingBagCollection([table]).to(gpu).requires_grad_(False)
+    collection = rk.EmbeddingBagCollection([table]).to(device).requires_grad_(False)
     return lambda indices: collection(indices.flatten(), offsets)
+
+
+@pytest.fixture(params=["float", "int8", "int4", "collection"])
+def lookup(request: pytest.FixtureRequest, gpu: torch.device) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Each kind of lookup."""
+    return make_lookup(request.param, gpu)
 
 
 def some_indices(device: torch.device, seed: int) -> torch.Tensor:
@@ -77,22 +87,10 @@ def test_nothing_waits_for_the_device(
             torch.cuda.synchronize()
 
 
-@pytest.mark.parametrize("warm", [True, False])
-def test_graphs(backend: str, gpu: torch.device, lookup: Callable[[torch.Tensor], torch.Tensor], warm: bool) -> None:
-    """Captured once, replayed with other indices in the same place; also when the capture is the first call."""
-    indices = some_indices(gpu, 4)
-    if warm:
-        lookup(indices)
-    elif backend == "triton":
-        pytest.skip("Triton compiles at the first call")
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        out = lookup(indices)
-    for seed in (5, 6, 7):
-        indices.copy_(some_indices(gpu, seed))
-        graph.replay()
-        assert torch.equal(out, lookup(indices))
+def test_graphs(backend: str, gpu: torch.device, lookup: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    """Captured once, replayed with other indices in the same place."""
+    lookup(some_indices(gpu, 4))
+    indices, out, graph = replayed(lookup, gpu)
     indices[3, 4] = ROWS + 5
     graph.replay()
     torch.cuda.synchronize()
@@ -103,13 +101,52 @@ def test_graphs(backend: str, gpu: torch.device, lookup: Callable[[torch.Tensor]
         assert torch.equal(out, lookup(indices))
 
 
-def test_graph_of_a_training_step(gpu: torch.device) -> None:
-    bag = rk.EmbeddingBag(ROWS, DIM, mode="mean", device=gpu)
-    indices = some_indices(gpu, 8)
+def replayed(
+    lookup: Callable[[torch.Tensor], torch.Tensor], device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor, torch.cuda.CUDAGraph]:
+    """A graph of a lookup, after replays that were right, with what it reads and writes."""
+    indices = some_indices(device, 4)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = lookup(indices)
+    for seed in (5, 6, 7):
+        indices.copy_(some_indices(device, seed))
+        graph.replay()
+        assert torch.equal(out, lookup(indices))
+    return indices, out, graph
 
-    def step() -> torch.Tensor:
-        (grad,) = torch.autograd.grad(bag(indices).square().sum(), bag.weight)
-        return grad
+
+@pytest.mark.parametrize("kind", ["float", "collection"])
+def test_graph_of_the_first_call(backend: str, gpu: torch.device, kind: str) -> None:
+    """In a process of its own, in which no kernel was loaded before and nothing was allocated for faults."""
+    if backend == "triton":
+        pytest.skip("Triton compiles at the first call")
+    script = (
+        "import sys, torch; sys.path.insert(0, sys.argv[1]); import test_streams, recsys_kernels as rk\n"
+        "device = torch.device('cuda')\n"
+        "with rk.backend(sys.argv[2]):\n"
+        "    test_streams.replayed(test_streams.make_lookup(sys.argv[3], device), device)\n"
+        "print('captured')\n"
+    )
+    command = [sys.executable, "-c", script, str(Path(__file__).parent), backend, kind]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.stdout == "captured\n", done.stderr[-3000:]
+
+
+@pytest.mark.parametrize("kind", ["mean", "max", "collection"])
+def test_graph_of_a_training_step(gpu: torch.device, kind: str) -> None:
+    indices = some_indices(gpu, 8)
+    tables = [rk.EmbeddingBagConfig("a", ROWS, DIM), rk.EmbeddingBagConfig("b", ROWS, DIM, pooling="mean")]
+    offsets = torch.arange(0, BATCH * LENGTH + 1, LENGTH, device=gpu)  # half of the bags for each table
+    module: torch.nn.Module = rk.EmbeddingBagCollection(tables).to(gpu)
+    if kind != "collection":
+        module = rk.EmbeddingBag(ROWS, DIM, mode=kind, device=gpu)
+    weights = list(module.parameters())
+
+    def step() -> tuple[torch.Tensor, ...]:
+        out = module(indices.flatten(), offsets) if kind == "collection" else module(indices)
+        return torch.autograd.grad(out.square().sum(), weights)
 
     side = torch.cuda.Stream()
     with torch.cuda.stream(side):
@@ -117,9 +154,29 @@ def test_graph_of_a_training_step(gpu: torch.device) -> None:
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        grad = step()
+        grads = step()
     for seed in (9, 10):
         indices.copy_(some_indices(gpu, seed))
         graph.replay()
-        assert torch.equal(grad, step())
+        for captured, again in zip(grads, step(), strict=True):
+            assert_matches(captured, again)
     rk.check_bounds()
+
+
+def test_device_that_is_not_the_current_one(backend: str, gpu: torch.device) -> None:
+    """Its kernels, its stream and its faults."""
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    first, second = torch.device("cuda:0"), torch.device("cuda:1")
+    with torch.cuda.device(first):
+        indices, weight = some_indices(second, 11), torch.randn(ROWS, DIM, device=second, requires_grad=True)
+        out = rk.functional.embedding_bag(indices, weight, mode="sum")
+        (grad,) = torch.autograd.grad(out.sum(), weight)
+        assert out.device == grad.device == second
+        assert_matches(out, weight.detach().double()[indices].sum(1))
+        assert torch.equal(grad[:, 0], torch.bincount(indices.flatten(), minlength=ROWS).float())
+        if backend == "cuda":
+            rk.functional.embedding_bag(indices + ROWS, weight.detach(), mode="sum")
+            rk.check_bounds(first)
+            with pytest.raises(IndexError, match=f"with {ROWS} rows"):
+                rk.check_bounds(second)
