@@ -67,20 +67,17 @@ def optimize(
             :func:`~recsys_kernels.calibrate`. A layer that is not in it stays in float.
         min_sqnr: signal-to-quantization-noise ratio in dB under which a linear layer stays in float: the power of its
             output over that of the difference that int8 makes, for the same input. Needs ``sample_inputs``; default 20.
-        batch_size: examples a call for which the speed of linear layers is measured, in float and in int8, with the
-            threads that torch has now; they stay in float where float is faster. Default: that of ``sample_inputs``,
-            the first dimension of their first tensor. Without ``sample_inputs`` the layers get random rows, one for
-            each example, and without both nothing is measured.
+        batch_size: examples a call for which linear layers are timed in float and in int8, with the threads that torch
+            has now; they stay in float where that is faster. Default: the first dimension of the first tensor of
+            ``sample_inputs``. Without these each gets one random row an example; without both nothing is measured.
 
     Returns:
         The new model, and the report: print it, or see :class:`~recsys_kernels.compress.swaps.OptimizeReport`.
 
     Raises:
-        ValueError: a choice that does not exist; an entry of ``skip`` that names no module of the model; ``ranges``,
-            ``min_sqnr`` or ``batch_size`` without what they need.
+        ValueError: no such choice; a name that no module of the model has; an option without what it needs.
         TypeError: ``model`` is not a module, or an entry of ``skip`` is neither a name nor a module class.
-        RuntimeError: the new model fails on ``sample_inputs`` where the given one does not, or its outputs have
-            other shapes.
+        RuntimeError: the new model fails on ``sample_inputs``, or its outputs have other shapes.
     """
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, but is {type(model).__name__}")
