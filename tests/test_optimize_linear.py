@@ -139,8 +139,8 @@ def test_a_shared_function_is_folded(no_timing: Any, sampled: bool) -> None:
     }
 
 
-class OneByOne(nn.Module):
-    """Uses the modules of its MLP by themselves."""
+class Whole(nn.Module):
+    """Only calls its MLP."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -148,27 +148,32 @@ class OneByOne(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(WIDTH, 16), nn.ReLU(), nn.Linear(16, 8))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.mlp(x)
+
+
+class OneByOne(Whole):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         for layer in self.mlp:
             x = layer(x) * 2
         return x
 
 
-class ByNumber(OneByOne):
+class ByNumber(Whole):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.mlp[2](self.mlp[1](self.mlp[0](x) - 1))
 
 
-class Part(OneByOne):
+class Part(Whole):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.mlp(x) + self.mlp[:1](x)[:, :8]
 
 
-class Handed(OneByOne):
+class Handed(Whole):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return run_one_by_one(self.mlp, x)
 
 
-class Aliased(OneByOne):
+class Aliased(Whole):
     def __init__(self) -> None:
         super().__init__()
         self.first = [self.mlp[0]]
@@ -177,7 +182,7 @@ class Aliased(OneByOne):
         return self.mlp(x) + self.first[0](x)[:, :8]
 
 
-class TwoNames(OneByOne):
+class TwoNames(Whole):
     def __init__(self) -> None:
         super().__init__()
         self.last = self.mlp[2]
@@ -186,18 +191,15 @@ class TwoNames(OneByOne):
         return self.mlp(x) + self.last(x[:, :16])
 
 
-class Hooked(OneByOne):
+class Hooked(Whole):
     def __init__(self) -> None:
         super().__init__()
         self.mlp[1].register_forward_hook(lambda module, args, out: out + 1)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.mlp(x)
 
-
-class HookedLinear(Hooked):
+class HookedLinear(Whole):
     def __init__(self) -> None:
-        OneByOne.__init__(self)
+        super().__init__()
         self.mlp[0].register_forward_hook(lambda module, args, out: out - 0.25)
 
 
@@ -214,6 +216,8 @@ def test_modules_that_are_needed_one_by_one(no_timing: Any, make: Callable[[], A
     new, report = only_linear(model, sample_inputs=rows() if sampled else None)
     assert type(new.mlp) is nn.Sequential
     assert [layer.action for layer in report.layers] == ["int8", "int8"]
+    told = "as its Sequential is not only called: " in report.layers[0].reason
+    assert told == (make in (OneByOne, ByNumber, Part, Handed) or (make is Aliased and sampled))
     twin = copy.deepcopy(model)
     for name in ("0", "2"):
         layer = rk.Int8Linear.from_float(getattr(model.mlp, name))
@@ -222,6 +226,12 @@ def test_modules_that_are_needed_one_by_one(no_timing: Any, make: Callable[[], A
         torch.testing.assert_close(new(rows()), twin(rows()), rtol=1e-5, atol=1e-5)
     if make is Aliased:
         assert new.first[0] is new.mlp[0]
+
+
+@pytest.mark.parametrize("sampled", [True, False])
+def test_an_mlp_that_is_only_called_becomes_one_call(no_timing: Any, sampled: bool) -> None:
+    new, _ = only_linear(Whole(), sample_inputs=rows() if sampled else None)
+    assert kinds(new) == {"mlp": "Int8MLP", "mlp.0": "Int8Linear", "mlp.1": "Int8Linear"}
 
 
 def test_hooks_and_attributes_of_a_sequential_are_carried_over() -> None:
@@ -243,7 +253,7 @@ def test_a_sequential_with_hooks_on_its_state_stays_one() -> None:
 
 
 def test_code_without_a_source_may_take_modules_out() -> None:
-    names: dict[str, Any] = {"Base": OneByOne}
+    names: dict[str, Any] = {"Base": Whole}
     exec("class Model(Base):\n def forward(self, x):\n  return self.mlp[2](self.mlp[1](self.mlp[0](x) - 1))", names)
     model = names["Model"]().eval()
     new, report = only_linear(model)

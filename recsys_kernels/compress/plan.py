@@ -208,6 +208,7 @@ class Plan:
         runs = self.runs()
         for run in runs:
             run.fold()
+        self._note_single(runs)
         for layer in self.swapped:
             weight = layer.module.weight
             memo[id(layer.module)] = layer.new
@@ -224,6 +225,14 @@ class Plan:
             if isinstance(module, _READERS):
                 module._refresh_plan()
         return new
+
+    def _note_single(self, runs: Sequence[Run]) -> None:
+        """Says why linear layers of a Sequential are in no run, where that is the code's doing."""
+        inside = {id(layer) for run in runs for layer, _ in run.steps}
+        for layer in self.swapped:
+            for parent in self.parents.get(id(layer.module), ()) if id(layer) not in inside else ():
+                if id(parent) in self.taken:
+                    layer.notes.append(f"by itself, as its Sequential is not only called: {self.taken[id(parent)]}")
 
     def convert(self) -> None:
         """Makes the new form of every layer that is swapped. Those whose values forbid it are kept, with the reason."""
