@@ -1,11 +1,11 @@
-// The tensor cores' product of 8-bit matrices, for sm_80 and newer.
+// The tensor cores' product of 8-bit matrices, for sm_75 and newer.
 #pragma once
 
 #include "cuda.cuh"
 
 namespace rk {
 
-#if RK_ARCH >= 800 || RK_ARCH == 0
+#if RK_ARCH >= 750 || RK_ARCH == 0
 
 // D += A * B by the 32 lanes of a warp together: A of 16 x 32 and B of 32 x 8 signed bytes, D of 16 x 8
 // integers, which wrap round. With group = lane / 4 and place = lane % 4, a lane holds (byte 0 of a register
@@ -19,11 +19,24 @@ namespace rk {
 
 __device__ __forceinline__ void mma_m16n8k32(int32_t (&d)[4], const uint32_t (&a)[4],
                                              const uint32_t (&b)[2]) {
+#if RK_ARCH == 750
+  // Products of 8 x 16 by 16 x 8, whose registers are those of a quarter of the above.
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+#pragma unroll
+    for (int part = 0; part < 2; ++part) {
+      asm volatile("mma.sync.aligned.m8n8k16.row.col.s32.s8.s8.s32 {%0, %1}, {%2}, {%3}, {%0, %1};"
+                   : "+r"(d[2 * half]), "+r"(d[2 * half + 1])
+                   : "r"(a[half + 2 * part]), "r"(b[part]));
+    }
+  }
+#else
   asm volatile(
       "mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
       "{%0, %1, %2, %3};"
       : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+#endif
 }
 
 #else

@@ -31,4 +31,12 @@ BUDGETS: dict[str, Budget] = {
     "segments_kernel<double>": Budget(_everywhere(80), 0, 0),
     "weights_kernel<float>": Budget(_everywhere(64), 0, 0),
     "weights_kernel<double>": Budget(_everywhere(64), 0, 0),
+    # int8_linear. IMMA is the tensor cores' product of bytes, IDP the sum of four weights: both in the loop of 16-byte
+    # loads and in the one for what is left. Shared memory is for results; from sm_90 on 1 KiB is the system's. Loads of
+    # groups are of 8 bytes, and a product has 8 (few rows: 4) loads of operands in flight.
+    "quantize_rows_kernel": Budget(_everywhere(32) | {"sm_75": 48, "sm_120": 40}, 1088, 1),
+    "split_product_kernel": Budget(_everywhere(64), 10240, 4, needs={"IMMA": 8, "IDP": 16}),
+    "tile_product_kernel": Budget(_everywhere(128), 34816, 8, needs={"IMMA": 32, "IDP": 32}),
+    "group_product_kernel": Budget(_everywhere(128), 18432, 0, needs={"IMMA": 8, "IDP": 8}),
+    "weight_only_kernel": Budget(_everywhere(128), 0, 3),
 }

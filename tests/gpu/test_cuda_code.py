@@ -64,6 +64,7 @@ def test_kernel_within_its_budget(wrong_kernels: dict[str, Kernel]) -> None:
         ("copy<float>", _GOOD, {"wide loads"}),
         ("in_local_memory", Budget({"sm_90": 255}, 0, 0), {"bytes of local memory", "instructions on local memory"}),
         ("in_shared_memory", Budget({"sm_90": 255}, 2048, 0), {"bytes of shared memory"}),
+        ("copy<float4>", Budget({"sm_90": 32}, 0, 4, needs={"IMMA": 1, "LDG": 4}), {"IMMA"}),
     ],
 )
 def test_each_fault_is_found(wrong_kernels: dict[str, Kernel], name: str, budget: Budget, what: set[str]) -> None:

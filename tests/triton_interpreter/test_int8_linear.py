@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
+from int8_gpu_cases import NOT_VALID, SPOILED_ROWS, WRONG, layer, longest_rows, odd_rows
 from test_bad_input import guarded
 
 import recsys_kernels as rk
@@ -25,26 +25,8 @@ SAMPLES = [
 ]
 
 
-def layer(rows: int, width: int, columns: int, scheme: int = DYNAMIC, group: int = 0, **options: Any) -> Int8Sample:
-    """Integers come out as they are: scales of weights are 1."""
-    rng = torch.Generator().manual_seed(width + 3 * columns)
-    return replace(
-        Int8Sample(
-            f"{rows}x{width}x{columns}-{scheme}-{group}",
-            torch.randn(rows, width, generator=rng),
-            torch.randint(-128, 128, (columns, width), generator=rng, dtype=torch.int8),
-            torch.ones(columns, reference.num_groups(width, group)),
-            group,
-            None,
-            torch.tensor([0.03, 117.0]) if scheme == STATIC else None,
-            scheme,
-        ),
-        **options,
-    )
-
-
 def assert_same_bits(sample: Int8Sample) -> None:
-    ours, theirs = kernels.int8_linear(*sample.args).cpu(), reference.int8_linear(*sample.args)
+    ours, theirs = kernels.int8_linear(*sample.args), reference.int8_linear(*sample.args)
     assert ours.isnan().equal(theirs.isnan())
     assert ours.nan_to_num(0.5).equal(theirs.nan_to_num(0.5))
 
@@ -66,56 +48,24 @@ def test_same_integers_as_the_reference(scheme: int, group: int) -> None:
 @pytest.mark.parametrize("scheme", [DYNAMIC, STATIC])
 def test_odd_rows(scheme: int) -> None:
     """Constant, tiny and huge rows; NaN and infinity spoil their own row only."""
-    nan, inf = float("nan"), float("inf")
-    x = torch.randn(12, 40, generator=torch.Generator().manual_seed(5))
-    x[0], x[1], x[2] = 0.0, 3.0, -3.0
-    x[3] *= 1e-42
-    x[4] *= 1e-30
-    x[5] *= 1e37
-    x[6, 39], x[7, 0], x[8, 20] = nan, inf, -inf
-    x[9, 0] = 1e30
-    x[10] = torch.arange(40) * 0.5 - 10  # halves between two steps
-    sample = layer(1, 40, 9, scheme)
-    if scheme == STATIC:
-        sample = replace(sample, input_qparams=torch.tensor([1.0, 100.0]))
-    assert_same_bits(replace(sample, input=x))
-    out = kernels.int8_linear(*replace(sample, input=x, activation=RELU).args).cpu()
-    assert out.isnan().all(1).tolist() == [row in (6, 7, 8) for row in range(12)]
+    sample = odd_rows(scheme)
+    assert_same_bits(sample)
+    out = kernels.int8_linear(*replace(sample, activation=RELU).args)
+    assert out.isnan().all(1).tolist() == [row in SPOILED_ROWS for row in range(12)]
     assert not out[[0, 5, 9]].isnan().any()
 
 
 def test_longest_rows() -> None:
-    """Sums close to 2^31, and more than one block of a row."""
-    sample = layer(2, 65536, 2)
-    sample = replace(sample, input=torch.ones(2, 65536), weight=torch.full((2, 65536), -128, dtype=torch.int8))
-    assert_same_bits(sample)
+    assert_same_bits(longest_rows())
 
 
-@pytest.mark.parametrize(("scale", "zero"), [(0.0, 3.0), (float("nan"), 3.0), (1.0, 0.5), (1.0, 256.0), (-1.0, 0.0)])
+@pytest.mark.parametrize(("scale", "zero"), NOT_VALID)
 def test_static_numbers_that_are_not_valid(scale: float, zero: float) -> None:
     """The reference raises; a GPU's kernel, for which nobody waits, gives NaN."""
     sample = replace(layer(3, 20, 5, STATIC), input_qparams=torch.tensor([scale, zero]))
     with pytest.raises(RuntimeError, match="input_qparams"):
         reference.int8_linear(*sample.args)
     assert kernels.int8_linear(*sample.args).isnan().all()
-
-
-# (name of the case, what is wrong, words of the error)
-WRONG: list[tuple[str, Callable[[Int8Sample], Int8Sample], str]] = [
-    ("input type", lambda s: replace(s, input=s.input.double()), "input must be float32"),
-    ("input width", lambda s: replace(s, input=s.input[:, :7]), "8, but is 7|last dimension"),
-    ("no dimension", lambda s: replace(s, input=torch.tensor(1.0)), "at least 1 dimension|last dimension"),
-    ("weight type", lambda s: replace(s, weight=s.weight.int()), "weight must be int8"),
-    ("scales", lambda s: replace(s, weight_scale=torch.ones(4, 1)), "weight_scale must have shape"),
-    ("type of scales", lambda s: replace(s, weight_scale=torch.ones(5, 1).double()), "weight_scale must be float32"),
-    ("group", lambda s: replace(s, group=16), "group must be 0"),
-    ("bias", lambda s: replace(s, bias=torch.ones(4)), "bias must have"),
-    ("no qparams", lambda s: replace(s, scheme=STATIC), "input_qparams"),
-    ("qparams", lambda s: replace(s, input_qparams=torch.ones(2)), "input_qparams"),
-    ("scheme", lambda s: replace(s, scheme=3), "scheme must be 0"),
-    ("activation", lambda s: replace(s, activation=5), "activation must be 0"),
-    ("output type", lambda s: replace(s, dtype=torch.float64), "dtype must be float32"),
-]
 
 
 @pytest.mark.parametrize(("change", "words"), [case[1:] for case in WRONG], ids=[case[0] for case in WRONG])

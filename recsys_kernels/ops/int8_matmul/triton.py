@@ -224,6 +224,7 @@ def int8_linear(
     out = input.new_empty(*input.shape[:-1], columns, dtype=dtype)
     if out.numel() == 0:
         return out
+    group = group if group < width else 0
     x = _near_columns(input.reshape(-1, width))
     weight = _near_columns(weight)
     tile = _tile(x.shape[0], weight, scheme, group, x.dtype)
