@@ -270,17 +270,18 @@ def test_wrong_options() -> None:
 
 
 @pytest.mark.parametrize(
-    ("activation", "ranges"),
-    [("dynamic", "running"), ("static", "running"), ("static", "learnable"), ("weight_only", "running")],
+    ("activation", "ranges"), [("dynamic", "running"), ("static", "running"), ("static", "learnable")]
 )
 def test_compiled_training(activation: str, ranges: str) -> None:
     torch.compiler.reset()
-    module = rk.Int8MLP.qat(mlp(dropout=0.0), activation, ranges=ranges)
+    module: Any = qat(float_layer(), activation, epilogue="gelu", ranges=ranges, input_range=None)
+    if ranges == "learnable":
+        module = rk.Int8MLP.qat(torch.nn.Sequential(*mlp()[:2], *mlp()[3:4]), activation, ranges=ranges)
     twin = copy.deepcopy(module)
     compiled = torch.compile(twin, fullgraph=True, backend="aot_eager")
     for one in (module, twin):
-        one.optimizer = torch.optim.SGD(one.parameters(), 1e-3)  # type: ignore[assignment]
-    for seed in (20, 21, 20):
+        one.optimizer = torch.optim.SGD(one.parameters(), 1e-3)
+    for seed in (20, 21):
         outputs = [run(rows(seed)) for run in (module, compiled)]
         torch.testing.assert_close(*outputs, rtol=1e-5, atol=1e-5)
         for one, out in zip((module, twin), outputs, strict=True):
@@ -297,12 +298,12 @@ def test_compiled_training(activation: str, ranges: str) -> None:
 # ---- MLPs ----------------------------------------------------------------------------------------------------------
 
 
-def mlp(dropout: float = 0.5) -> torch.nn.Sequential:
+def mlp() -> torch.nn.Sequential:
     torch.manual_seed(0)
     return torch.nn.Sequential(
         torch.nn.Linear(40, 30),
         torch.nn.ReLU(),
-        torch.nn.Dropout(dropout),
+        torch.nn.Dropout(0.5),
         torch.nn.Sequential(torch.nn.Linear(30, 20), torch.nn.Identity(), torch.nn.GELU()),
         torch.nn.Linear(20, 3),
     )
