@@ -99,6 +99,7 @@ class Budget(NamedTuple):
     registers: Mapping[str, int]
     shared: int
     wide_loads: int
+    needs: Mapping[str, int] = {}  # fewest instructions of a name, for what a kernel is there for
 
 
 class Breach(NamedTuple):
@@ -133,6 +134,9 @@ def breaches(found: Mapping[str, Kernel], budgets: Mapping[str, Budget], archite
         check(name, "bytes of shared memory", kernel.shared, budget.shared, 0, "fewer blocks fit")
         wide = kernel.count(r"\bLDG\.E\.128(?:\.\w+)* (R\d+)")
         check(name, "wide loads", wide, None, budget.wide_loads, "fewer bytes of rows are in flight")
+        for instruction, least in budget.needs.items():
+            there = len(re.findall(rf"\b{instruction}\b", kernel.sass))
+            check(name, instruction, there, None, least, "the work is done by slower instructions")
     for name in sorted(budgets.keys() - found.keys()):
         wrong.append(Breach(name, architecture, "in the library", 0, "1", "the table names a kernel that is not there"))
     return wrong
