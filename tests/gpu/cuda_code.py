@@ -49,6 +49,23 @@ class Kernel(NamedTuple):
         """
         return len(set(re.findall(pattern, self.sass)))
 
+    def runs(self, bits: int) -> list[int]:
+        """How many loads of so many bits are under way when the first instruction reads one of them, longest first.
+
+        By the order of the code: what comes first in a loop does not count for the one before it.
+        """
+        found, under_way, loads = [], set[int](), 0
+        for line in re.findall(r"/\*[0-9a-f]{4,}\*/\s+(.*?);", self.sass):
+            registers = [int(number) for number in re.findall(r"\bR(\d+)\b", line)]
+            load = re.search(rf"\bLDG\.E\.{bits}(?:\.\w+)* R(\d+)\b", line)
+            if under_way.intersection(registers):  # a load into one waits, too
+                found.append(loads)
+                under_way, loads = set(), 0
+            if load is not None:
+                under_way.update(range(int(load[1]), int(load[1]) + bits // 32))
+                loads += 1
+        return sorted([*found, loads] if loads else found, reverse=True)
+
 
 def _without_parameters(name: str) -> str:
     """A demangled name without its parameters: "pool<float, true>" of "void rk::pool<float, true>(rk::Bags, int)"."""
@@ -94,12 +111,23 @@ def kernels_of(library: Path, architecture: str, folder: Path) -> dict[str, Kern
 
 
 class Budget(NamedTuple):
-    """Most registers a thread by architecture, most bytes of shared memory a block, fewest 16-byte loads in flight."""
+    """What a kernel may take at most, and must do at least.
+
+    Attributes:
+        registers: a thread's, by architecture.
+        shared: bytes of shared memory a block.
+        wide_loads: 16-byte loads into registers of their own.
+        runs: by the bits of a load, for each loop how many must be under way before the first is used.
+        local: by architecture, where there may be any: bytes of local memory and instructions on it.
+        needs: fewest instructions of a name, for what a kernel is there for.
+    """
 
     registers: Mapping[str, int]
     shared: int
     wide_loads: int
-    needs: Mapping[str, int] = {}  # fewest instructions of a name, for what a kernel is there for
+    runs: Mapping[int, tuple[int, ...]] = {}
+    local: Mapping[str, tuple[int, int]] = {}
+    needs: Mapping[str, int] = {}
 
 
 class Breach(NamedTuple):
@@ -128,15 +156,21 @@ def breaches(found: Mapping[str, Kernel], budgets: Mapping[str, Budget], archite
             wrong.append(Breach(name, architecture, "in the table", 0, "1", "every kernel needs a budget"))
             continue
         check(name, "registers", kernel.registers, budget.registers[architecture], 0, "fewer warps fit")
-        check(name, "bytes of local memory", kernel.local, 0, 0, "spills cost more traffic than rows")
+        local, most_spills = budget.local.get(architecture, (0, 0))
+        check(name, "bytes of local memory", kernel.local, local, 0, "spills cost more traffic than rows")
         spills = len(re.findall(r"\b(?:LDL|STL)\b", kernel.sass))
-        check(name, "instructions on local memory", spills, 0, 0, "spills cost more traffic than rows")
+        check(name, "instructions on local memory", spills, most_spills, 0, "spills cost more traffic than rows")
         check(name, "bytes of shared memory", kernel.shared, budget.shared, 0, "fewer blocks fit")
         wide = kernel.count(r"\bLDG\.E\.128(?:\.\w+)* (R\d+)")
         check(name, "wide loads", wide, None, budget.wide_loads, "fewer bytes of rows are in flight")
         for instruction, least in budget.needs.items():
             there = len(re.findall(rf"\b{instruction}\b", kernel.sass))
             check(name, instruction, there, None, least, "the work is done by slower instructions")
+        for bits, wanted in budget.runs.items():
+            found_runs = kernel.runs(bits) + [0] * len(wanted)
+            for place, (was, least) in enumerate(zip(found_runs, sorted(wanted, reverse=True), strict=False)):
+                what = f"{bits}-bit loads under way in loop {place + 1} of {len(wanted)}"
+                check(name, what, was, None, least, "rows are waited for one after the other")
     for name in sorted(budgets.keys() - found.keys()):
         wrong.append(Breach(name, architecture, "in the library", 0, "1", "the table names a kernel that is not there"))
     return wrong

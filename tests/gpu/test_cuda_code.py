@@ -49,7 +49,7 @@ def wrong_kernels(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Kernel]
     return kernels_in(cubin)
 
 
-_GOOD = Budget({"sm_90": 32}, shared=0, wide_loads=4)
+_GOOD = Budget({"sm_90": 32}, shared=0, wide_loads=4, runs={128: (4,)})
 
 
 def test_kernel_within_its_budget(wrong_kernels: dict[str, Kernel]) -> None:
@@ -61,7 +61,9 @@ def test_kernel_within_its_budget(wrong_kernels: dict[str, Kernel]) -> None:
     ("name", "budget", "what"),
     [
         ("copy<float4>", Budget({"sm_90": 8}, 0, 4), {"registers"}),
-        ("copy<float>", _GOOD, {"wide loads"}),
+        ("copy<float>", _GOOD, {"wide loads", "128-bit loads under way in loop 1 of 1"}),
+        ("one_by_one", _GOOD, {"128-bit loads under way in loop 1 of 1"}),
+        ("copy<float4>", _GOOD._replace(runs={128: (4, 1)}), {"128-bit loads under way in loop 2 of 2"}),
         ("in_local_memory", Budget({"sm_90": 255}, 0, 0), {"bytes of local memory", "instructions on local memory"}),
         ("in_shared_memory", Budget({"sm_90": 255}, 2048, 0), {"bytes of shared memory"}),
         ("copy<float4>", Budget({"sm_90": 32}, 0, 4, needs={"IMMA": 1, "LDG": 4}), {"IMMA"}),
@@ -72,11 +74,20 @@ def test_each_fault_is_found(wrong_kernels: dict[str, Kernel], name: str, budget
     assert {breach.what for breach in found} == what
 
 
+def test_local_memory_only_where_it_may_be(wrong_kernels: dict[str, Kernel]) -> None:
+    name = "in_local_memory"
+    budget = Budget({"sm_90": 255}, 0, 0, local={"sm_90": (256, 1000)})
+    assert breaches({name: wrong_kernels[name]}, {name: budget}, "sm_90") == []
+    found = breaches({name: wrong_kernels[name]}, {name: budget._replace(local={"sm_90": (255, 1)})}, "sm_90")
+    assert {breach.what for breach in found} == {"bytes of local memory", "instructions on local memory"}
+
+
 def test_lists_must_agree(wrong_kernels: dict[str, Kernel]) -> None:
     found = breaches(wrong_kernels, {"copy<float4>": _GOOD, "gone": _GOOD}, "sm_90")
     assert {(breach.kernel, breach.what) for breach in found} == {
         ("copy<float>", "in the table"),
         ("in_local_memory", "in the table"),
+        ("one_by_one", "in the table"),
         ("in_shared_memory", "in the table"),
         ("gone", "in the library"),
     }
