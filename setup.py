@@ -246,12 +246,17 @@ def link_folders(work: Path, torch_dir: Path) -> None:
 class BuildNative(build_ext):
     """build_ext through ninja. Without a compiler the package is built without the library and says so."""
 
-    user_options: ClassVar = [*build_ext.user_options, ("sanitize", None, "build with AddressSanitizer and UBSan")]
-    boolean_options: ClassVar = [*build_ext.boolean_options, "sanitize"]
+    user_options: ClassVar = [
+        *build_ext.user_options,
+        ("sanitize", None, "build with AddressSanitizer and UBSan, for the CPU only"),
+        ("without-cuda", None, "leave the CUDA kernels out, though there is a toolkit"),
+    ]
+    boolean_options: ClassVar = [*build_ext.boolean_options, "sanitize", "without-cuda"]
 
     def initialize_options(self) -> None:
         super().initialize_options()
         self.sanitize = False
+        self.without_cuda = False
 
     def get_ext_filename(self, fullname: str) -> str:
         # The library holds no Python symbol, so its name carries no Python version.
@@ -293,7 +298,7 @@ class BuildNative(build_ext):
 
     def toolkit(self) -> Toolkit | None:
         """The CUDA toolkit of this build; says in one line what that means for CUDA tensors."""
-        if self.sanitize or sys.platform != "linux":
+        if self.sanitize or self.without_cuda or sys.platform != "linux":
             return None
         found = cuda_toolkit()
         if found is None:
