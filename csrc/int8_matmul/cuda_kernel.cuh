@@ -97,20 +97,25 @@ struct QuantizeArguments {
   int64_t x_stride;  // bytes
   FloatType type;
   bool wide;  // groups of four are aligned
-  int32_t k, q_stride;
+  int32_t m, k, q_stride;
   const float* qparams;  // scale and zero point; null: those of each row
-  int8_t* q;             // [m][q_stride], less 128
+  int8_t* q;             // [m, up to the next multiple of 8][q_stride], less 128
   float* scale;          // [m]; NaN where a row holds NaN or infinity
   int32_t* zero;         // [m]
 };
 
-// A block quantizes a row.
+// A block quantizes a row. Those past the last one are zero: products read eight at once.
 __global__ void __launch_bounds__(int8_block_lanes)
     quantize_rows_kernel(const __grid_constant__ QuantizeArguments a) {
   __shared__ float lows[int8_block_warps], highs[int8_block_warps];
   const int64_t row = blockIdx.x;
-  const char* x = a.x + row * a.x_stride;
+  uint32_t* const q = reinterpret_cast<uint32_t*>(a.q + row * a.q_stride);
   const int first = 4 * static_cast<int>(threadIdx.x), step = 4 * static_cast<int>(blockDim.x);
+  if (row >= a.m) {
+    for (int k = first; k < a.q_stride; k += step) q[k / 4] = 0;
+    return;
+  }
+  const char* x = a.x + row * a.x_stride;
   float low = 0.0f, high = 0.0f, v[4];
   int wrong = 0;
   for (int k = first; k < a.k; k += step) {
@@ -156,7 +161,6 @@ __global__ void __launch_bounds__(int8_block_lanes)
     a.scale[row] = wrong ? NAN : scale;
     a.zero[row] = static_cast<int32_t>(zero);
   }
-  uint32_t* const q = reinterpret_cast<uint32_t*>(a.q + row * a.q_stride);
   for (int k = first; k < a.q_stride; k += step) {
     load_four(v, x, a.type, k, a.k, a.wide);
     uint32_t word = 0;
@@ -173,7 +177,7 @@ __global__ void __launch_bounds__(int8_block_lanes)
 // ---- products ----
 
 struct ProductArguments {
-  const int8_t* q;  // up to the next multiple of 8 rows there is memory, whatever it holds
+  const int8_t* q;  // there are rows up to the next multiple of 8
   const float* row_scale;
   const int32_t* row_zero;
   const int8_t* weight;

@@ -231,6 +231,7 @@ void run_integers(const Layer& layer, const Rows& x, const rk::Finish& finish, c
       x.stride,
       x.type,
       x.wide,
+      static_cast<int32_t>(x.m),
       static_cast<int32_t>(layer.k),
       static_cast<int32_t>(q_stride),
       layer.qparams.has_value() ? static_cast<const float*>(layer.qparams->data_ptr()) : nullptr,
@@ -238,8 +239,8 @@ void run_integers(const Layer& layer, const Rows& x, const rk::Finish& finish, c
       row_scale,
       row_zero};
   const int64_t lanes = std::min<int64_t>(rk::int8_block_lanes, ceil_divide(layer.k, 8 * 32) * 32);
-  RK_LAUNCH(rk::quantize_rows_kernel, grid_of(x.m, 1), dim3(static_cast<unsigned>(lanes)), 0, device.stream,
-            quantize);
+  RK_LAUNCH(rk::quantize_rows_kernel, grid_of(rows_of_q, 1), dim3(static_cast<unsigned>(lanes)), 0,
+            device.stream, quantize);
   rk::ProductArguments a{q,
                          row_scale,
                          row_zero,

@@ -56,15 +56,15 @@ def _sanitizer(tool: str, *arguments: str) -> list[str]:
     return ["compute-sanitizer", *sanitizer_options(tool), PYTHON, f"{HERE}/small_set.py", *arguments]
 
 
-_SMALL = ("test_operators.py", "test_faults.py", "test_modules.py")
+_SMALL = ("test_operators.py", "test_faults.py", "test_modules.py", "test_int8.py")
 STEPS = [
     Step("prerequisites", [PYTHON, f"{HERE}/prerequisites.py"], 5),
     Step("build", [PYTHON, "setup.py", "build_ext", "--inplace"], 60),
     Step("machine", [PYTHON, f"{HERE}/machine.py"], 25, data="machine"),
     Step("operators, CUDA C++", _tests("cuda", ""), 70),
-    # Compiling takes nearly all of the time, and is work for several cores; the other two files need the GPU alone.
+    # Compiling takes nearly all of the time, and is work for several cores; the other files need the GPU alone.
     Step("operators, Triton", _tests("triton", *_SMALL, workers=min(8, os.cpu_count() or 1)), 90),
-    Step("streams and sizes, Triton", _tests("triton", "test_streams.py", "test_large.py"), 25),
+    Step("streams and sizes, Triton", _tests("triton", "test_streams.py", "test_large.py", "test_int8_large.py"), 25),
     Step("assumptions", [PYTHON, f"{HERE}/assumptions.py"], 30),
     Step("sanitizer", [PYTHON, f"{HERE}/sanitizer.py", "memcheck", "racecheck", "initcheck"], 20),
     Step("memcheck", _sanitizer("memcheck"), 35),

@@ -16,6 +16,7 @@ TESTS = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(TESTS.parent), str(TESTS / "triton_interpreter")]
 
 import test_bad_input  # noqa: E402
+import test_int8_kernels  # noqa: E402
 import test_kernels  # noqa: E402
 from on_device import OnDevice, moved  # noqa: E402
 
@@ -60,6 +61,11 @@ def right_input(device: torch.device, lookups_only: bool) -> int:
             test_kernels.test_collection(collection)
             done += 1
     test_kernels.test_collection_of_every_type()
+    test_int8_kernels.kernels = OnDevice(device)  # type: ignore[assignment]
+    for layer in test_int8_kernels.SAMPLES[::3]:
+        if layer.input.is_contiguous() and layer.weight.is_contiguous():  # others are copied by torch's kernels
+            test_int8_kernels.test_forward(layer)
+            done += 1
     return done
 
 
