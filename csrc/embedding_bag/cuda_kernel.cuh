@@ -438,9 +438,9 @@ __device__ __forceinline__ int read_plan(const PoolArguments& a, int64_t number,
   return table;
 }
 
-// One table or many. Blocks are numbered by feature first, so that the rows that one table needs again and
-// again stay in L2 while it is at work. `Sum`: double for float64 tables, which share nothing with the
-// others.
+// One table or many. Blocks are numbered by feature first: the rows that one table needs again and again are
+// expected to stay in L2 while it is at work, which no GPU has been asked yet. `Sum`: double for float64
+// tables, which share nothing with the others.
 template <typename Sum>
 __global__ void __launch_bounds__(block_lanes, blocks_at_once)
     pool_kernel(const __grid_constant__ PoolArguments a) {

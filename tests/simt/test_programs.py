@@ -11,9 +11,13 @@ from pathlib import Path
 import pytest
 from cuda_support import ROOT, require_toolkit
 
-from .support import HERE, cache_folder, compiled, why_not
+from .support import HERE, cache_folder, compiled, require
 
-pytestmark = pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
+
+@pytest.fixture(autouse=True, scope="module")
+def _emulation_is_there() -> None:
+    require()
+
 
 PROGRAMS = HERE / "programs"
 SEEDS = 12  # four of each strategy

@@ -13,9 +13,14 @@ import torch
 
 from recsys_kernels import _backends
 
-from .support import BUILD, Emulation, cache_folder, compiled, kernel_sources, why_not
+from . import support
+from .support import BUILD, Emulation, cache_folder, compiled, kernel_sources, require
 
-pytestmark = pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
+
+@pytest.fixture(autouse=True, scope="module")
+def _emulation_is_there() -> None:
+    require()
+
 
 # Sums blocks of values in shared memory; a block of 0 threads cannot be launched.
 SOURCE = """
@@ -182,3 +187,19 @@ def test_operators_are_routed_only_while_it_is_active(kernels: Emulation) -> Non
 def test_emulation_that_nobody_used_is_an_error(kernels: Emulation) -> None:
     with pytest.raises(AssertionError, match="no emulated operator has been called"), kernels.active():
         pass
+
+
+@pytest.mark.parametrize("is_served", [True, False])
+@pytest.mark.parametrize("in_ci", [True, False])
+def test_nothing_is_skipped_for_want_of_a_compiler_in_ci(
+    monkeypatch: pytest.MonkeyPatch, in_ci: bool, is_served: bool
+) -> None:
+    monkeypatch.setattr(support, "why_not", lambda: "it is Sunday")
+    monkeypatch.setattr(support, "_is_served", lambda: is_served)
+    if in_ci:
+        monkeypatch.setenv("CI", "1")
+    else:
+        monkeypatch.delenv("CI", raising=False)
+    with pytest.raises((pytest.fail.Exception, pytest.skip.Exception), match="it is Sunday") as caught:
+        support.require()
+    assert (caught.type is pytest.fail.Exception) == (in_ci and is_served)
