@@ -366,6 +366,32 @@ def test_benchmarks_measure(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found["name"] in run.markdown([], data)
 
 
+def test_benchmarks_measure_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same for int8 layers, with each of the peers."""
+    benchmark = load("benchmark")
+    backend: Callable[[str], Any] = rk.backend
+    monkeypatch.setattr(rk, "backend", lambda name: backend("cpu" if name == "cuda" else name))
+    monkeypatch.setattr(_backends, "why_not", lambda name: "there is no GPU" if name == "triton" else None)
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(benchmark, "SAMPLE_SECONDS", 1e-4)
+    product = "torch._int_mm, the product alone"
+    for case in benchmark.layer_cases():
+        small = benchmark.replace(case, rows=min(case.rows, 17), width=24, columns=8)
+        found = benchmark.measure(small, torch.device("cpu"), until=0.0)
+        sides = found["sides"]
+        # Weights, two floats for each column, halves in and out.
+        assert found["bytes"] == 24 * 8 + 8 * 8 + 2 * small.rows * (24 + 8)
+        assert sides["torch, fp16"]["low"] <= sides["torch, fp16"]["high"]
+        assert sides["recsys_kernels, Triton"] == {"absent": "there is no GPU"}
+        assert ("absent" in sides[product]) == (small.rows <= 16 or small.weights_only)
+        assert (
+            small.name
+            in load("run")._benchmarks(
+                {"copy_bytes": 1, "copy_bytes_per_second": 1e12, "cases": [found], "failed": {}, "left_out": []}
+            )[3 + 2]
+        )
+
+
 def test_cases_for_which_no_time_is_left(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """They are left out, which is no failure."""
     benchmark = load("benchmark")

@@ -28,6 +28,8 @@ import recsys_kernels as rk  # noqa: E402
 from recsys_kernels.ops.embedding_bag import triton as operators  # noqa: E402
 from recsys_kernels.ops.embedding_bag import triton_kernels  # noqa: E402
 from recsys_kernels.ops.embedding_bag.reference import MAX, MEAN, SUM  # noqa: E402
+from recsys_kernels.ops.int8_matmul import triton as int8  # noqa: E402
+from recsys_kernels.ops.int8_matmul.reference import DYNAMIC, GELU, RELU, WEIGHT_ONLY  # noqa: E402
 
 _GPU_TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -124,6 +126,15 @@ def _collection(*tables: tuple[torch.dtype, int]) -> None:
     operators.embedding_bag_collection(weights, scales, plan, indices, offsets, None, total, out)
 
 
+def _int8(
+    rows: int, width: int, columns: int, scheme: int, group: int = 0, activation: int = RELU, dtype: torch.dtype = F32
+) -> None:
+    scale = torch.ones(columns, -(-width // group) if group else 1)
+    weight = torch.ones(columns, width, dtype=torch.int8)
+    bias = torch.ones(columns)
+    int8.int8_linear(torch.ones(rows, width, dtype=dtype), weight, scale, group, bias, None, scheme, activation, dtype)
+
+
 def _unraised(mode: str, case: Callable[[], None]) -> None:
     with rk.bounds_check(mode):
         case()
@@ -156,6 +167,11 @@ CASES: dict[str, Callable[[], None]] = {
     "fp32 64 clamped": lambda: _unraised("clamp", lambda: _pool(F32, 64)),
     "int8 64 ignored": lambda: _unraised("ignore", lambda: _quantized(64, 8)),
     "backward fp32 64 clamped": lambda: _unraised("clamp", lambda: _backward(F32)),
+    "layer of 1 x 512 x 512": lambda: _int8(1, 512, 512, DYNAMIC, activation=GELU),
+    "layer of 512 x 1024 x 1024": lambda: _int8(512, 1024, 1024, DYNAMIC),
+    "layer of 512 x 1024 x 4096, groups of 128": lambda: _int8(512, 1024, 4096, DYNAMIC, 128),
+    "weights only, 16 x 1024 x 4096, fp16": lambda: _int8(16, 1024, 4096, WEIGHT_ONLY, dtype=F16),
+    "weights only, 512 x 1024 x 4096, bf16": lambda: _int8(512, 1024, 4096, WEIGHT_ONLY, 64, dtype=BF16),
     "collection fp32 64 ignored": lambda: _unraised("ignore", lambda: _collection((F32, 64))),
 }
 
@@ -170,6 +186,7 @@ def _record(case: Callable[[], None], patch: pytest.MonkeyPatch) -> list[tuple[A
             flags[2:] = torch.tensor([0, N])  # the range it would have found, or nothing is left to sum
 
     patch.setattr(operators, "_launch", launch)
+    patch.setattr(int8, "_launch", launch)
     case()
     return launches
 
@@ -193,6 +210,9 @@ def _nvidia(compiled: Any, folder: Path) -> dict[str, int]:
         "instructions on local memory": len(re.findall(r"\b(?:LDL|STL)\b", sass)),
         # A register that is loaded twice is one that the second load had to wait for.
         "wide loads": len(set(re.findall(r"\bLDG\.E\.128 (R\d+)", sass))),
+        "wide copies": len(re.findall(r"\bLDGSTS\.E\.BYPASS\.128\b", sass)),
+        "products of bytes": len(re.findall(r"\b(?:IMMA|IGMMA|UTCIMMA)\b", sass)),
+        "products of floats": len(re.findall(r"\b(?:HMMA|HGMMA|UTCHMMA)\b", sass)),
     }
 
 
@@ -207,6 +227,8 @@ def _amd(compiled: Any) -> dict[str, int]:
         "bytes of local memory": number("private_segment_fixed_size"),
         "instructions on local memory": number("vgpr_spill_count") + number("sgpr_spill_count"),
         "wide loads": len(re.findall(r"\b(?:global|buffer)_load_dwordx4\b", code)),
+        "products of bytes": len(re.findall(r"\bv_mfma_i32_", code)),
+        "products of floats": len(re.findall(r"\bv_mfma_f32_", code)),
     }
 
 
@@ -237,10 +259,13 @@ def test_budget(case: str, name: str, target: _NamedTarget, monkeypatch: pytest.
         for what, may in most.items():
             if found[what] > may:
                 breaches.append(f"{kernel} on {name}, {case}: {what} was {found[what]}, may be {may}")
-        least = budget.wide_loads[name == "gfx942"]
-        if found["wide loads"] < least:
-            breaches.append(
-                f"{kernel} on {name}, {case}: wide loads were {found['wide loads']}, must be {least} or more"
-            )
+        fewest = {"wide loads": budget.wide_loads[name == "gfx942"]}
+        if budget.products:
+            fewest[budget.products] = 1
+        if name != "gfx942":
+            fewest["wide copies"] = budget.wide_copies
+        for what, must in fewest.items():
+            if found[what] < must:
+                breaches.append(f"{kernel} on {name}, {case}: {what} were {found[what]}, must be {must} or more")
     assert not breaches, "\n".join(breaches)
     assert launched == set(BUDGETS[case])

@@ -8,11 +8,18 @@ TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 
 
 class Budget(NamedTuple):
-    """Most registers a thread on each of TARGETS, most bytes of shared memory, fewest wide loads (NVIDIA, AMD)."""
+    """Most registers a thread on each of TARGETS, most bytes of shared memory, fewest wide loads (NVIDIA, AMD).
+
+    Attributes:
+        products: what the kernel must multiply matrices with, "products of bytes" or "products of floats"; or nothing.
+        wide_copies: fewest copies of 16 bytes to shared memory that pass by the registers (NVIDIA).
+    """
 
     registers: tuple[int, int, int, int]
     shared: int
     wide_loads: tuple[int, int]
+    products: str = ""
+    wide_copies: int = 0
 
 
 # Registers count in steps: with 64 a multiprocessor runs 32 one-warp programs (all that it takes of them), with 72 it
@@ -105,5 +112,27 @@ BUDGETS: dict[str, dict[str, Budget]] = {
     },
     "collection fp32 64 ignored": {
         "collection_kernel": Budget((80, 72, 72, 64), 256, (4, 4)),
+    },
+    # int8_linear, by Triton 3.8.0. A tile's operands are in shared memory several times over, copied while the one
+    # before is multiplied: 100 KiB of it are what the smallest of the GPUs has for a program. Rows to quantize are
+    # short here, so that a thread has few loads of them. On sm_90 and sm_100 the tensor cores read shared memory, but
+    # the sums of the weights are taken from registers, which is where many of these go.
+    "layer of 1 x 512 x 512": {
+        "quantize_kernel": Budget((32, 40, 32, 16), 16, (1, 0)),
+        "int8_kernel": Budget((56, 56, 56, 64), 18432, (0, 4), "products of bytes", 12),
+    },
+    "layer of 512 x 1024 x 1024": {
+        "quantize_kernel": Budget((40, 40, 40, 24), 16, (1, 2)),
+        "int8_kernel": Budget((128, 168, 168, 128), 40960, (0, 8), "products of bytes", 24),
+    },
+    "layer of 512 x 1024 x 4096, groups of 128": {
+        "quantize_kernel": Budget((40, 40, 40, 24), 16, (1, 2)),
+        "int8_kernel": Budget((176, 176, 200, 240), 90368, (0, 8), "products of bytes", 24),
+    },
+    "weights only, 16 x 1024 x 4096, fp16": {
+        "weight_only_kernel": Budget((56, 56, 56, 72), 12288, (0, 0), "products of floats", 4),
+    },
+    "weights only, 512 x 1024 x 4096, bf16": {
+        "weight_only_kernel": Budget((136, 168, 256, 128), 28672, (0, 0), "products of floats", 4),
     },
 }
