@@ -248,6 +248,16 @@ def test_static_rounding_and_clipping(implementation: str, zero_point: int) -> N
     assert np.array_equal(out.numpy(), np.clip(np.rint(x.numpy()), -zero_point, 255 - zero_point))
 
 
+def test_static_scales_without_a_reciprocal_are_refused(implementation: str) -> None:
+    layer = (torch.ones(1, 3, dtype=torch.int8), torch.ones(1, 1), 0, None)
+    x = torch.ones(2, 3) * 2.0**-100
+    out = linear(x, *layer, qparams(2.0**-100, 0), STATIC, NONE, torch.float32)
+    assert torch.equal(out, torch.full((2, 1), 3 * 2.0**-100))
+    for scale in (2.0**-101, 1e-45, 0.0, -1.0, float("inf"), float("nan")):
+        with pytest.raises(RuntimeError, match=r"scale .* must be finite and at least 2\^-100, but is"):
+            pytest.fail(f"accepted: {linear(x, *layer, qparams(scale, 0), STATIC, NONE, torch.float32)}")
+
+
 def test_results_do_not_depend_on_threads(isa: str, threads: None) -> None:
     for rows, width, channels in ((1, 3000, 3001), (3, 2000, 700), (17, 515, 333), (700, 130, 90), (300, 400, 1)):
         x, weight = torch.randn(rows, width, generator=draw(1)), integers(-127, 127, channels, width)

@@ -90,8 +90,9 @@ void check_layer(const LayerHeader& h) {
         h.scheme);
   check(h.epilogue >= 0 && h.epilogue <= 4, "activation must be 0 to 4, but is ", h.epilogue);
   if (h.scheme != static_cast<int32_t>(Scheme::fixed)) return;
-  check(std::isfinite(h.input_scale) && h.input_scale > 0.0f,
-        "the scale of static activations must be positive and finite, but is ", h.input_scale);
+  // Below, the reciprocal leaves float32.
+  check(std::isfinite(h.input_scale) && h.input_scale >= 0x1p-100f,
+        "the scale of static activations must be finite and at least 2^-100, but is ", h.input_scale);
   check(h.input_zero_point >= 0 && h.input_zero_point <= 255,
         "the zero point of static activations must be 0 to 255, but is ", h.input_zero_point);
 }

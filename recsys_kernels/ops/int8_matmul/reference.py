@@ -66,9 +66,10 @@ def _check(good: bool, message: str) -> None:
 
 
 def _check_qparams(scale: float, zero_point: float) -> tuple[float, float]:
+    # Below, the reciprocal leaves float32; dynamic scales are never smaller either.
     _check(
-        0.0 < scale < math.inf,
-        f"the scale of the activations (input_qparams[0]) must be positive and finite, but is {scale}",
+        2.0**-100 <= scale < math.inf,
+        f"the scale of the activations (input_qparams[0]) must be finite and at least 2^-100, but is {scale}",
     )
     _check(
         0 <= zero_point <= 255 and zero_point == int(zero_point),
