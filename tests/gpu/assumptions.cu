@@ -37,7 +37,7 @@ T* mapped(size_t count) {
 
 // By the table in common/mma.cuh: which bytes of A and B a lane holds, and which sums it gets.
 __global__ void multiply(const int8_t* a, const int8_t* b, int32_t* d) {
-#if RK_ARCH >= 800 || RK_ARCH == 0
+#if RK_ARCH >= 750 || RK_ARCH == 0
   const int lane = static_cast<int>(threadIdx.x), group = lane / 4, place = lane % 4;
   uint32_t left[4] = {}, right[2] = {};
   int32_t sum[4];
@@ -58,7 +58,7 @@ __global__ void multiply(const int8_t* a, const int8_t* b, int32_t* d) {
 }
 
 void check_mma(int capability) {
-  if (capability < 80) return;
+  if (capability < 75) return;
   std::mt19937 random(1);
   auto* a = mapped<int8_t>(16 * 32);
   auto* b = mapped<int8_t>(32 * 8);
