@@ -1,5 +1,6 @@
-// The tensor cores' product of 8-bit matrices, for sm_75 and newer: int8_matmul/cuda_kernel.cuh multiplies with
-// it. That the emulation does what the instruction does is what tests/gpu/assumptions.cu checks on a GPU.
+// The tensor cores' product of 8-bit matrices, for sm_75 and newer: int8_matmul/cuda_kernel.cuh multiplies
+// with it. That the emulation does what the instruction does is what tests/gpu/assumptions.cu checks on a
+// GPU.
 #pragma once
 
 #include "cuda.cuh"

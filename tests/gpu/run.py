@@ -68,7 +68,7 @@ STEPS = [
     Step("assumptions", [PYTHON, f"{HERE}/assumptions.py"], 30),
     Step("sanitizer", [PYTHON, f"{HERE}/sanitizer.py", "memcheck", "racecheck", "initcheck"], 20),
     Step("memcheck", _sanitizer("memcheck"), 35),
-    # Of shared memory only: it has nothing to see where no kernel of the set declares any.
+    # Of shared memory only, which int8 kernels have; it has nothing to see in lookups and their gradients.
     Step("racecheck", _sanitizer("racecheck"), 30),
     # What torch's kernels write would count as never written, so only what needs none of them.
     Step("initcheck", _sanitizer("initcheck", "--lookups-only"), 30),
