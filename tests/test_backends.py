@@ -531,7 +531,7 @@ def test_doctor_says_why_something_is_missing(tmp_path: Path) -> None:
 
 
 def test_importing_is_cheap() -> None:
-    """At most 50 ms on top of torch: CPU time, and the least of several processes, as other tests run beside this one."""
+    """At most 50 ms of CPU time on top of torch, in the fastest of several processes: other tests run beside it."""
     script = "import torch, time\nt = time.process_time()\nimport recsys_kernels\nprint(time.process_time() - t)"
     times = []
     for _ in range(8):
