@@ -411,6 +411,20 @@ def test_check_bounds_has_the_words_of_the_cpu(monkeypatch: pytest.MonkeyPatch) 
         assert (type(on_gpu.value), str(on_gpu.value)) == (type(on_cpu.value), str(on_cpu.value))
 
 
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_wrong_indices_count_as_padding_or_the_nearest_row(selected: list[str], dtype: torch.dtype) -> None:
+    indices = torch.tensor([0, 7, -1, 3, 5, 6], dtype=dtype)
+    for mode, padding, wanted in (
+        ("ignore", 5, ([0, 7, 7, 3, 7, 6], 7, 8)),
+        ("ignore", -1, ([0, 7, 7, 3, 5, 6], 7, 8)),
+        ("clamp", 5, ([0, 6, 0, 3, 5, 6], 5, 7)),
+    ):
+        with rk.bounds_check(mode):
+            found, *rest = op._as_counted(indices, padding, 7)
+        assert found.dtype == dtype
+        assert (found.tolist(), *rest) == wanted
+
+
 @pytest.mark.parametrize("earlier", [False, True])
 def test_collections_name_their_own_tables(monkeypatch: pytest.MonkeyPatch, earlier: bool) -> None:
     """What an earlier call left may be about another collection's tables."""

@@ -317,13 +317,26 @@ def _quantized_weights_backward(
     position = torch.arange(indices.numel(), device=indices.device).reshape(indices.shape)
     run = _backends.implementation("embedding_bag_weights_backward", indices)
     out = run(grad.float(), rows, position, offsets, 0, -1, spec.include_last_offset).reshape(-1)
-    bags = reference.split_bags(indices, offsets, spec.padding_idx, spec.include_last_offset, table.weight.shape[0])
+    padding_idx, num_rows = spec.padding_idx, table.weight.shape[0]
+    if indices.is_cuda and _backends.bounds_mode() != "raise":
+        indices, padding_idx, num_rows = _as_counted(indices, padding_idx, num_rows)
+    bags = reference.split_bags(indices, offsets, padding_idx, spec.include_last_offset, num_rows)
     values = out[bags.position]
     if spec.mode == MEAN:
         values = values / bags.counts.clamp(min=1)[bags.bag]
     result = torch.zeros_like(out)
     result[bags.position] = values
     return result.to(grad.dtype).reshape(indices.shape)
+
+
+def _as_counted(indices: torch.Tensor, padding_idx: int, num_rows: int) -> tuple[torch.Tensor, int, int]:
+    """Indices that are right and count as wrong ones do on a GPU; their padding index, and how many rows they need."""
+    if _backends.bounds_mode() == "clamp":
+        return indices.clamp(0, num_rows - 1), padding_idx, num_rows
+    absent = (indices < 0) | (indices >= num_rows)
+    if padding_idx >= 0:
+        absent |= indices == padding_idx
+    return torch.where(absent, num_rows, indices), num_rows, num_rows + 1
 
 
 def quantized_embedding_bag(

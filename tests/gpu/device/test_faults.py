@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from typing import Any
 
@@ -12,6 +13,7 @@ from test_bad_input import NAMES, calls
 import recsys_kernels as rk
 from recsys_kernels import _backends
 from recsys_kernels.ops.embedding_bag import reference
+from recsys_kernels.testing import assert_matches
 
 OFFSETS = torch.tensor([0, 2, 5, 5, 8])
 FINE = torch.tensor([0, 6, 2, 3, 1, 5, 0, 4])
@@ -108,6 +110,26 @@ def test_nothing_is_raised_where_nobody_asked(backend: str, device: torch.device
         assert bool(out.isfinite().all())
         rk.check_bounds(device)
     rk.check_bounds(device)
+
+
+@pytest.mark.parametrize("mode", ["clamp", "ignore"])
+def test_gradient_of_the_weights_of_quantized_rows(gpu: torch.device, mode: str) -> None:
+    """A mean counts the indices that count."""
+    torch.manual_seed(17)
+    bag = rk.QuantizedEmbeddingBag.from_float(torch.nn.EmbeddingBag(7, 16, mode="mean"), 8)
+    indices = with_one(5, 77)
+    right, keep = indices.clamp(0, 6), torch.ones(8, dtype=torch.bool) if mode == "clamp" else indices < 7
+    grads = []
+    for device, ids in ((gpu, indices), (torch.device("cpu"), right)):
+        weights = torch.linspace(-1, 1, 8, device=device, requires_grad=True)
+        own, bounds = ids, OFFSETS
+        if device.type == "cpu":
+            own, bounds = ids[keep], torch.cat([torch.zeros(1), keep.cumsum(0)]).long()[OFFSETS]
+        used = weights if device.type == "cuda" else weights[keep]
+        with rk.backend("reference") if device.type == "cpu" else contextlib.nullcontext(), rk.bounds_check(mode):
+            out = bag.to(device)(own.to(device), bounds.to(device), used)
+            grads += torch.autograd.grad(out.square().sum(), weights)
+    assert_matches(*grads)
 
 
 def test_modules_name_the_table(raises_later: bool, device: torch.device) -> None:
