@@ -19,7 +19,7 @@ _OPERATORS = {
     "quantized_embedding_bag": ("quantized_embedding_bag",),
     "embedding_bag_collection": ("embedding_bag_collection",),
     "quantize_rowwise": ("quantize_rowwise",),
-    "int8_linear": ("int8_linear", "int8_chain"),
+    "int8_linear": ("int8_linear",),
 }
 _THROUGH_TORCH = "max_norm, scale_grad_by_freq"
 

@@ -83,6 +83,17 @@ def test_reads_nothing_outside(before: bool) -> None:
             assert_matches(kernels.int8_linear(*arguments), expected_int8_linear(s))
 
 
+def test_default_tiles() -> None:
+    """Wide where that fills a GPU, and no more rows than twice those that there are."""
+
+    def chosen(rows: int, columns: int) -> tuple[int, int]:
+        return kernels.default_tile(rows, columns, DYNAMIC, 0, torch.float32)[:2]
+
+    assert [chosen(1, columns) for columns in (512, 8192)] == [(16, 32), (16, 64)]
+    assert [chosen(rows, 8192) for rows in (16, 17, 33, 65)] == [(16, 64), (32, 64), (64, 64), (128, 64)]
+    assert [chosen(4096, columns) for columns in (64, 1024)] == [(32, 64), (128, 64)]
+
+
 def test_tune() -> None:
     """Each tile gives the right result, and the one that is measured as the fastest is used from then on."""
     for scheme, group in ((DYNAMIC, 0), (DYNAMIC, 32), (WEIGHT_ONLY, 128)):

@@ -225,7 +225,8 @@ def int8_linear(
 
     Raises:
         ValueError: an unknown name.
-        RuntimeError: shapes or types that do not fit together, named; a scale of the input that is not positive.
+        RuntimeError: shapes or types that do not fit together, named; a scale of the input that is not positive (on a
+            GPU, which nobody waits for, such a scale or zero point gives NaN).
     """
     if weight_scale.requires_grad and torch.is_grad_enabled() and activation != "weight_only":
         raise RuntimeError("int8_linear: weight_scale has no gradient but with activation='weight_only'; detach() it")

@@ -56,6 +56,7 @@ _FLOAT_TILES = (
 # float32 is multiplied without tensor cores, which would round it: smaller tiles.
 _FLOAT32_TILES = (Tile(16, 32, 64, 4, 2), Tile(32, 64, 32, 4, 2), Tile(64, 64, 32, 8, 2))
 _MULTIPROCESSORS = 128
+_FEWEST_ROWS = 16
 
 _tuned: dict[tuple[object, ...], Tile] = {}
 _TRITON_TYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
@@ -88,12 +89,11 @@ def tiles(scheme: int, group: int, dtype: torch.dtype) -> list[Tile]:
 
 
 def default_tile(rows: int, columns: int, scheme: int, group: int, dtype: torch.dtype) -> Tile:
-    """The largest tile of which the result fills a GPU and that the rows fill at least to half."""
+    """The largest tile of which the result fills a GPU, of those with the fewest rows or that are half full."""
     usable = tiles(scheme, group, dtype)
     for tile in reversed(usable):
-        if tile.rows < 2 * rows and triton.cdiv(rows, tile.rows) * triton.cdiv(columns, tile.columns) >= (
-            _MULTIPROCESSORS
-        ):
+        programs = triton.cdiv(rows, tile.rows) * triton.cdiv(columns, tile.columns)
+        if tile.rows < max(_FEWEST_ROWS + 1, 2 * rows) and programs >= _MULTIPROCESSORS:
             return tile
     return usable[0]
 
