@@ -54,6 +54,32 @@ def test_a_file_of_the_layout_is_as_good_as_its_folder(layout: str, tmp_path: Pa
     assert len(by_file) == RATINGS
 
 
+@pytest.mark.parametrize("layout", WRITERS)
+def test_files_about_users_and_items_may_be_missing(layout: str, tmp_path: Path) -> None:
+    world = World()
+    whole = read_movielens(WRITERS[layout](world, tmp_path))
+    for path in tmp_path.iterdir():
+        if path.name not in ("u.data", "w.inter", "ratings.dat", "ratings.csv"):
+            path.unlink()
+    log = read_movielens(tmp_path)
+    assert log.users.tolist() == whole.users.tolist()
+    assert (log.age, log.user_fields, log.year, log.genres) == (None, {}, None, None)
+    assert len(load_dataset(tmp_path)) == RATINGS
+
+
+def test_a_byte_order_mark_is_no_part_of_the_first_name(tmp_path: Path) -> None:
+    path = World().write_20m(tmp_path) / "ratings.csv"
+    expected = load_dataset(tmp_path)
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    np.testing.assert_array_equal(load_dataset(tmp_path).dense, expected.dense)
+
+
+def test_an_empty_last_field_of_criteo_is_no_short_line(tmp_path: Path) -> None:
+    lines = criteo_lines()
+    lines[5][-1] = ""
+    assert load_dataset(write_criteo(tmp_path / "day", lines)).bags["C26"].values[5] == 0
+
+
 def test_running_sums_see_only_earlier_times() -> None:
     world = World(1)
     counts, sums = past_counts(world.users, world.times, world.ratings)
@@ -260,25 +286,16 @@ def _csv(header: str) -> Callable[[Path], Path]:
     return write
 
 
-def _without(name: str) -> Callable[[Path], Path]:
-    def write(folder: Path) -> Path:
-        World().write_100k(folder)
-        (folder / name).unlink()
-        return folder
-
-    return write
-
-
 BAD: dict[str, tuple[Callable[[Path], Path], str]] = {
     "no such path": (lambda folder: folder / "nowhere", "no such file or folder"),
     "unknown folder": (lambda folder: folder, r"looked for u\.data .* ratings\.csv"),
     "archive": (_broken("ml.zip", "PK"), ""),
     "empty ratings": (_broken("u.data", ""), r"u\.data: is empty"),
-    "no users": (_without("u.user"), r"u\.user: no such file"),
     "few columns": (_broken("u.data", "1\t2\t3\n"), r"u\.data: wrong columns: 3 of them, expected 4"),
     "long line": (_broken("u.data", "1\t2\t3\t4\n1\t2\t3\t4\t5\n"), r"u\.data: wrong content"),
     "text for a number": (_broken("u.data", "1\t2\tgood\t4\n"), r"u\.data: wrong content .*good"),
     "rating too high": (_broken("u.data", "1\t2\t3\t4\n1\t2\t9\t4\n"), r"line 2: rating 9 is outside 0\.5 to 5"),
+    "after a blank line": (_broken("u.data", "1\t2\t3\t4\n\n \n1\t2\t9\t4\n"), "line 4: rating 9 is outside"),
     "no rating": (_broken("u.data", "1\t2\t\t4\n"), "rating nan is outside"),
     "negative time": (_broken("u.data", "1\t2\t3\t-4\n"), "timestamp -4 is outside"),
     "binary": (_broken("u.data", b"\xff\xfe\x00\x01"), r"u\.data: is not a text file"),
@@ -288,6 +305,14 @@ BAD: dict[str, tuple[Callable[[Path], Path], str]] = {
     "csv without rows": (_csv("userId,movieId,rating,timestamp\n"), "has a header but no rows"),
     "criteo label": (_criteo(lambda lines: lines[7].__setitem__(0, "2")), "line 8: label 2 is outside 0 to 1"),
     "criteo half label": (_criteo(lambda lines: lines[7].__setitem__(0, "0.5")), r"line 8: label 0\.5 is not 0 or 1"),
+    "criteo blank line": (
+        _criteo(lambda lines: [lines.insert(3, []), lines[8].__setitem__(0, "2")]),
+        "line 9: label 2 is outside 0 to 1",
+    ),
+    "criteo short line": (
+        _criteo(lambda lines: [lines.insert(3, []), lines[8].pop()]),
+        "line 9: has fewer than 40 columns",
+    ),
     "criteo columns": (_criteo(lambda lines: [line.pop() for line in lines]), "nor a Criteo TSV of 40 columns"),
     "criteo text": (_criteo(lambda lines: lines[0].__setitem__(3, "abc")), "wrong content .*abc"),
     "criteo short": (_criteo(lambda lines: lines.__delitem__(slice(2, None))), "2 lines cannot be split"),

@@ -10,7 +10,7 @@ import numpy as np
 from .errors import DataError
 from .examples import UNKNOWN, Bags, Dataset, DenseFeature, Schema, Vocabulary
 from .features import check_labels
-from .tables import check_range, first_line, stream_table
+from .tables import check_range, first_line, line_number, stream_table
 
 INTEGERS = [f"I{i}" for i in range(1, 14)]
 CATEGORIES = [f"C{i}" for i in range(1, 27)]
@@ -67,20 +67,21 @@ def _collect(
     codes: dict[str, list[np.ndarray]] = {name: [] for name in CATEGORIES}
     numbers: dict[str, dict[str, int]] = {name: {"": 0} for name in CATEGORIES}
     count = 0
-    for frame in stream_table(path, COLUMNS, types, separator="\t"):
+    for frame in stream_table(path, COLUMNS, types, separator="\t", whole_lines=True):
         frame = frame.iloc[: limit - count] if limit else frame
         label = frame["label"].to_numpy()
         check_range(path, "label", label, 0, 1, count + 1)
         if ((label != 0) & (label != 1)).any():
             row = int(np.flatnonzero((label != 0) & (label != 1))[0])
-            raise DataError(f"{path}: line {count + row + 1}: label {label[row]:g} is not 0 or 1")
+            line = line_number(path, count + row + 1)
+            raise DataError(f"{path}: line {line}: label {label[row]:g} is not 0 or 1")
         labels.append(label)
         dense.append(frame[INTEGERS].to_numpy(np.float32))
         for name in CATEGORIES:
             known = numbers[name]
-            # Only a chunk's distinct values pass through Python; -1 (a short line) reads as empty.
+            # Only a chunk's distinct values pass through Python.
             chunk = [known.setdefault(str(value), len(known)) for value in frame[name].cat.categories]
-            place = np.array([*chunk, 0], np.int32)
+            place = np.array(chunk, np.int32)
             codes[name].append(place[frame[name].cat.codes.to_numpy()])
         count += len(frame)
         if limit and count >= limit:

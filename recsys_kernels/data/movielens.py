@@ -1,6 +1,8 @@
-"""Readers for the MovieLens files: 100k (original and RecBole format), 1M, and 20M/latest.
+"""Readers for the MovieLens files: 100k (original and RecBole format), 1M/10M, and 20M/latest.
 
-All give the same `RatingLog`. MovieLens: Harper and Konstan, "The MovieLens Datasets: History and
+All give the same `RatingLog`; files about users and items may be missing.
+
+MovieLens: Harper and Konstan, "The MovieLens Datasets: History and
 Context", ACM TiiS 5(4), 2015.
 """
 
@@ -104,7 +106,7 @@ def read_movielens(folder: Path) -> RatingLog:
             return reader(folder)
     raise DataError(
         f"{folder}: no known data set; looked for u.data (MovieLens 100k), *.inter (RecBole files), ratings.dat "
-        "(MovieLens 1M), ratings.csv (MovieLens 20M or latest)"
+        "(MovieLens 1M or 10M), ratings.csv (MovieLens 20M or latest)"
     )
 
 
@@ -121,9 +123,14 @@ def _read_100k(folder: Path) -> RatingLog:
     )
     columns = ["user", "age", "gender", "occupation", "zip"]
     text = dict.fromkeys(columns, str)
-    _add_users(log, read_table(folder / "u.user", columns, text, separator="|", encoding="latin-1"))
+    path = folder / "u.user"
+    if path.exists():
+        _add_users(log, read_table(path, columns, text, separator="|", encoding="latin-1"))
     columns = ["item", "title", "date", "video_date", "url", *_GENRES_100K]
-    items = read_table(folder / "u.item", columns, dict.fromkeys(columns, str), separator="|", encoding="latin-1")
+    path = folder / "u.item"
+    if not path.exists():
+        return log
+    items = read_table(path, columns, dict.fromkeys(columns, str), separator="|", encoding="latin-1")
     flags = items[list(_GENRES_100K)].to_numpy() == "1"
     names = np.array(_GENRES_100K)
     genres = [tuple(names[row]) for row in flags]
@@ -155,15 +162,20 @@ def _read_1m(folder: Path) -> RatingLog:
     path = folder / "ratings.dat"
     _require_columns(path, first_line(path).split("::"), 4)
     columns = ["user", "_1", "item", "_2", "rating", "_3", "timestamp"]
-    log = _ratings(path, read_table(path, columns, _RATING_TYPES, separator=":"), "MovieLens 1M")
-    columns = ["user", "gender", "age", "occupation", "zip"]
-    users = read_table(folder / "users.dat", columns, dict.fromkeys(columns, str), separator="::", encoding="latin-1")
-    known = dict(enumerate(_OCCUPATIONS_1M))
-    users["occupation"] = [known.get(int(code), code) if code.isdigit() else code for code in users["occupation"]]
-    _add_users(log, users)
-    columns = ["item", "title", "genres"]
-    items = read_table(folder / "movies.dat", columns, dict.fromkeys(columns, str), separator="::", encoding="latin-1")
-    _add_titled_items(log, items)
+    log = _ratings(path, read_table(path, columns, _RATING_TYPES, separator=":"), folder.name)
+    path = folder / "users.dat"
+    if path.exists():  # MovieLens 10M has none
+        log.name = "MovieLens 1M"
+        columns = ["user", "gender", "age", "occupation", "zip"]
+        users = read_table(path, columns, dict.fromkeys(columns, str), separator="::", encoding="latin-1")
+        known = dict(enumerate(_OCCUPATIONS_1M))
+        users["occupation"] = [known.get(int(code), code) if code.isdigit() else code for code in users["occupation"]]
+        _add_users(log, users)
+    path = folder / "movies.dat"
+    if path.exists():
+        columns = ["item", "title", "genres"]
+        items = read_table(path, columns, dict.fromkeys(columns, str), separator="::", encoding="latin-1")
+        _add_titled_items(log, items)
     return log
 
 
@@ -171,8 +183,10 @@ def _read_20m(folder: Path) -> RatingLog:
     path = folder / "ratings.csv"
     frame = _headed(path, {"userId": np.int64, "movieId": np.int64, "rating": np.float32, "timestamp": np.int64})
     log = _ratings(path, frame.rename(columns={"userId": "user", "movieId": "item"}), folder.name, first_row=2)
-    items = _headed(folder / "movies.csv", {"movieId": str, "title": str, "genres": str})
-    _add_titled_items(log, items.rename(columns={"movieId": "item"}))
+    path = folder / "movies.csv"
+    if path.exists():
+        items = _headed(path, {"movieId": str, "title": str, "genres": str})
+        _add_titled_items(log, items.rename(columns={"movieId": "item"}))
     return log
 
 
