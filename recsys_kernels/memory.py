@@ -58,10 +58,17 @@ def use_huge_pages(tensor: torch.Tensor) -> bool:
     Args:
         tensor: any tensor; what counts is its whole storage.
 
+    Raises:
+        TypeError: it is no tensor.
+
     Returns:
         True when the memory is on huge pages now. False, without an error, when it is smaller than two huge pages or
-        not on the CPU, or when the system refuses (see ``recsys_kernels.doctor()``): it then stays on 4 KiB pages.
+        not on the CPU, when the tensor is sparse, or when the system refuses (see ``recsys_kernels.doctor()``): it then stays on 4 KiB pages.
     """
+    if not isinstance(tensor, torch.Tensor):
+        raise TypeError(f"use_huge_pages takes a torch.Tensor, but got {type(tensor).__name__}")
+    if tensor.layout != torch.strided:  # a sparse tensor has no storage of its own
+        return False
     return _advise(tensor, _MADV_HUGEPAGE) and _advise(tensor, _MADV_COLLAPSE)
 
 

@@ -143,3 +143,9 @@ def test_quantized_rows_cross_few_cache_lines(monkeypatch: pytest.MonkeyPatch, c
 
 def test_doctor_tells_about_huge_pages() -> None:
     assert memory.huge_pages_state() in rk.doctor()["huge_pages"]
+
+
+def test_what_has_no_memory_of_its_own() -> None:
+    with pytest.raises(TypeError, match=r"takes a torch\.Tensor, but got list"):
+        rk.use_huge_pages([1])  # type: ignore[arg-type]
+    assert not rk.use_huge_pages(torch.zeros(4, 4).to_sparse())
