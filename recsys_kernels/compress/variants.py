@@ -37,7 +37,7 @@ class Variant:
     """One form of the trained model.
 
     Attributes:
-        name: short name, for `--variant` and the JSON.
+        name: short name, for `--save` and the JSON.
         title: what a reader of the report sees.
         tables: type of the tables' rows: "float32", "int8" or "int4".
         make: the trained model and the material -> the form to measure; the model is left as it was.
