@@ -1,11 +1,11 @@
 """Fused recommender kernels for PyTorch."""
 
-import os
 import sys
 import warnings
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from . import _start  # isort: skip - before torch, whose import takes seconds
 from . import _backends, functional
 from ._backends import backend, bounds_check, check_bounds
 from ._native import native as _native_library
@@ -62,9 +62,7 @@ try:
     _backends.configure_from_environment()
 except (ValueError, RuntimeError) as error:
     # The command line starts with this import, too, and has no use for a traceback.
-    _program = os.path.basename((sys.argv or [""])[0])
-    _as_module = _program == "-m" and "recsys_kernels" in sys.orig_argv
-    if _program.removesuffix(".exe") != "recsys-kernels" and not _as_module:
+    if not _start.IS_COMMAND_LINE:
         raise
     print(f"recsys-kernels: {error}", file=sys.stderr)
     sys.exit(2)

@@ -12,7 +12,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from . import __version__
+from . import __version__, _start
 
 if TYPE_CHECKING:
     from .compress.job import JobResult, JobSettings
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 BAD_INPUT, INTERRUPTED, TERMINATED = 2, 130, 143
 # What the extra `demo` brings; anything else that cannot be imported is a fault of this package.
 DEMO_MODULES = ("jinja2", "matplotlib", "pandas", "platformdirs", "pyarrow", "rich", "safetensors", "sklearn")
+LARGEST_SEED = 2**64 - 1
 
 # What the RuntimeErrors of torch's allocators say.
 _OUT_OF_MEMORY = ("allocate memory", "could not be allocated")
@@ -53,6 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Args:
         arguments: without the program's name; `sys.argv[1:]` by default.
     """
+    _start.leave_interrupts_to_python()
     try:
         return _run(_parser(), arguments)
     finally:
@@ -192,6 +194,8 @@ def _compress(options: argparse.Namespace) -> int:
         return _fail("--save: needs --out DIR")
     if options.threads > (os.cpu_count() or 1):
         return _fail(f"--threads {options.threads}: this machine has {os.cpu_count()} cores")
+    if options.seed > LARGEST_SEED:
+        return _fail(f"--seed {options.seed}: is above {LARGEST_SEED}, the largest that torch takes")
     if options.out == "":
         return _fail("--out: is empty; name a folder")
     out = None if options.out is None else Path(options.out)

@@ -58,12 +58,12 @@ def use_huge_pages(tensor: torch.Tensor) -> bool:
     Args:
         tensor: any tensor; what counts is its whole storage.
 
+    Returns:
+        True when the memory is on huge pages now. False, without an error, when it is smaller than two huge pages, not
+        on the CPU or sparse, or when the system refuses (see ``recsys_kernels.doctor()``): it then stays on 4 KiB pages.
+
     Raises:
         TypeError: it is no tensor.
-
-    Returns:
-        True when the memory is on huge pages now. False, without an error, when it is smaller than two huge pages or
-        not on the CPU, when the tensor is sparse, or when the system refuses (see ``recsys_kernels.doctor()``): it then stays on 4 KiB pages.
     """
     if not isinstance(tensor, torch.Tensor):
         raise TypeError(f"use_huge_pages takes a torch.Tensor, but got {type(tensor).__name__}")

@@ -136,6 +136,7 @@ BAD: dict[str, tuple[Callable[[Path], list[object]], str]] = {
     "foreign files": (_holding, "holds other files"),
     "too many rows": (lambda folder: ["--data", folder, "--rows", 10**12], r"GiB are free; about \d+ rows would fit"),
     "too many threads": (lambda folder: ["--threads", 10**6], r"this machine has \d+ cores"),
+    "seed too large": (lambda folder: ["--seed", 2**64], "--seed 18446744073709551616: is above"),
     "too wide": (lambda folder: ["--data", folder, "--dim", 10**13], "not enough memory"),
     "too few left": (lambda folder: ["--data", folder, "--limit", 2], "cannot be split by time"),
     "out is empty": (lambda folder: ["--out", ""], "--out: is empty; name a folder"),
@@ -229,6 +230,39 @@ def test_disk_full_leaves_nothing(
     assert [path.name for path in tmp_path.iterdir()] == ["ml"]
 
 
+def test_a_failed_run_leaves_no_folders(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "p" / "q" / "r"
+    assert compress("--data", folder / "nowhere", "--out", out) == 2
+    assert "no such file" in one_line(capsys.readouterr().err)
+    assert [path.name for path in tmp_path.iterdir()] == ["ml"]
+
+    def full(*args: object, **options: object) -> None:
+        assert out.parent.exists()
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # as a write says it, without a name
+
+    monkeypatch.setattr(plots, "overview", full)
+    assert compress("--data", folder, "--out", out) == 2
+    assert one_line(capsys.readouterr().err) == f"recsys-kernels: {out}: No space left on device"
+    assert [path.name for path in tmp_path.iterdir()] == ["ml"]
+
+
+def test_an_interrupt_while_torch_is_imported_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "torch.py").write_text("import time\nprint('importing', flush=True)\ntime.sleep(60)\n")
+    command = [sys.executable, "-m", "recsys_kernels", "compress"]
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT, env=environment
+    ) as child:
+        assert child.stdout is not None
+        assert child.stderr is not None
+        assert child.stdout.readline() == "importing\n"
+        child.send_signal(signal.SIGINT)
+        assert child.wait(30) == 130
+        assert one_line(child.stderr.read()) == "recsys-kernels: interrupted; nothing was written"
+
+
 def test_interrupt_while_writing_leaves_nothing(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -274,7 +308,7 @@ def test_write_beyond_the_file_size_limit(folder: Path, tmp_path: Path) -> None:
     arguments = ["compress", "--data", folder, "--epochs", 1, "--out", tmp_path / "out"]
     done = python(code, *arguments, preexec_fn=limit)
     assert done.returncode == 2, done.stderr
-    assert WEIGHTS in one_line(done.stderr)
+    assert one_line(done.stderr) == f"recsys-kernels: {tmp_path / 'out' / WEIGHTS}: File too large"
     assert [path.name for path in tmp_path.iterdir()] == ["ml"]
 
 

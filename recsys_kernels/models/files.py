@@ -10,10 +10,11 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -88,8 +89,9 @@ def save_model(model: DLRM, schema: Schema, folder: Path) -> None:
     try:
         safetensors.torch.save_file(state, folder / WEIGHTS)
     except safetensors.SafetensorError as error:  # an I/O error of its Rust writer, which carries no errno of its own
-        code = errno.ENOSPC if "os error 28" in str(error) else errno.EIO
-        raise OSError(code, " ".join(str(error).split()), str(folder / WEIGHTS)) from error
+        found = re.search(r"os error (\d+)", str(error))
+        code = int(found[1]) if found else errno.EIO
+        raise OSError(code, os.strerror(code), str(folder / WEIGHTS)) from error
     (folder / WEIGHTS).chmod(0o666 & ~_umask())  # safetensors writes for the owner alone
     tokens = {table: schema.vocabularies[table].tokens for table in dict(schema.features).values()}
     (folder / VOCABULARIES).write_text(json.dumps(tokens, ensure_ascii=False), encoding="utf-8")
@@ -191,10 +193,14 @@ def check_out(folder: Path, ours: frozenset[str]) -> None:
         _check_replaceable(place, folder, ours)
     elif place.is_symlink():  # links that lead to each other
         raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), str(folder))
-    place.parent.mkdir(parents=True, exist_ok=True)
-    if not os.access(place.parent, os.W_OK | os.X_OK):
-        raise PermissionError(errno.EACCES, "no permission to write into this folder", str(place.parent))
-    with tempfile.TemporaryDirectory(dir=place.parent, prefix=f".{place.name}-"):
+    parent = place.parent
+    while not parent.exists():
+        parent = parent.parent
+    if not parent.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(parent))
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise PermissionError(errno.EACCES, "no permission to write into this folder", str(parent))
+    with tempfile.TemporaryDirectory(dir=parent, prefix=f".{place.name}-"):
         pass
 
 
@@ -226,12 +232,16 @@ def new_folder(folder: Path, ours: frozenset[str]) -> Iterator[Path]:
         ours: names that may be replaced.
 
     Raises:
-        OSError: see `check_out`; and whatever the block raises, after which `folder` is as it was.
+        OSError: see `check_out`; and whatever the block raises, after which `folder` is as it was. Where that names
+            the scratch folder, or nothing, it names `folder` instead.
     """
     check_out(folder, ours)
     place = _place(folder)
-    scratch = Path(tempfile.mkdtemp(dir=place.parent, prefix=f".{place.name}-"))
+    missing = [parent for parent in place.parents if not parent.exists()]
+    scratch = None
     try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        scratch = Path(tempfile.mkdtemp(dir=place.parent, prefix=f".{place.name}-"))
         made = scratch / "new"
         made.mkdir()
         yield made
@@ -239,8 +249,21 @@ def new_folder(folder: Path, ours: frozenset[str]) -> Iterator[Path]:
             with open(path, "rb") as file:
                 os.fsync(file.fileno())
         _replace(made, place, scratch / "old")
+    except OSError as error:
+        if scratch is None or error.errno is None:
+            raise
+        name = str(error.filename or scratch)
+        if not name.startswith(str(scratch)):
+            raise
+        inside = Path(name).relative_to(scratch).parts[1:]
+        raise OSError(error.errno, os.strerror(error.errno), str(folder.joinpath(*inside))) from error
     finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+        if scratch is not None:
+            shutil.rmtree(scratch, ignore_errors=True)
+        if not place.exists():
+            for parent in missing:
+                with suppress(OSError):
+                    parent.rmdir()
 
 
 def _replace(made: Path, folder: Path, aside: Path) -> None:
