@@ -40,7 +40,8 @@ def optimize(
 
     A layer's weight may also be read directly by the model's code (``user @ self.items.weight.T``), which no swapped
     layer can serve. Such layers stay as they are. They are found in the source of the model's methods, constructors
-    aside, through attributes, containers and local names. With ``sample_inputs`` a trial run decides instead: it
+    aside, through attributes, containers and local names; where it does not tell which layer's weight is read, all that
+    it may be stay. With ``sample_inputs`` a trial run decides instead: it
     sees every read on the way that those inputs take, however it is made, and compares the outputs; what only other
     code reads (a training loss, a branch not taken) is swapped, with a note in the report. Give them whenever you
     can; name in ``skip`` what still is not to be swapped.

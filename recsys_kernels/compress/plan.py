@@ -171,6 +171,8 @@ class Plan:
             key = id(layer.module)
             if key in decisive:
                 layer.leave(f"its weight is read by {decisive[key]}")
+            elif sample_inputs is None and key in reads.maybe:
+                layer.leave(f"its weight may be read by {reads.maybe[key]}; sample_inputs would tell")
             elif key in reads.places:
                 layer.notes.append(f"{reads.places[key]} reads its weight, which is not float any more")
         return outputs

@@ -103,6 +103,8 @@ class OptimizeReport:
             lines.append(f"whole model: {self.bytes_before:,} bytes as before")
         if self.output_error is not None:
             lines.append(f"outputs on the sample inputs: largest difference {self.output_error:.3g}")
+        elif self.swapped:
+            lines.append("outputs were not compared: no sample_inputs given")
         return "\n".join([*lines, *self.notes])
 
 

@@ -7,12 +7,14 @@ stores it in another form: at best the reader fails, at worst ``x + self.positio
 from __future__ import annotations
 
 import ast
+import builtins
 import inspect
 import os
 import sys
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -39,11 +41,13 @@ class SourceReads:
         places: id of a layer -> where its weight is read.
         taken: id of a container -> where something else is done with it than to call it.
         unknown: names of methods whose source is not available.
+        maybe: id of a layer -> what may read its weight, by an expression that the source does not resolve.
     """
 
     places: dict[int, str] = field(default_factory=dict)
     taken: dict[int, str] = field(default_factory=dict)
     unknown: set[str] = field(default_factory=set)
+    maybe: dict[int, str] = field(default_factory=dict)
 
 
 def source_reads(
@@ -53,9 +57,9 @@ def source_reads(
 ) -> SourceReads:
     """Reads of ``<path from self>.weight`` in the methods of ``modules``.
 
-    Paths are followed through attributes, items of containers and local names that stand for them. A layer handed to
-    a function is not followed: a trial run sees that (:class:`WeightReads`). What only constructors use
-    (initialization) does not count.
+    Paths are followed through attributes, items of containers and local names that stand for them. Where the owner
+    of a ``.weight`` cannot be told, it may be any layer in the module; so may what is handed to a function that reads
+    weights or has no source. What only constructors use (initialization) does not count.
 
     Args:
         modules: all modules of a model.
@@ -113,6 +117,15 @@ def _scan(module: torch.nn.Module, function: Any, wanted: _Wanted, reads: Source
         for target in _resolve(module, path):
             if id(target) in wanted.layers:
                 reads.places.setdefault(id(target), f"{function.__qualname__} ({file}:{line})")
+    if lines := [*code.vague, *(line for path, line in code.weights if _is_lost(module, path))]:
+        for target in module.modules():
+            if id(target) in wanted.layers:
+                reads.maybe.setdefault(id(target), f"{function.__qualname__} ({file}:{min(lines)})")
+    for callee, path, line in code.passed:
+        handed = [layer for value in _resolve(module, path) for layer in _layers_in(value, wanted.layers)]
+        if handed and _may_read(module, function, callee):
+            for layer in handed:
+                reads.maybe.setdefault(layer, f"{function.__qualname__} ({file}:{line})")
     for path, line in code.mentions if wanted.containers else ():
         for target in _resolve(module, path):
             if id(target) in wanted.containers:
@@ -166,14 +179,77 @@ def _step(value: Any, name: str) -> list[Any]:
     return []
 
 
+def _is_lost(module: torch.nn.Module, path: _Path) -> bool:
+    """Whether a path leads through a property or method, whose result the source does not tell."""
+    for end, name in enumerate(path):
+        for value in _resolve(module, path[:end]):
+            if not isinstance(value, torch.nn.Module) or isinstance(value, torch.nn.ModuleDict):
+                continue
+            if name not in value._modules and name not in vars(value) and hasattr(type(value), name):
+                return True
+    return False
+
+
+def _layers_in(value: Any, layers: Collection[int]) -> list[int]:
+    """Ids of the layers that a value is or, as a container, holds."""
+    if id(value) in layers:
+        return [id(value)]
+    if isinstance(value, (torch.nn.ModuleList, torch.nn.ModuleDict, Mapping, list, tuple)):
+        return [layer for item in _step(value, _EACH) for layer in _layers_in(item, layers)]
+    return []
+
+
+def _may_read(module: torch.nn.Module, function: Any, callee: ast.expr) -> bool:
+    """Whether what a method calls may read weights of its arguments; the module's own methods are scanned anyway."""
+    names = function.__code__.co_varnames[:1]
+    if isinstance(callee, ast.Attribute) and isinstance(callee.value, ast.Name) and callee.value.id in names:
+        child = module._modules.get(callee.attr)
+        if child is None:
+            return not hasattr(type(module), callee.attr)
+        return _is_own(type(child)) and any(_reads_weights(f, set()) for f in _named(child, "forward"))
+    return _reads_weights(_global(function, callee), set())
+
+
+def _global(function: Any, node: ast.expr) -> Any:
+    """What a name, or a name in a Python module, stands for outside of a function; None if that cannot be told."""
+    if isinstance(node, ast.Name):
+        return function.__globals__.get(node.id, getattr(builtins, node.id, None))
+    if isinstance(node, ast.Attribute):
+        owner = _global(function, node.value)
+        return getattr(owner, node.attr, None) if isinstance(owner, ModuleType) else None
+    return None
+
+
+def _reads_weights(value: Any, seen: set[Any]) -> bool:
+    """Whether a function, or one that it calls, mentions a weight; True where that cannot be told."""
+    if getattr(value, "__module__", "").partition(".")[0] in ("torch", "builtins", "itertools", "collections"):
+        return False
+    value = inspect.unwrap(value) if callable(value) else value
+    if not inspect.isfunction(value):
+        return True
+    if value in seen:
+        return False
+    seen.add(value)
+    code = _read_source(value)
+    if code is None or code.vague or code.weights:
+        return True
+    # Of what it hands on: names that are its own or a module's; methods of its arguments are nobody's reads.
+    called = [_global(value, callee) for callee in code.called]
+    return any(_reads_weights(other, seen) for other in called if inspect.isfunction(other))
+
+
 @dataclass(frozen=True)
 class _Source:
     """What a method's source holds: attributes as (path of the owner, name); as (path, line) reads of weights, and
-    mentions of something where it is neither called nor given a name."""
+    mentions of something where it is neither called nor given a name; lines with reads of weights of an unknown owner;
+    as (function, path, line) what is handed to functions; the functions that are called."""
 
     attributes: tuple[tuple[_Path, str], ...] = ()
     weights: tuple[tuple[_Path, int], ...] = ()
     mentions: tuple[tuple[_Path, int], ...] = ()
+    vague: tuple[int, ...] = ()
+    passed: tuple[tuple[ast.expr, _Path, int], ...] = ()
+    called: tuple[ast.expr, ...] = ()
 
 
 @lru_cache(maxsize=4096)
@@ -186,9 +262,7 @@ def _read_source(function: Any) -> _Source | None:
     except (OSError, TypeError, SyntaxError):
         return None
     names = function.__code__.co_varnames[: function.__code__.co_argcount]
-    if not names:
-        return _Source()
-    paths = _Paths(names[0], function.__qualname__.rpartition(".")[0].rpartition(".")[2])
+    paths = _Paths(names[0] if names else "", function.__qualname__.rpartition(".")[0].rpartition(".")[2])
     nodes = list(ast.walk(tree))
     for _ in range(2):  # a local name may stand for another
         for node in nodes:
@@ -207,7 +281,37 @@ def _read_source(function: Any) -> _Source | None:
             if path[-1] == "weight" and id(node) not in harmless:
                 weights.append((path[:-1], first + node.lineno - 2))
     weights.sort(key=lambda read: read[1])
-    return _Source(tuple(attributes), tuple(weights), tuple(mentions))
+    calls = [node for node in nodes if isinstance(node, ast.Call)]
+    of_weights = [node for node in nodes if isinstance(node, ast.expr) and _is_weight(node)]
+    return _Source(
+        tuple(attributes),
+        tuple(weights),
+        tuple(mentions),
+        tuple(first + n.lineno - 2 for n in of_weights if id(n) not in harmless and not paths.of(n)),
+        tuple((call.func, path, first + call.lineno - 2) for call in calls for path in _arguments(call, paths)),
+        tuple(call.func for call in calls),
+    )
+
+
+def _is_weight(node: ast.AST) -> bool:
+    """``x.weight`` or ``getattr(x, "weight")``."""
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "getattr":
+        return len(node.args) > 1 and isinstance(node.args[1], ast.Constant) and node.args[1].value == "weight"
+    return isinstance(node, ast.Attribute) and node.attr == "weight" and isinstance(node.ctx, ast.Load)
+
+
+def _arguments(call: ast.Call, paths: _Paths) -> Iterator[_Path]:
+    values = [*call.args, *(keyword.value for keyword in call.keywords)]
+    while values:
+        value = values.pop()
+        if isinstance(value, (ast.List, ast.Tuple)):
+            values += value.elts
+        elif isinstance(value, ast.Dict):
+            values += value.values
+        elif isinstance(value, ast.Starred):
+            values.append(value.value)
+        elif path := paths.of(value):
+            yield path
 
 
 def _called_or_named(nodes: Sequence[ast.AST]) -> set[int]:
@@ -245,6 +349,10 @@ class _Paths:
             # (key, item) and (number, item): the item comes last.
             target = node.target.elts[-1] if isinstance(node.target, ast.Tuple) else node.target
             self._bind(target, None if path is None else (*path, _EACH))
+        elif isinstance(node, ast.Call) and len(node.args) == 2 and isinstance(node.args[0], ast.Lambda):
+            path, own = self.of(node.args[1]), node.args[0].args.args
+            if isinstance(node.func, ast.Name) and node.func.id in ("map", "filter") and path and len(own) == 1:
+                self._known[own[0].arg] = (*path, _EACH)
 
     def _bind(self, target: ast.AST, path: _Path | None) -> None:
         if isinstance(target, ast.Name) and path:
@@ -257,6 +365,10 @@ class _Paths:
     def _call(self, node: ast.Call) -> _Path | None:
         if isinstance(node.func, ast.Attribute) and node.func.attr in ("values", "items"):
             return self.of(node.func.value)
+        if isinstance(node.func, ast.Attribute) and node.func.attr == "get_submodule" and len(node.args) == 1:
+            name, path = node.args[0], self.of(node.func.value)
+            if isinstance(name, ast.Constant) and isinstance(name.value, str) and path is not None:
+                return (*path, *name.value.split("."))
         if isinstance(node.func, ast.Name) and node.args:
             if node.func.id in ("enumerate", "list", "reversed"):
                 return self.of(node.args[0])
