@@ -60,7 +60,7 @@ def use_huge_pages(tensor: torch.Tensor) -> bool:
 
     Returns:
         True when the memory is on huge pages now. False, without an error, when it is smaller than two huge pages, not
-        on the CPU or sparse, or when the system refuses (see ``recsys_kernels.doctor()``): it then stays on 4 KiB pages.
+        on the CPU or sparse, or when the system refuses (``recsys_kernels.doctor()`` tells): it stays on 4 KiB pages.
 
     Raises:
         TypeError: it is no tensor.
