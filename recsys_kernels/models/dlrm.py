@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from recsys_kernels.data.examples import Schema
-from recsys_kernels.ops.embedding_bag import EmbeddingBagCollection, EmbeddingBagConfig, QuantizedEmbeddingBag
+from recsys_kernels.ops.embedding_bag import EmbeddingBagCollection, EmbeddingBagConfig
 from recsys_kernels.ops.int8_matmul import Int8Linear, Int8MLP
 
 # Forms of the MLPs, and what `Int8Linear` calls the treatment of activations.
@@ -129,13 +129,9 @@ class DLRM(nn.Module):
 
 def empty_tables(config: DLRMConfig) -> EmbeddingBagCollection:
     """Tables of the right shapes and types with rows still to be loaded; no float32 copy of integer rows."""
-    tables = EmbeddingBagCollection(_table_configs(config), device="meta")
     if config.embedding == "float32":
-        return tables.to_empty(device="cpu")
-    bits = int(config.embedding.removeprefix("int"))
-    for table in config.tables:
-        tables.embedding_bags[table.name] = QuantizedEmbeddingBag(table.rows, config.dim, mode=table.pooling, bits=bits)
-    return tables
+        return EmbeddingBagCollection(_table_configs(config), device="meta").to_empty(device="cpu")
+    return EmbeddingBagCollection(_table_configs(config, int(config.embedding.removeprefix("int"))))
 
 
 def _new_tables(config: DLRMConfig) -> EmbeddingBagCollection:
@@ -149,8 +145,8 @@ def _new_tables(config: DLRMConfig) -> EmbeddingBagCollection:
     return tables
 
 
-def _table_configs(config: DLRMConfig) -> list[EmbeddingBagConfig]:
-    return [EmbeddingBagConfig(t.name, t.rows, config.dim, t.features, t.pooling) for t in config.tables]
+def _table_configs(config: DLRMConfig, bits: int | None = None) -> list[EmbeddingBagConfig]:
+    return [EmbeddingBagConfig(t.name, t.rows, config.dim, t.features, t.pooling, bits=bits) for t in config.tables]
 
 
 class Head(nn.Module):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -14,7 +14,8 @@ from .bag import EmbeddingBag
 from .quantized import QuantizedEmbeddingBag
 from .reference import MODES
 
-FeatureInput = Mapping[str, tuple[torch.Tensor, torch.Tensor | None]]
+FeatureInput = Mapping[str, tuple[torch.Tensor, torch.Tensor | None] | torch.Tensor]
+_FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 def _refresh_after_load(module: EmbeddingBagCollection, _: Any) -> None:
@@ -32,7 +33,8 @@ class EmbeddingBagConfig:
         feature_names: the features looked up in this table, each with its own columns in the output. Default: one
             feature with the name of the table.
         pooling: ``"sum"``, ``"mean"`` or ``"max"``.
-        weight_dtype: type of the rows; None takes the collection's.
+        weight_dtype: floating-point type of the rows, or of the output of integer rows; None takes the collection's.
+        bits: 8 or 4 for integer rows, whose values are still to be loaded; None for floats.
     """
 
     name: str
@@ -41,6 +43,7 @@ class EmbeddingBagConfig:
     feature_names: Sequence[str] | None = None
     pooling: str = "sum"
     weight_dtype: torch.dtype | None = None
+    bits: int | None = None
 
     def __post_init__(self) -> None:
         if self.pooling not in MODES:
@@ -53,11 +56,31 @@ class EmbeddingBagConfig:
             raise ValueError(f"a table's name must not be empty or hold a dot, but is {self.name!r}")
         if self.feature_names is not None and not self.feature_names:
             raise ValueError(f"feature_names of table {self.name!r} must not be empty")
+        if self.bits not in (None, 8, 4):
+            raise ValueError(f"bits of table {self.name!r} must be 8, 4 or None, but is {self.bits!r}")
+        if self.weight_dtype is not None:
+            _check_dtype(f"weight_dtype of table {self.name!r}", self.weight_dtype)
 
     @property
     def features(self) -> tuple[str, ...]:
         """The names of the features looked up in this table."""
         return (self.name,) if self.feature_names is None else tuple(self.feature_names)
+
+
+def _check_dtype(what: str, dtype: torch.dtype) -> None:
+    if dtype not in _FLOATS:
+        raise ValueError(
+            f"{what} must be float64, float32, float16 or bfloat16, but is {dtype}; bits=8 gives int8 rows"
+        )
+
+
+def _new_bag(
+    config: EmbeddingBagConfig, weight_dtype: torch.dtype, device: torch.device | str | None
+) -> EmbeddingBag | QuantizedEmbeddingBag:
+    rows, dim, mode, dtype = config.num_embeddings, config.embedding_dim, config.pooling, config.weight_dtype
+    if config.bits is None:
+        return EmbeddingBag(rows, dim, mode=mode, device=device, dtype=dtype or weight_dtype)
+    return QuantizedEmbeddingBag(rows, dim, mode=mode, bits=config.bits, device=device, dtype=dtype or weight_dtype)
 
 
 class _Operands(NamedTuple):
@@ -95,13 +118,8 @@ class EmbeddingBagCollection(torch.nn.Module):
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
-        bags = {
-            t.name: EmbeddingBag(
-                t.num_embeddings, t.embedding_dim, mode=t.pooling, device=device, dtype=t.weight_dtype or weight_dtype
-            )
-            for t in tables
-        }
-        self._build(tables, bags)
+        _check_dtype("weight_dtype", weight_dtype)
+        self._build(tables, {t.name: _new_bag(t, weight_dtype, device) for t in tables})
 
     def _build(self, tables: Sequence[EmbeddingBagConfig], bags: Mapping[str, torch.nn.Module]) -> None:
         self.tables = tuple(tables)
@@ -174,7 +192,8 @@ class EmbeddingBagCollection(torch.nn.Module):
         }
         new = EmbeddingBagCollection.__new__(EmbeddingBagCollection)
         torch.nn.Module.__init__(new)
-        new._build(self.tables, bags)
+        bits_of = {name: bag.bits if isinstance(bag, QuantizedEmbeddingBag) else None for name, bag in bags.items()}
+        new._build([replace(t, bits=bits_of[t.name]) for t in self.tables], bags)
         return new.train(self.training)
 
     def forward(
@@ -189,7 +208,7 @@ class EmbeddingBagCollection(torch.nn.Module):
         Args:
             indices: int32 or int64 [N], feature-major: all bags of the first feature, then of the second, as in
                 FBGEMM and TorchRec. Or a mapping from every feature's name to its ``(indices [N], offsets [B])`` as
-                for ``torch.nn.EmbeddingBag``, or to ``(indices [B, L], None)``.
+                for ``torch.nn.EmbeddingBag``, or to ``indices [B, L]``, alone or as ``(indices [B, L], None)``.
             offsets: int32 or int64 [F * B + 1]; None with a mapping.
             per_sample_weights: one factor an index, [N]; of no effect on max pooled features.
             include_last_offset: the offsets in a mapping have B + 1 entries.
@@ -200,6 +219,7 @@ class EmbeddingBagCollection(torch.nn.Module):
 
         Raises:
             ValueError: missing or unknown features, batch sizes that differ.
+            TypeError: what a mapping has for a feature is neither a pair nor a tensor.
             IndexError: an index out of range; names table, feature, position, value and range.
             RuntimeError: wrong types or offsets.
         """
@@ -296,7 +316,7 @@ class EmbeddingBagCollection(torch.nn.Module):
         starts: list[torch.Tensor] = []
         before = 0
         for name in self.feature_names:
-            own, offsets = features[name]
+            own, offsets = self._pair(name, features[name])
             if offsets is None:
                 if own.dim() != 2:
                     raise ValueError(f"feature {name!r} has no offsets, so its indices must be 2-D, each row a bag")
@@ -315,6 +335,24 @@ class EmbeddingBagCollection(torch.nn.Module):
             before += own.numel()
         starts.append(starts[0].new_full((1,), before))
         return torch.cat(ids), torch.cat(starts)
+
+    @staticmethod
+    def _pair(name: str, value: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """What a mapping has for a feature; a bare tensor would fall into its rows."""
+        if isinstance(value, torch.Tensor):
+            if value.dim() == 2:
+                return value, None
+            raise ValueError(f"feature {name!r} is a {value.dim()}-D tensor without offsets; give (indices, offsets)")
+        if isinstance(value, (tuple, list)) and len(value) == 3:
+            raise TypeError(
+                f"feature {name!r} has three parts; a mapping takes no per_sample_weights: give all features joined"
+            )
+        if not isinstance(value, (tuple, list)) or len(value) != 2:
+            raise TypeError(f"feature {name!r} must be (indices, offsets), but is {type(value).__name__}")
+        for what, part in zip(("indices", "offsets"), value, strict=True):
+            if not (isinstance(part, torch.Tensor) or (part is None and what == "offsets")):
+                raise TypeError(f"{what} of feature {name!r} must be a tensor, but is {type(part).__name__}")
+        return value[0], value[1]
 
     @staticmethod
     def _cut(
