@@ -531,14 +531,20 @@ def test_doctor_says_why_something_is_missing(tmp_path: Path) -> None:
 
 
 def test_importing_is_cheap() -> None:
-    """At most 50 ms of CPU time on top of torch, in the fastest of several processes: other tests run beside it."""
-    script = "import torch, time\nt = time.process_time()\nimport recsys_kernels\nprint(time.process_time() - t)"
+    """At most 50 ms of CPU time on top of torch, or 4 % of what torch took in the same process.
+
+    The latter is about as much, and holds where other tests slow both down. The best of several processes.
+    """
+    script = (
+        "from time import process_time as now\nstart = now()\nimport torch\nmiddle = now()\nimport recsys_kernels\n"
+        "print(middle - start, now() - middle)"
+    )
     times = []
     for _ in range(8):
-        times.append(float(run_python(script).stdout))
-        if min(times) < 0.05:
+        times.append(tuple(map(float, run_python(script).stdout.split())))
+        if any(own < max(0.05, 0.04 * torchs) for torchs, own in times):
             break
-    assert min(times) < 0.05, times
+    assert any(own < max(0.05, 0.04 * torchs) for torchs, own in times), times
 
 
 def test_importing_loads_nothing_heavy() -> None:
