@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from .compress.calibrate import calibrate
     from .compress.equalize import equalize
     from .compress.optimize import optimize
-    from .doctor import doctor
+    from ._doctor import doctor
     from .models import load_model
 
 __version__ = "0.1.0"
@@ -70,7 +70,7 @@ except (ValueError, RuntimeError) as error:
 # Imported at first use: a program that only looks rows up pays nothing for them.
 _LATER = {
     "calibrate": ".compress.calibrate",
-    "doctor": ".doctor",
+    "doctor": "._doctor",
     "equalize": ".compress.equalize",
     "load_model": ".models",
     "optimize": ".compress.optimize",

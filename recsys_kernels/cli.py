@@ -167,7 +167,7 @@ _positive.__name__ = _natural.__name__ = "number"  # argparse then says: invalid
 
 
 def _doctor() -> int:
-    from .doctor import doctor
+    from ._doctor import doctor
 
     try:
         doctor()
