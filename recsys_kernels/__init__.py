@@ -20,10 +20,10 @@ from .ops.embedding_bag import (
 from .ops.int8_matmul import Int8Linear, Int8MLP
 
 if TYPE_CHECKING:
+    from ._doctor import doctor
     from .compress.calibrate import calibrate
     from .compress.equalize import equalize
     from .compress.optimize import optimize
-    from ._doctor import doctor
     from .models import load_model
 
 __version__ = "0.1.0"
