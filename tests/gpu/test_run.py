@@ -299,10 +299,9 @@ def test_interruption_leaves_a_record(fake: Fake, tmp_path: Path) -> None:
 # ---- the steps, on the CPU ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("backend", ["cpu", "emulated"])
-def test_tests_of_the_device_are_right(backend: str) -> None:
-    """On the CPU's kernels, which other tests know to be right, and on the emulated ones, which raise as a GPU's do."""
-    options = ["-q", "-o", "addopts=", "-p", "no:cacheprovider", f"--backend={backend}", str(HERE / "device")]
+def test_tests_of_the_device_are_right() -> None:
+    """On the emulated kernels, which other tests know to be right, and which raise as a GPU's do."""
+    options = ["-q", "-o", "addopts=", "-p", "no:cacheprovider", "--backend=emulated", str(HERE / "device")]
     done = subprocess.run(
         [sys.executable, "-m", "pytest", *options], cwd=ROOT, capture_output=True, text=True, timeout=900
     )
