@@ -38,13 +38,9 @@ def pytest_configure() -> None:
         torch.set_num_threads(1)  # the other cores have processes of their own
 
 
-@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Keeps the tests of a file in one process, with what they compile, and sorts the files."""
     order = {HERE / name: number for number, name in enumerate(FIRST)}
     items.sort(key=lambda item: order.get(item.path, len(order)))
-    for item in items if "PYTEST_XDIST_WORKER" in os.environ else ():
-        item.add_marker(pytest.mark.xdist_group(str(item.path.relative_to(HERE))))
 
 
 @pytest.fixture(autouse=True, scope="session")
