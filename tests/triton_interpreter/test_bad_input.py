@@ -14,7 +14,7 @@ import recsys_kernels as rk
 from recsys_kernels.ops.embedding_bag import reference
 from recsys_kernels.ops.embedding_bag import triton as kernels
 from recsys_kernels.ops.embedding_bag.reference import MAX, MEAN, SUM
-from recsys_kernels.testing import FLOAT_DTYPES, BagSample, assert_matches, expected_embedding_bag
+from recsys_kernels.testing import BagSample, assert_matches, expected_embedding_bag
 
 SCALES = torch.ones(7, 2, dtype=torch.float16)
 EMPTY = torch.empty(0, dtype=torch.float16)
@@ -38,7 +38,7 @@ def guarded(tensor: torch.Tensor, before: bool = False) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("before", [False, True])
-@pytest.mark.parametrize("dtype", FLOAT_DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_reads_nothing_outside(dtype: torch.dtype, before: bool) -> None:
     for dim in (1, 5, 8, 33):
         for mode in (SUM, MEAN, MAX):
