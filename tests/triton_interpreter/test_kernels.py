@@ -26,12 +26,12 @@ from recsys_kernels.testing import (
 SAMPLES = {dtype: embedding_bag_samples(dtype, small=True) for dtype in FLOAT_DTYPES}
 # The other types are the same code but for the type: a sample of each kind.
 FEW = ("width-33", "int32-int64", "matrix", "padding-0", "strided-indices", "last-offset-b", "only-empty")
-# bfloat16 differs from float16 by nothing but its name: one kind.
+# Two types differ from the others by nothing but their name: one kind.
 LEAST = ("width-33", "only-empty")
 
 
 def chosen(dtype: torch.dtype, keep: Callable[[BagSample], bool]) -> list[Any]:
-    names = {torch.float32: ("",), torch.bfloat16: LEAST}.get(dtype, FEW)
+    names = {torch.float32: ("",), torch.bfloat16: LEAST, torch.float64: LEAST}.get(dtype, FEW)
     samples = [s for s in SAMPLES[dtype] if keep(s) and s.name.startswith(names)]
     return [pytest.param(s, id=f"{s.name}-{str(dtype)[6:]}") for s in samples]
 
