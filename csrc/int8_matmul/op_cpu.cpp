@@ -12,21 +12,20 @@
 #include <memory>
 #include <vector>
 
+#include "arguments.h"
 #include "common/isa.h"
-#include "common/tensor_view.h"
-#include "kernel.h"
 
 namespace {
 
 using rk::block;
 using rk::check;
 using rk::Epilogue;
+using rk::float_type;
 using rk::FloatMatrix;
 using rk::FloatType;
 using rk::Int8MatmulKernels;
 using rk::Layer;
 using rk::LayerHeader;
-using rk::raise;
 using rk::RowScale;
 using rk::ScalarType;
 using rk::Scheme;
@@ -45,19 +44,6 @@ const Int8MatmulKernels& kernels() {
 #endif
     default:
       return rk_int8_matmul_generic;
-  }
-}
-
-FloatType float_type(ScalarType t, const char* name) {
-  switch (t) {
-    case ScalarType::Float:
-      return FloatType::f32;
-    case ScalarType::Half:
-      return FloatType::f16;
-    case ScalarType::BFloat16:
-      return FloatType::bf16;
-    default:
-      raise<std::runtime_error>(name, " must be float32, float16 or bfloat16, but is ", rk::type_name(t));
   }
 }
 

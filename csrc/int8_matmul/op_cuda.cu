@@ -16,29 +16,17 @@
 #include <string>
 #include <vector>
 
-#include "common/tensor_view.h"
+#include "arguments.h"
 
 namespace {
 
 using rk::check;
+using rk::float_type;
 using rk::FloatType;
 using rk::raise;
 using rk::ScalarType;
 using rk::Scheme;
 using rk::Tensor;
-
-FloatType float_type(ScalarType t, const char* name) {
-  switch (t) {
-    case ScalarType::Float:
-      return FloatType::f32;
-    case ScalarType::Half:
-      return FloatType::f16;
-    case ScalarType::BFloat16:
-      return FloatType::bf16;
-    default:
-      raise<std::runtime_error>(name, " must be float32, float16 or bfloat16, but is ", rk::type_name(t));
-  }
-}
 
 std::string device_name(const Tensor& t) {
   return t.is_cpu() ? "cpu" : t.is_cuda() ? "cuda:" + std::to_string(t.get_device_index()) : "another device";

@@ -184,8 +184,13 @@ def test_seed_gives_the_same_order_again() -> None:
 
 def test_nvcc_compiles_what_the_emulation_runs(tmp_path: Path) -> None:
     """Else the emulation would accept what no GPU does."""
-    for source in sorted(PROGRAMS.glob("*.cu")):
-        nvcc("-arch=sm_90", "-ptx", source, "-o", tmp_path / "program.ptx")
+    sources = sorted(PROGRAMS.glob("*.cu"))
+    assert len(sources) > 3
+    for source in sources:
+        ptx = tmp_path / f"{source.stem}.ptx"
+        nvcc("-arch=sm_90", "-ptx", source, "-o", ptx)
+        # main.cu only calls what the others hold.
+        assert (".entry" in ptx.read_text()) == (source.name != "main.cu"), source.name
 
 
 def nvcc(*arguments: str | Path) -> None:

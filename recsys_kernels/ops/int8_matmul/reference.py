@@ -78,6 +78,12 @@ def _check_qparams(scale: float, zero_point: float) -> tuple[float, float]:
     return scale, zero_point
 
 
+def _check_input(input: torch.Tensor, weight: torch.Tensor) -> None:
+    _check(input.dim() >= 1, "input must have at least 1 dimension, but has 0")
+    _check(input.device == weight.device, f"input is on {input.device}, but weight on {weight.device}")
+    _check_width(input, weight.shape[1], weight.shape[0])
+
+
 def _check_numbers(in_features: int, out_features: int, group: int, scheme: int, activation: int) -> None:
     _check(
         1 <= in_features <= MAX_IN_FEATURES and out_features >= 1,
@@ -239,9 +245,7 @@ def int8_linear(
     """One layer over [..., K]: quantization of the input, integer product, scales, bias, activation."""
     _check_floats(input, dtype)
     layer = _checked_layer(weight, weight_scale, group, bias, input_qparams, scheme, activation)
-    _check(input.dim() >= 1, "input must have at least 1 dimension, but has 0")
-    _check(input.device == weight.device, f"input is on {input.device}, but weight on {weight.device}")
-    _check_width(input, weight.shape[1], weight.shape[0])
+    _check_input(input, weight)
     rows = input.float().reshape(-1, weight.shape[1])
     return _run(rows, layer).to(dtype).reshape(*input.shape[:-1], weight.shape[0])
 

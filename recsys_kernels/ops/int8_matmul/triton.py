@@ -180,9 +180,7 @@ def _check_arguments(
         _check(same, f"input_qparams must be on the device of weight ({weight.device})")
     rest = DYNAMIC if scheme == STATIC else scheme
     reference._checked_layer(weight, weight_scale, group, bias, None, rest, activation)
-    _check(input.dim() >= 1, "input must have at least 1 dimension, but has 0")
-    _check(input.device == weight.device, f"input is on {input.device}, but weight on {weight.device}")
-    reference._check_width(input, weight.shape[1], weight.shape[0])
+    reference._check_input(input, weight)
     _check(weight.shape[0] < _MOST_COLUMNS, f"weight must have fewer than {_MOST_COLUMNS} rows on a GPU")
 
 
