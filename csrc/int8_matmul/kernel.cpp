@@ -2,7 +2,8 @@
 // linkage.
 #include "kernel.h"
 
-#include "functions.h"
+#include "common/functions.h"
+#include "common/quantize_rows.h"
 
 #define RK_CONCAT2(a, b) a##b
 #define RK_CONCAT(a, b) RK_CONCAT2(a, b)
@@ -10,14 +11,8 @@
 namespace {
 
 using rk::block;
-using rk::FloatMatrix;
-using rk::FloatType;
 using rk::Layer;
-using rk::RowScale;
-using rk::Scheme;
 using rk::Scratch;
-using simd::lanes;
-using simd::vi;
 
 constexpr int64_t block_bytes = 4 * block;  // of one block of columns and 4 of k
 constexpr int vectors_a_block = block / simd::lanes;
@@ -35,82 +30,6 @@ constexpr int64_t bytes_for_four = simd::splits_bytes ? 8 : 4;
 #endif
 constexpr int wide_rows = 6;
 constexpr int64_t wide_columns = simd::splits_bytes ? most_blocks * block : 0;
-
-// ---- quantization ----
-
-inline int32_t round_one(float x) {
-  int32_t of[lanes];
-  const vi rounded = simd::round_i(simd::broadcast(x));
-  std::memcpy(of, &rounded, sizeof of);
-  return of[0];
-}
-
-inline vf load_part(const float* x, int64_t k, int64_t n) {
-  return n - k >= lanes ? simd::load_f32(x + k) : simd::load_f32(x + k, static_cast<int>(n - k));
-}
-
-struct Range {
-  float low, high;  // zero is always inside
-  bool finite;
-};
-
-Range range_of(const float* x, int64_t n) {
-  vf low = simd::zero(), high = simd::zero();
-  vi bits = simd::zero_i();
-  for (int64_t k = 0; k < n; k += lanes) {
-    const vf v = load_part(x, k, n);
-    low = simd::at_most(v, low);
-    high = simd::at_least(v, high);
-    bits = simd::max_i(bits, simd::magnitude_bits(v));
-  }
-  return {simd::smallest(low), simd::largest(high), simd::largest_i(bits) < 0x7f800000};
-}
-
-// Floats to bytes, with the scale and zero point of their row.
-class Quantizer {
- public:
-  explicit Quantizer(const RowScale& row)
-      : inverse_(simd::broadcast(1.0f / row.scale)),
-        low_(simd::broadcast(static_cast<float>(-row.zero_point))),
-        high_(simd::broadcast(static_cast<float>(255 - row.zero_point))),
-        zero_(simd::broadcast_i(row.zero_point)) {}
-
-  vi operator()(vf x) const {
-    x = simd::at_least(simd::at_most(simd::mul(x, inverse_), high_), low_);
-    return simd::add_i(simd::round_i(x), zero_);
-  }
-
- private:
-  vf inverse_, low_, high_;
-  vi zero_;
-};
-
-RowScale quantize_row(const Layer& layer, const float* x, uint8_t* q) {
-  const Range range = range_of(x, layer.k);
-  if (!range.finite) {
-    std::memset(q, 0, static_cast<size_t>(layer.padded_k()));
-    return {simd::float_of(0x7fc00000), 0};
-  }
-  RowScale row{layer.input_scale, layer.input_zero_point};
-  if (layer.scheme == Scheme::dynamic) {
-    // Divided before they are subtracted: the difference can exceed the largest float.
-    constexpr float part = 1.0f / 255.0f, least = 7.88860905e-31f;  // 2^-100
-    row.scale = range.high * part - range.low * part;
-    if (row.scale < least) row.scale = least;
-    const int32_t zero = round_one(-range.low * (1.0f / row.scale));
-    row.zero_point = zero < 0 ? 0 : zero > 255 ? 255 : zero;
-  }
-  const Quantizer quantize(row);
-  int64_t k = 0;
-  for (; k + lanes <= layer.k; k += lanes) simd::store_u8(q + k, quantize(simd::load_f32(x + k)));
-  if (k < layer.k) {
-    uint8_t last[lanes];
-    simd::store_u8(last, quantize(load_part(x, k, layer.k)));
-    std::memcpy(q + k, last, static_cast<size_t>(layer.k - k));
-  }
-  std::memset(q + layer.k, 0, static_cast<size_t>(layer.padded_k() - layer.k));
-  return row;
-}
 
 // ---- tiles ----
 
@@ -413,27 +332,6 @@ void multiply(const Layer& layer, Tile t, int64_t rows, int64_t first_block, int
   }
 }
 
-vf load_as_float(const FloatMatrix& m, int64_t at, int n) {
-  const uint16_t* p = static_cast<const uint16_t*>(m.data) + at;
-  return m.type == FloatType::f16 ? simd::load_f16(p, n) : simd::load_bf16(p, n);
-}
-
-void to_floats(const FloatMatrix& m, int64_t row, int64_t count, float* out) {
-  for (int64_t c = 0; c < count; c += lanes) {
-    const int n = count - c < lanes ? static_cast<int>(count - c) : lanes;
-    simd::store_f32(out + c, load_as_float(m, row * m.stride + c, n), n);
-  }
-}
-
-void from_floats(const float* x, int64_t count, const FloatMatrix& m, int64_t row) {
-  for (int64_t c = 0; c < count; c += lanes) {
-    const int n = count - c < lanes ? static_cast<int>(count - c) : lanes;
-    uint16_t* p = static_cast<uint16_t*>(m.data) + row * m.stride + c;
-    const vf v = simd::load_f32(x + c, n);
-    m.type == FloatType::f16 ? simd::store_f16(p, v, n) : simd::store_bf16(p, v, n);
-  }
-}
-
 // `rows` rows from `row` on through all layers. The output of a layer stays in the scratch, in cache.
 void run_slice(const Layer* layers, int64_t count, const FloatMatrix& in, const FloatMatrix& out, int64_t row,
                int64_t rows, int64_t first_block, int64_t last_block, const Scratch& scratch) {
@@ -461,7 +359,10 @@ void run_slice(const Layer* layers, int64_t count, const FloatMatrix& in, const 
       t.rows = scratch.scales[side];
       for (int64_t r = 0; r < rows; ++r) {
         uint8_t* q = scratch.bytes[side] + r * scratch.bytes_stride;
-        if (!quantized) scratch.scales[side][r] = quantize_row(layer, x + r * x_stride, q);
+        if (!quantized) {
+          scratch.scales[side][r] = quantize_row(layer.scheme, {layer.input_scale, layer.input_zero_point},
+                                                 x + r * x_stride, layer.k, layer.padded_k(), q);
+        }
         if (simd::splits_bytes) simd::split_bytes(q, layer.padded_k());
       }
     }

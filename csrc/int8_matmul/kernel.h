@@ -5,14 +5,9 @@
 
 #include <cstdint>
 
+#include "common/linear.h"
+
 namespace rk {
-
-enum class FloatType : int32_t { f32, f16, bf16 };
-
-// How activations come in: quantized row by row, with one scale for all, or left as floats.
-enum class Scheme : int32_t { dynamic, fixed, weight_only };
-
-enum class Epilogue : int32_t { none, relu, gelu, sigmoid, silu };
 
 constexpr int64_t block = 16;  // output columns that lie together in a packed layer
 
@@ -42,19 +37,6 @@ struct Layer {
 
   int64_t padded_k() const { return (k + 3) / 4 * 4; }
   int64_t padded_n() const { return (n + block - 1) / block * block; }
-};
-
-// A matrix of floats whose rows stand `stride` elements apart.
-struct FloatMatrix {
-  void* data;
-  int64_t stride;
-  FloatType type;
-};
-
-// One row of quantized activations stands for scale * (q - zero_point).
-struct RowScale {
-  float scale;  // NaN where the row holds NaN or infinity
-  int32_t zero_point;
 };
 
 // Memory for `rows` rows of every layer's input and output.

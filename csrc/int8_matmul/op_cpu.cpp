@@ -12,8 +12,9 @@
 #include <memory>
 #include <vector>
 
-#include "arguments.h"
 #include "common/isa.h"
+#include "common/linear_arguments.h"
+#include "kernel.h"
 
 namespace {
 

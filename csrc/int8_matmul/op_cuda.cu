@@ -16,7 +16,7 @@
 #include <string>
 #include <vector>
 
-#include "arguments.h"
+#include "common/linear_arguments.h"
 
 namespace {
 

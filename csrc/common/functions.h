@@ -1,8 +1,8 @@
 // Activation functions on vectors, in float32.
 #pragma once
 
-#include "common/simd.h"
-#include "kernel.h"
+#include "linear.h"
+#include "simd.h"
 
 namespace {
 

@@ -1,8 +1,8 @@
-// Checks of arguments that the operators of every device share.
+// Checks of arguments that the linear operators of every device share.
 #pragma once
 
-#include "common/tensor_view.h"
-#include "kernel.h"
+#include "linear.h"
+#include "tensor_view.h"
 
 namespace rk {
 

@@ -1,0 +1,116 @@
+// Rows of activations: to bytes, and between float types.
+#pragma once
+
+#include "linear.h"
+#include "simd.h"
+
+namespace {
+
+using rk::FloatMatrix;
+using rk::FloatType;
+using rk::RowScale;
+using rk::Scheme;
+using simd::lanes;
+using simd::vf;
+using simd::vi;
+
+inline int32_t round_one(float x) {
+  int32_t of[lanes];
+  const vi rounded = simd::round_i(simd::broadcast(x));
+  std::memcpy(of, &rounded, sizeof of);
+  return of[0];
+}
+
+inline vf load_part(const float* x, int64_t k, int64_t n) {
+  return n - k >= lanes ? simd::load_f32(x + k) : simd::load_f32(x + k, static_cast<int>(n - k));
+}
+
+struct Range {
+  float low, high;  // zero is always inside
+  bool finite;
+};
+
+inline Range range_of(const float* x, int64_t n) {
+  vf low = simd::zero(), high = simd::zero();
+  vi bits = simd::zero_i();
+  for (int64_t k = 0; k < n; k += lanes) {
+    const vf v = load_part(x, k, n);
+    low = simd::at_most(v, low);
+    high = simd::at_least(v, high);
+    bits = simd::max_i(bits, simd::magnitude_bits(v));
+  }
+  return {simd::smallest(low), simd::largest(high), simd::largest_i(bits) < 0x7f800000};
+}
+
+// Floats to bytes, with the scale and zero point of their row.
+class Quantizer {
+ public:
+  explicit Quantizer(const RowScale& row)
+      : inverse_(simd::broadcast(1.0f / row.scale)),
+        low_(simd::broadcast(static_cast<float>(-row.zero_point))),
+        high_(simd::broadcast(static_cast<float>(255 - row.zero_point))),
+        zero_(simd::broadcast_i(row.zero_point)) {}
+
+  vi operator()(vf x) const {
+    x = simd::at_least(simd::at_most(simd::mul(x, inverse_), high_), low_);
+    return simd::add_i(simd::round_i(x), zero_);
+  }
+
+ private:
+  vf inverse_, low_, high_;
+  vi zero_;
+};
+
+// The `k` floats of a row to bytes, with zeros up to `padded_k`. A dynamic scheme takes scale and zero point
+// from the row, another those of `fixed`. A row with NaN or infinity has the scale NaN.
+inline RowScale quantize_row(Scheme scheme, const RowScale& fixed, const float* x, int64_t k,
+                             int64_t padded_k, uint8_t* q) {
+  const Range range = range_of(x, k);
+  if (!range.finite) {
+    std::memset(q, 0, static_cast<size_t>(padded_k));
+    return {simd::float_of(0x7fc00000), 0};
+  }
+  RowScale row = fixed;
+  if (scheme == Scheme::dynamic) {
+    // Divided before they are subtracted: the difference can exceed the largest float.
+    constexpr float part = 1.0f / 255.0f, least = 7.88860905e-31f;  // 2^-100
+    row.scale = range.high * part - range.low * part;
+    if (row.scale < least) row.scale = least;
+    const int32_t zero = round_one(-range.low * (1.0f / row.scale));
+    row.zero_point = zero < 0 ? 0 : zero > 255 ? 255 : zero;
+  }
+  const Quantizer quantize(row);
+  int64_t i = 0;
+  for (; i + lanes <= k; i += lanes) simd::store_u8(q + i, quantize(simd::load_f32(x + i)));
+  if (i < k) {
+    uint8_t last[lanes];
+    simd::store_u8(last, quantize(load_part(x, i, k)));
+    std::memcpy(q + i, last, static_cast<size_t>(k - i));
+  }
+  std::memset(q + k, 0, static_cast<size_t>(padded_k - k));
+  return row;
+}
+
+// Types of 16 bits.
+inline vf load_as_float(const FloatMatrix& m, int64_t at, int n) {
+  const uint16_t* p = static_cast<const uint16_t*>(m.data) + at;
+  return m.type == FloatType::f16 ? simd::load_f16(p, n) : simd::load_bf16(p, n);
+}
+
+inline void to_floats(const FloatMatrix& m, int64_t row, int64_t count, float* out) {
+  for (int64_t c = 0; c < count; c += lanes) {
+    const int n = count - c < lanes ? static_cast<int>(count - c) : lanes;
+    simd::store_f32(out + c, load_as_float(m, row * m.stride + c, n), n);
+  }
+}
+
+inline void from_floats(const float* x, int64_t count, const FloatMatrix& m, int64_t row) {
+  for (int64_t c = 0; c < count; c += lanes) {
+    const int n = count - c < lanes ? static_cast<int>(count - c) : lanes;
+    uint16_t* p = static_cast<uint16_t*>(m.data) + row * m.stride + c;
+    const vf v = simd::load_f32(x + c, n);
+    m.type == FloatType::f16 ? simd::store_f16(p, v, n) : simd::store_bf16(p, v, n);
+  }
+}
+
+}  // namespace

@@ -1,0 +1,120 @@
+// simd.h's vectors in AVX-512. Included by simd.h only, inside its namespaces.
+#pragma once
+
+constexpr int lanes = 16;
+constexpr int max_vectors = 16;
+using vf = __m512;
+using mask = __mmask16;
+
+inline mask first(int n) { return static_cast<mask>((1u << n) - 1); }
+inline vf zero() { return _mm512_setzero_ps(); }
+inline vf broadcast(float x) { return _mm512_set1_ps(x); }
+inline vf fma(vf a, vf b, vf c) { return _mm512_fmadd_ps(a, b, c); }
+inline vf mul(vf a, vf b) { return _mm512_mul_ps(a, b); }
+inline vf add(vf a, vf b) { return _mm512_add_ps(a, b); }
+inline float sum(vf a) { return _mm512_reduce_add_ps(a); }
+
+inline vf from_u8(__m128i x) { return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(x)); }
+inline vf from_bf16(__m256i x) {
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16));
+}
+inline void from_i4(__m128i x, vf& even, vf& odd) {
+  const __m512i u = _mm512_cvtepu8_epi32(x);
+  even = _mm512_cvtepi32_ps(_mm512_and_si512(u, _mm512_set1_epi32(15)));
+  odd = _mm512_cvtepi32_ps(_mm512_srli_epi32(u, 4));
+}
+
+inline vf load_f32(const float* p) { return _mm512_loadu_ps(p); }
+inline vf load_f32(const float* p, int n) { return _mm512_maskz_loadu_ps(first(n), p); }
+inline vf load_f16(const void* p) {
+  return _mm512_cvtph_ps(_mm256_loadu_si256(static_cast<const __m256i*>(p)));
+}
+inline vf load_f16(const void* p, int n) { return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(first(n), p)); }
+inline vf load_bf16(const void* p) { return from_bf16(_mm256_loadu_si256(static_cast<const __m256i*>(p))); }
+inline vf load_bf16(const void* p, int n) { return from_bf16(_mm256_maskz_loadu_epi16(first(n), p)); }
+inline vf load_u8(const void* p) { return from_u8(_mm_loadu_si128(static_cast<const __m128i*>(p))); }
+inline vf load_u8(const void* p, int n) { return from_u8(_mm_maskz_loadu_epi8(first(n), p)); }
+inline void load_i4(const void* p, vf& even, vf& odd) {
+  from_i4(_mm_loadu_si128(static_cast<const __m128i*>(p)), even, odd);
+}
+inline void load_i4(const void* p, int n, vf& even, vf& odd) {
+  from_i4(_mm_maskz_loadu_epi8(first(n), p), even, odd);
+}
+
+inline void interleave(vf& even, vf& odd) {
+  const __m512i low = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+  const __m512i high = _mm512_setr_epi32(8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+  const vf a = _mm512_permutex2var_ps(even, low, odd);
+  odd = _mm512_permutex2var_ps(even, high, odd);
+  even = a;
+}
+
+inline void store_f32(float* p, vf x) { _mm512_storeu_ps(p, x); }
+inline void store_f32(float* p, vf x, int n) { _mm512_mask_storeu_ps(p, first(n), x); }
+
+inline vf sub(vf a, vf b) { return _mm512_sub_ps(a, b); }
+inline vf div(vf a, vf b) { return _mm512_div_ps(a, b); }
+inline vf at_most(vf x, vf limit) { return _mm512_min_ps(limit, x); }
+inline vf at_least(vf x, vf limit) { return _mm512_max_ps(limit, x); }
+inline float smallest(vf x) { return _mm512_reduce_min_ps(x); }
+inline float largest(vf x) { return _mm512_reduce_max_ps(x); }
+
+using vi = __m512i;
+inline vi zero_i() { return _mm512_setzero_si512(); }
+inline vi broadcast_i(int32_t x) { return _mm512_set1_epi32(x); }
+inline vi load_i32(const int32_t* p) { return _mm512_loadu_si512(p); }
+inline vi add_i(vi a, vi b) { return _mm512_add_epi32(a, b); }
+inline vi sub_i(vi a, vi b) { return _mm512_sub_epi32(a, b); }
+inline vi mul_i(vi a, vi b) { return _mm512_mullo_epi32(a, b); }
+inline vi max_i(vi a, vi b) { return _mm512_max_epi32(a, b); }
+inline int32_t largest_i(vi x) { return _mm512_reduce_max_epi32(x); }
+inline vf to_float(vi x) { return _mm512_cvtepi32_ps(x); }
+inline vi round_i(vf x) { return _mm512_cvtps_epi32(x); }
+inline vi bits_i(vf x) { return _mm512_castps_si512(x); }
+inline vf float_i(vi x) { return _mm512_castsi512_ps(x); }
+inline vi magnitude_bits(vf x) { return _mm512_and_si512(bits_i(x), _mm512_set1_epi32(0x7fffffff)); }
+inline bool all_finite(vf x) {
+  return _mm512_cmpgt_epi32_mask(magnitude_bits(x), _mm512_set1_epi32(0x7f7fffff)) == 0;
+}
+inline vi shift_left_23(vi x) { return _mm512_slli_epi32(x, 23); }
+inline void store_u8(uint8_t* p, vi x) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(x));
+}
+template <int J>
+inline vf weight_as_float(const int8_t* p) {
+  return to_float(_mm512_srai_epi32(_mm512_slli_epi32(_mm512_loadu_si512(p), 24 - 8 * J), 24));
+}
+#if defined(__AVX512VNNI__)
+using Weights4 = vi;
+using Bytes4 = vi;
+inline Weights4 load_weights(const int8_t* p) { return _mm512_loadu_si512(p); }
+constexpr bool splits_bytes = false;
+inline Bytes4 broadcast_bytes(const uint8_t* p) { return _mm512_set1_epi32(load_word(p)); }
+// In assembly: gcc 12 copies every accumulator there and back around the intrinsic.
+inline vi dot(vi acc, Bytes4 a, Weights4 w) {
+  asm("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(a), "vm"(w));
+  return acc;
+}
+#else
+struct Weights4 {
+  vi even, odd;
+};
+using Bytes4 = Weights4;
+inline Weights4 load_weights(const int8_t* p) {
+  const vi w = _mm512_loadu_si512(p);
+  return {_mm512_srai_epi16(_mm512_slli_epi16(w, 8), 8), _mm512_srai_epi16(w, 8)};
+}
+constexpr bool splits_bytes = true;
+inline vi broadcast_word(const uint8_t* p) { return _mm512_set1_epi32(load_word(p)); }
+inline Bytes4 broadcast_bytes(const uint8_t* p) { return {broadcast_word(p), broadcast_word(p + 4)}; }
+inline vi load_i16(const int16_t* p) { return _mm512_loadu_si512(p); }
+inline void store_i16(int16_t* p, vi x) { _mm512_storeu_si512(p, x); }
+inline vi add_pairs(vi acc, vi a, vi b) {
+  vi products;
+  asm("vpmaddwd %3, %2, %1\n\tvpaddd %1, %0, %0" : "+v"(acc), "=&v"(products) : "v"(a), "v"(b));
+  return acc;
+}
+inline vi dot(vi acc, Bytes4 a, Weights4 w) {
+  return add_pairs(add_pairs(acc, a.even, w.even), a.odd, w.odd);
+}
+#endif
