@@ -23,17 +23,24 @@ if TYPE_CHECKING:
     from ._doctor import doctor
     from .compress.calibrate import calibrate
     from .compress.equalize import equalize
+    from .compress.neurons import prune_neurons
     from .compress.optimize import optimize
+    from .compress.pruner import CubicSchedule, OneShot, Pruner
+    from .compress.pruning import prune, remove_masks
+    from .compress.sensitivity import sensitivity
     from .models import load_model
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "CubicSchedule",
     "EmbeddingBag",
     "EmbeddingBagCollection",
     "EmbeddingBagConfig",
     "Int8Linear",
     "Int8MLP",
+    "OneShot",
+    "Pruner",
     "QuantizedEmbedding",
     "QuantizedEmbeddingBag",
     "backend",
@@ -45,6 +52,10 @@ __all__ = [
     "functional",
     "load_model",
     "optimize",
+    "prune",
+    "prune_neurons",
+    "remove_masks",
+    "sensitivity",
     "use_huge_pages",
 ]
 
@@ -69,11 +80,18 @@ except (ValueError, RuntimeError) as error:
 
 # Imported at first use: a program that only looks rows up pays nothing for them.
 _LATER = {
+    "CubicSchedule": ".compress.pruner",
+    "OneShot": ".compress.pruner",
+    "Pruner": ".compress.pruner",
     "calibrate": ".compress.calibrate",
     "doctor": "._doctor",
     "equalize": ".compress.equalize",
     "load_model": ".models",
     "optimize": ".compress.optimize",
+    "prune": ".compress.pruning",
+    "prune_neurons": ".compress.neurons",
+    "remove_masks": ".compress.pruning",
+    "sensitivity": ".compress.sensitivity",
 }
 
 
