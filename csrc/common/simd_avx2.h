@@ -94,3 +94,49 @@ inline vi add_pairs(vi acc, vi a, vi b) {
 inline vi dot(vi acc, Bytes4 a, Weights4 w) {
   return add_pairs(add_pairs(acc, a.even, w.even), a.odd, w.odd);
 }
+
+using Quad = __m256i;
+inline Quad quad(__m128i x) { return _mm256_broadcastsi128_si256(x); }
+template <int J>
+inline vi spread_i(Quad q) {
+  return _mm256_shuffle_epi32(q, J * 0x55);
+}
+
+struct Words32 {
+  const int32_t* words;
+};
+inline Words32 load_words32(const int32_t* p) { return {p}; }
+inline vi pick(const Words32& words, const uint8_t* at) {
+  return _mm256_i32gather_epi32(
+      words.words, _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(at))), 4);
+}
+inline vf load_i8(const void* p) {
+  return to_float(_mm256_cvtepi8_epi32(_mm_loadl_epi64(static_cast<const __m128i*>(p))));
+}
+
+inline vi dot_bytes(vi acc, vi a, vi w) {
+  const vi low = _mm256_set1_epi32(0x00ff00ff);
+  const Weights4 split = {_mm256_srai_epi16(_mm256_slli_epi16(w, 8), 8), _mm256_srai_epi16(w, 8)};
+  return dot(acc, {_mm256_and_si256(a, low), _mm256_and_si256(_mm256_srli_epi16(a, 8), low)}, split);
+}
+
+inline void transpose(vf (&r)[lanes]) {
+  vf t[lanes];
+  for (int i = 0; i < lanes; i += 2) {
+    t[i] = _mm256_unpacklo_ps(r[i], r[i + 1]);
+    t[i + 1] = _mm256_unpackhi_ps(r[i], r[i + 1]);
+  }
+  for (int i = 0; i < lanes; i += 4) {
+    r[i] = _mm256_shuffle_ps(t[i], t[i + 2], 0x44);
+    r[i + 1] = _mm256_shuffle_ps(t[i], t[i + 2], 0xee);
+    r[i + 2] = _mm256_shuffle_ps(t[i + 1], t[i + 3], 0x44);
+    r[i + 3] = _mm256_shuffle_ps(t[i + 1], t[i + 3], 0xee);
+  }
+  for (int i = 0; i < 4; ++i) {
+    const vf low = r[i], high = r[4 + i];
+    r[i] = _mm256_permute2f128_ps(low, high, 0x20);
+    r[4 + i] = _mm256_permute2f128_ps(low, high, 0x31);
+  }
+}
+
+inline __m128 halves(vf x) { return _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1)); }

@@ -118,3 +118,67 @@ inline vi dot(vi acc, Bytes4 a, Weights4 w) {
   return add_pairs(add_pairs(acc, a.even, w.even), a.odd, w.odd);
 }
 #endif
+
+// Four numbers of 32 bits, one of which is spread over a vector.
+using Quad = __m512i;
+inline Quad quad(__m128i x) { return _mm512_broadcast_i32x4(x); }
+template <int J>
+inline vi spread_i(Quad q) {
+  return _mm512_shuffle_epi32(q, static_cast<_MM_PERM_ENUM>(J * 0x55));
+}
+
+// 32 words in registers, from which every lane picks one.
+struct Words32 {
+  vi low, high;
+};
+inline Words32 load_words32(const int32_t* p) { return {load_i32(p), load_i32(p + lanes)}; }
+inline vi pick(const Words32& words, const uint8_t* at) {
+  const vi i = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(at)));
+  return _mm512_permutex2var_epi32(words.low, i, words.high);
+}
+inline vf load_i8(const void* p) {
+  return to_float(_mm512_cvtepi8_epi32(_mm_loadu_si128(static_cast<const __m128i*>(p))));
+}
+
+// acc + the products of 4 unsigned bytes with 4 signed ones, in every lane.
+inline vi dot_bytes(vi acc, vi a, vi w) {
+#if defined(__AVX512VNNI__)
+  return dot(acc, a, w);
+#else
+  const vi low = _mm512_set1_epi32(0x00ff00ff);
+  const Weights4 split = {_mm512_srai_epi16(_mm512_slli_epi16(w, 8), 8), _mm512_srai_epi16(w, 8)};
+  return dot(acc, {_mm512_and_si512(a, low), _mm512_and_si512(_mm512_srli_epi16(a, 8), low)}, split);
+#endif
+}
+
+// Rows become columns: in every step pairs that stand 1, 2, 4 and 8 apart.
+inline void transpose(vf (&rows)[lanes]) {
+  vi r[lanes], t[lanes];
+  for (int i = 0; i < lanes; ++i) r[i] = bits_i(rows[i]);
+  for (int i = 0; i < lanes; i += 2) {
+    t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
+    t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
+  }
+  for (int i = 0; i < lanes; i += 4) {
+    r[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
+    r[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
+    r[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
+    r[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
+  }
+  // r[4 * a + j]: rows 4 * a to 4 * a + 3 of the columns j, j + 4, j + 8, j + 12.
+  for (int j = 0; j < 4; ++j) {
+    const vi a = _mm512_shuffle_i32x4(r[j], r[4 + j], 0x88), b = _mm512_shuffle_i32x4(r[j], r[4 + j], 0xdd);
+    const vi c = _mm512_shuffle_i32x4(r[8 + j], r[12 + j], 0x88);
+    const vi d = _mm512_shuffle_i32x4(r[8 + j], r[12 + j], 0xdd);
+    rows[j] = float_i(_mm512_shuffle_i32x4(a, c, 0x88));
+    rows[8 + j] = float_i(_mm512_shuffle_i32x4(a, c, 0xdd));
+    rows[4 + j] = float_i(_mm512_shuffle_i32x4(b, d, 0x88));
+    rows[12 + j] = float_i(_mm512_shuffle_i32x4(b, d, 0xdd));
+  }
+}
+
+// The sums of four vectors.
+inline __m128 halves(vf x) {
+  const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(x), _mm512_extractf32x8_ps(x, 1));
+  return _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
+}

@@ -100,3 +100,32 @@ inline vi dot(vi acc, const Bytes4& a, const Weights4& w) {
   for (int j = 0; j < 4; ++j) acc += w.of[j] * a.of[j];
   return acc;
 }
+
+using Quad = vi;
+template <int J>
+inline vi spread_i(Quad q) {
+  return broadcast_i(q[J]);
+}
+
+struct Words32 {
+  const int32_t* words;
+};
+inline Words32 load_words32(const int32_t* p) { return {p}; }
+inline vi pick(const Words32& words, const uint8_t* at) {
+  return vi{words.words[at[0]], words.words[at[1]], words.words[at[2]], words.words[at[3]]};
+}
+inline vf load_i8(const void* p) {
+  const int8_t* b = static_cast<const int8_t*>(p);
+  return vf{float(b[0]), float(b[1]), float(b[2]), float(b[3])};
+}
+
+inline vi dot_bytes(vi acc, vi a, vi w) {
+  for (int shift = 0; shift < 32; shift += 8) acc += (a >> shift & 255) * (w << (24 - shift) >> 24);
+  return acc;
+}
+
+inline void transpose(vf (&r)[lanes]) {
+  const vf a = {r[0][0], r[1][0], r[2][0], r[3][0]}, b = {r[0][1], r[1][1], r[2][1], r[3][1]};
+  const vf c = {r[0][2], r[1][2], r[2][2], r[3][2]}, d = {r[0][3], r[1][3], r[2][3], r[3][3]};
+  r[0] = a, r[1] = b, r[2] = c, r[3] = d;
+}

@@ -1,0 +1,489 @@
+// Compiled once per instruction-set level; everything but the table of functions at the end has internal
+// linkage.
+#include "kernel.h"
+
+#include "common/functions.h"
+#include "common/quantize_rows.h"
+
+#define RK_CONCAT2(a, b) a##b
+#define RK_CONCAT(a, b) RK_CONCAT2(a, b)
+
+namespace {
+
+using rk::block_cells;
+using rk::cell_bytes;
+using rk::CellType;
+using rk::chunk_cells;
+using rk::slab_rows;
+using rk::SparseItem;
+using rk::SparseLayer;
+using rk::SparseScratch;
+using rk::SparseStream;
+using rk::SparseStructure;
+
+constexpr int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
+
+// ---- one cell ----
+
+// How a vector of cells is multiplied with weights and summed. Sums take 32 bits of memory, whatever they
+// are.
+template <CellType T>
+struct Cells {
+  using Sum = vf;
+  static Sum zero() { return simd::zero(); }
+  static Sum add(Sum a, Sum b) { return simd::add(a, b); }
+  static Sum load(const int32_t* p) { return simd::load_f32(reinterpret_cast<const float*>(p)); }
+  static void store(int32_t* p, Sum x) { simd::store_f32(reinterpret_cast<float*>(p), x); }
+  static Sum multiply(Sum sum, Sum x, Sum weight) { return simd::fma(weight, x, sum); }
+  static Sum picked(vi x) { return simd::float_i(x); }
+  template <int J>
+  static Sum weight(simd::Quad q) {
+    return simd::spread<J>(q);
+  }
+  static simd::Quad quad(const uint8_t* p) {
+    if constexpr (T == CellType::f32) return simd::quad_words(p);
+    if constexpr (T == CellType::f16) return simd::quad_f16(p);
+    if constexpr (T == CellType::bf16) return simd::quad_bf16(p);
+    if constexpr (T == CellType::i8) return simd::quad_i8(p);
+  }
+  static Sum weights(const uint8_t* p) {
+    if constexpr (T == CellType::f32) return simd::load_f32(reinterpret_cast<const float*>(p));
+    if constexpr (T == CellType::f16) return simd::load_f16(p);
+    if constexpr (T == CellType::bf16) return simd::load_bf16(p);
+    if constexpr (T == CellType::i8) return simd::load_i8(p);
+  }
+};
+
+template <>
+struct Cells<CellType::i8x4> {
+  using Sum = vi;
+  static Sum zero() { return simd::zero_i(); }
+  static Sum add(Sum a, Sum b) { return simd::add_i(a, b); }
+  static Sum load(const int32_t* p) { return simd::load_i32(p); }
+  static void store(int32_t* p, Sum x) { simd::store_f32(reinterpret_cast<float*>(p), simd::float_i(x)); }
+  static Sum multiply(Sum sum, Sum x, Sum weight) { return simd::dot_bytes(sum, x, weight); }
+  static Sum picked(vi x) { return x; }
+  template <int J>
+  static Sum weight(simd::Quad q) {
+    return simd::spread_i<J>(q);
+  }
+  static simd::Quad quad(const uint8_t* p) { return simd::quad_words(p); }
+  static Sum weights(const uint8_t* p) { return simd::load_i32(reinterpret_cast<const int32_t*>(p)); }
+};
+
+// ---- results ----
+
+void store_row(const FloatMatrix& out, int64_t row, int64_t column, vf y, int n) {
+  const int64_t at = row * out.stride + column;
+  if (out.type == FloatType::f32) {
+    float* p = static_cast<float*>(out.data) + at;
+    n == lanes ? simd::store_f32(p, y) : simd::store_f32(p, y, n);
+  } else {
+    uint16_t* p = static_cast<uint16_t*>(out.data) + at;
+    out.type == FloatType::f16 ? simd::store_f16(p, y, n) : simd::store_bf16(p, y, n);
+  }
+}
+
+// Sums of a row of activations with the rows of weights from `column` on, which become a part of the output.
+void finish(const SparseLayer& layer, vf sum, const FloatMatrix& out, int64_t row, int64_t column,
+            [[maybe_unused]] const RowScale& x) {
+  if (layer.scales != nullptr) sum = simd::mul(sum, simd::load_f32(layer.scales + column));
+  const vf y = apply(layer.epilogue, simd::add(sum, simd::load_f32(layer.bias + column)));
+  store_row(out, row, column, y, static_cast<int>(layer.n - column < lanes ? layer.n - column : lanes));
+}
+
+void finish(const SparseLayer& layer, vi sum, const FloatMatrix& out, int64_t row, int64_t column,
+            const RowScale& x) {
+  const vi correction = simd::mul_i(simd::broadcast_i(x.zero_point), simd::load_i32(layer.sums + column));
+  const vf scale = simd::mul(simd::broadcast(x.scale), simd::load_f32(layer.scales + column));
+  const vf y = simd::add(simd::mul(simd::to_float(simd::sub_i(sum, correction)), scale),
+                         simd::load_f32(layer.bias + column));
+  store_row(out, row, column, apply(layer.epilogue, y),
+            static_cast<int>(layer.n - column < lanes ? layer.n - column : lanes));
+}
+
+// ---- few rows of activations ----
+
+// M rows of activations x [M][stride] with the slabs of weights from `first` on.
+template <CellType T, int M>
+void multiply_slabs(const SparseLayer& layer, const int32_t* x, int64_t stride, const FloatMatrix& out,
+                    int64_t row, int64_t first, int64_t last, const RowScale* scales) {
+  using C = Cells<T>;
+  constexpr int V = slab_rows / lanes;
+  // A second set of sums where one would wait for itself: a product takes 4 cycles.
+  constexpr int S = M * V <= 2 ? 2 : 1;
+  constexpr int64_t bytes = slab_rows * cell_bytes(T), vector_bytes = lanes * cell_bytes(T);
+  const int64_t before = layer.slab_starts[first];
+  const uint8_t* cell = layer.cell + before * slab_rows;
+  const uint8_t* value = layer.value + before * bytes;
+  const uint8_t* steps = layer.steps + first * layer.chunks;
+  for (int64_t slab = first; slab < last; ++slab) {
+    typename C::Sum sum[S][M][V];
+    for (int s = 0; s < S; ++s)
+      for (int m = 0; m < M; ++m)
+        for (int v = 0; v < V; ++v) sum[s][m][v] = C::zero();
+    for (int64_t chunk = 0; chunk < layer.chunks; ++chunk) {
+      int n = *steps++;
+      simd::Words32 words[M];
+      for (int m = 0; m < M; ++m) words[m] = simd::load_words32(x + m * stride + chunk * chunk_cells);
+      const auto step = [&](int s) {
+        for (int v = 0; v < V; ++v) {
+          const typename C::Sum weight = C::weights(value + v * vector_bytes);
+          for (int m = 0; m < M; ++m) {
+            const typename C::Sum picked = C::picked(simd::pick(words[m], cell + v * lanes));
+            sum[s][m][v] = C::multiply(sum[s][m][v], picked, weight);
+          }
+        }
+        cell += slab_rows;
+        value += bytes;
+      };
+      for (; n >= 2; n -= 2) step(0), step(S - 1);
+      if (n > 0) step(0);
+    }
+    for (int m = 0; m < M; ++m) {
+      for (int v = 0; v < V && slab * slab_rows + v * lanes < layer.n; ++v) {
+        if (S == 2) sum[0][m][v] = C::add(sum[0][m][v], sum[S - 1][m][v]);
+        finish(layer, sum[0][m][v], out, row + m, slab * slab_rows + v * lanes, scales[m]);
+      }
+    }
+  }
+}
+
+// The same for one row that holds NaN or infinity: without the places of a step that hold no weight, whose
+// zero would make NaN of them.
+template <CellType T>
+void multiply_slabs_apart(const SparseLayer& layer, const int32_t* x, const FloatMatrix& out, int64_t row,
+                          int64_t first, int64_t last) {
+  constexpr int64_t bytes = slab_rows * cell_bytes(T);
+  int64_t at = layer.slab_starts[first];
+  for (int64_t slab = first; slab < last; ++slab) {
+    float sum[slab_rows] = {};
+    for (int64_t chunk = 0; chunk < layer.chunks; ++chunk) {
+      const int64_t part = slab * layer.chunks + chunk;
+      for (int step = 0; step < layer.steps[part]; ++step, ++at) {
+        float weight[slab_rows];
+        for (int64_t i = 0; i < slab_rows; i += lanes)
+          simd::store_f32(weight + i, Cells<T>::weights(layer.value + at * bytes + i * cell_bytes(T)));
+        for (int64_t i = 0; i < slab_rows; ++i) {
+          if (step >= layer.lane_counts[part * slab_rows + i]) continue;
+          const int32_t word = x[chunk * chunk_cells + layer.cell[at * slab_rows + i]];
+          sum[i] += weight[i] * simd::float_of(static_cast<uint32_t>(word));
+        }
+      }
+    }
+    for (int64_t i = 0; i < slab_rows && slab * slab_rows + i < layer.n; i += lanes)
+      finish(layer, simd::load_f32(sum + i), out, row, slab * slab_rows + i, RowScale{});
+  }
+}
+
+bool all_finite(const int32_t* x, int64_t n) {
+  vi most = simd::zero_i();
+  for (int64_t i = 0; i < n; i += lanes)
+    most = simd::max_i(most, simd::magnitude_bits(simd::float_i(simd::load_i32(x + i))));
+  return simd::largest_i(most) < 0x7f800000;
+}
+
+template <CellType T>
+void few_of(const SparseLayer& layer, const FloatMatrix& out, int64_t rows, int64_t first, int64_t last,
+            const SparseScratch& scratch) {
+  const int64_t stride = layer.chunks * chunk_cells;
+  const int32_t* x = scratch.x;
+  const RowScale* scales = scratch.scales;
+  if constexpr (T != CellType::i8x4) {
+    if (!all_finite(x, rows * stride)) {
+      for (int64_t r = 0; r < rows; ++r) {
+        const int32_t* row = x + r * stride;
+        if (all_finite(row, stride)) {
+          multiply_slabs<T, 1>(layer, row, stride, out, r, first, last, scales);
+        } else {
+          multiply_slabs_apart<T>(layer, row, out, r, first, last);
+        }
+      }
+      return;
+    }
+  }
+  if (rows == 1) return multiply_slabs<T, 1>(layer, x, stride, out, 0, first, last, scales);
+  if (rows == 2) return multiply_slabs<T, 2>(layer, x, stride, out, 0, first, last, scales);
+  if (rows == 3) return multiply_slabs<T, 3>(layer, x, stride, out, 0, first, last, scales);
+  multiply_slabs<T, 4>(layer, x, stride, out, 0, first, last, scales);
+}
+
+void few(const SparseLayer& layer, const FloatMatrix& in, const FloatMatrix& out, int64_t rows, int64_t first,
+         int64_t last, const SparseScratch& scratch) {
+  const int64_t stride = layer.chunks * chunk_cells;
+  for (int64_t r = 0; r < rows; ++r) {
+    float* x = reinterpret_cast<float*>(scratch.x + r * stride);
+    const float* floats = static_cast<const float*>(in.data) + r * in.stride;
+    if (in.type != FloatType::f32) {
+      float* converted = layer.type == CellType::i8x4 ? scratch.floats : x;
+      to_floats(in, r, layer.k, converted);
+      floats = converted;
+    }
+    if (layer.type == CellType::i8x4) {
+      scratch.scales[r] =
+          quantize_row(layer.scheme, layer.input, floats, layer.k, 4 * stride, reinterpret_cast<uint8_t*>(x));
+      continue;
+    }
+    if (in.type == FloatType::f32) std::memcpy(x, floats, sizeof(float) * static_cast<size_t>(layer.k));
+    std::memset(x + layer.k, 0, sizeof(float) * static_cast<size_t>(stride - layer.k));
+  }
+  switch (layer.type) {
+    case CellType::f32:
+      return few_of<CellType::f32>(layer, out, rows, first, last, scratch);
+    case CellType::f16:
+      return few_of<CellType::f16>(layer, out, rows, first, last, scratch);
+    case CellType::bf16:
+      return few_of<CellType::bf16>(layer, out, rows, first, last, scratch);
+    case CellType::i8:
+      return few_of<CellType::i8>(layer, out, rows, first, last, scratch);
+    case CellType::i8x4:
+      return few_of<CellType::i8x4>(layer, out, rows, first, last, scratch);
+  }
+}
+
+// ---- panels of activations ----
+
+// Rows [row, row + rows) of `in`, of `count` words each, become the columns of x [count][columns]; the
+// columns that are left become zero.
+void transpose_rows(const FloatMatrix& in, int64_t row, int64_t rows, int64_t count, int64_t columns,
+                    float* floats, int32_t* x) {
+  for (int64_t c = 0; c < columns; c += lanes) {
+    const float* from[lanes];
+    for (int64_t i = 0; i < lanes; ++i) {
+      from[i] = nullptr;
+      if (c + i >= rows) continue;
+      from[i] = static_cast<const float*>(in.data) + (row + c + i) * in.stride;
+      if (in.type == FloatType::f32) continue;
+      to_floats(in, row + c + i, count, floats + i * count);
+      from[i] = floats + i * count;
+    }
+    for (int64_t k = 0; k < count; k += lanes) {
+      const int64_t n = count - k < lanes ? count - k : lanes;
+      vf square[lanes];
+      for (int i = 0; i < lanes; ++i) {
+        square[i] = from[i] == nullptr ? simd::zero()
+                    : n == lanes       ? simd::load_f32(from[i] + k)
+                                       : simd::load_f32(from[i] + k, static_cast<int>(n));
+      }
+      simd::transpose(square);
+      float* to = reinterpret_cast<float*>(x) + k * columns + c;
+      for (int64_t i = 0; i < n; ++i) simd::store_f32(to + i * columns, square[i]);
+    }
+  }
+}
+
+void fill_panel(const SparseLayer& layer, const FloatMatrix& in, int64_t row, int64_t rows, int64_t columns,
+                const SparseScratch& scratch) {
+  if (layer.type != CellType::i8x4)
+    return transpose_rows(in, row, rows, layer.k, columns, scratch.floats, scratch.x);
+  const int64_t stride = 4 * layer.cells;
+  for (int64_t r = 0; r < rows; ++r) {
+    const float* floats = static_cast<const float*>(in.data) + (row + r) * in.stride;
+    if (in.type != FloatType::f32) {
+      to_floats(in, row + r, layer.k, scratch.floats);
+      floats = scratch.floats;
+    }
+    scratch.scales[r] =
+        quantize_row(layer.scheme, layer.input, floats, layer.k, stride, scratch.bytes + r * stride);
+  }
+  const FloatMatrix words{scratch.bytes, layer.cells, FloatType::f32};
+  transpose_rows(words, 0, rows, layer.cells, columns, nullptr, scratch.x);
+}
+
+// The items of one block: V vectors of a panel of W columns.
+template <CellType T, int V, int W>
+void multiply_rows(const SparseLayer& layer, const SparseStream& s, bool first, const int32_t* x,
+                   int32_t* y) {
+  using C = Cells<T>;
+  constexpr int S = V <= 2 ? 2 : 1;  // as above
+  constexpr int64_t bytes = cell_bytes(T);
+  const SparseItem* item = layer.items + s.first_item;
+  const uint8_t* cell = layer.cell + s.first_entry;
+  const uint8_t* value = layer.value + s.first_entry * bytes;
+  for (int64_t i = 0; i < s.items; ++i, ++item) {
+    int32_t* sums = y + static_cast<int64_t>(item->group) * W;
+    typename C::Sum sum[S][V];
+#pragma GCC unroll 8
+    for (int v = 0; v < V; ++v) {
+      sum[0][v] = first ? C::zero() : C::load(sums + v * lanes);
+      sum[S - 1][v] = S == 2 ? C::zero() : sum[0][v];
+    }
+    const auto add = [&](int s, const int32_t* from, typename C::Sum weight) {
+#pragma GCC unroll 8
+      for (int v = 0; v < V; ++v) sum[s][v] = C::multiply(sum[s][v], C::load(from + v * lanes), weight);
+    };
+    int n = item->count;
+    for (; n >= 4; n -= 4, cell += 4, value += 4 * bytes) {
+      const uint32_t cells = static_cast<uint32_t>(simd::load_word(cell));
+      const simd::Quad q = C::quad(value);
+      add(0, x + (cells & 255) * W, C::template weight<0>(q));
+      add(S - 1, x + (cells >> 8 & 255) * W, C::template weight<1>(q));
+      add(0, x + (cells >> 16 & 255) * W, C::template weight<2>(q));
+      add(S - 1, x + (cells >> 24) * W, C::template weight<3>(q));
+    }
+    for (; n > 0; --n, ++cell, value += bytes) add(0, x + *cell * W, C::template weight<0>(C::quad(value)));
+#pragma GCC unroll 8
+    for (int v = 0; v < V; ++v)
+      C::store(sums + v * lanes, S == 2 ? C::add(sum[0][v], sum[S - 1][v]) : sum[0][v]);
+  }
+}
+
+// The same where four rows share their cells.
+template <CellType T, int V, int W>
+void multiply_four(const SparseLayer& layer, const SparseStream& s, bool first, const int32_t* x,
+                   int32_t* y) {
+  using C = Cells<T>;
+  constexpr int64_t bytes = 4 * cell_bytes(T);
+  const SparseItem* item = layer.items + s.first_item;
+  const uint8_t* cell = layer.cell + s.first_entry;
+  const uint8_t* value = layer.value + s.first_entry * bytes;
+  for (int64_t i = 0; i < s.items; ++i, ++item) {
+    int32_t* sums = y + static_cast<int64_t>(item->group) * 4 * W;
+    typename C::Sum sum[4][V];
+#pragma GCC unroll 4
+    for (int r = 0; r < 4; ++r) {
+#pragma GCC unroll 4
+      for (int v = 0; v < V; ++v) sum[r][v] = first ? C::zero() : C::load(sums + r * W + v * lanes);
+    }
+    for (int n = item->count; n > 0; --n, ++cell, value += bytes) {
+      const int32_t* from = x + *cell * W;
+      const simd::Quad q = C::quad(value);
+      typename C::Sum loaded[V];
+#pragma GCC unroll 4
+      for (int v = 0; v < V; ++v) loaded[v] = C::load(from + v * lanes);
+      const auto add = [&](int r, typename C::Sum weight) {
+#pragma GCC unroll 4
+        for (int v = 0; v < V; ++v) sum[r][v] = C::multiply(sum[r][v], loaded[v], weight);
+      };
+      add(0, C::template weight<0>(q));
+      add(1, C::template weight<1>(q));
+      add(2, C::template weight<2>(q));
+      add(3, C::template weight<3>(q));
+    }
+#pragma GCC unroll 4
+    for (int r = 0; r < 4; ++r) {
+#pragma GCC unroll 4
+      for (int v = 0; v < V; ++v) C::store(sums + r * W + v * lanes, sum[r][v]);
+    }
+  }
+}
+
+// What fits into the registers: 4 x 4 sums with 32 of them, else 4 x 2.
+constexpr int vectors_of_four = lanes == 16 ? 4 : 2;
+
+template <CellType T, int W>
+void multiply_block(const SparseLayer& layer, const SparseStream& s, bool first, const int32_t* x,
+                    int32_t* y) {
+  if (layer.group == 1) {
+    if constexpr (W <= 32) multiply_rows<T, W / lanes, W>(layer, s, first, x, y);
+  } else {
+    constexpr int V = W / lanes < vectors_of_four ? W / lanes : vectors_of_four;
+    for (int c = 0; c < W; c += V * lanes) multiply_four<T, V, W>(layer, s, first, x + c, y + c);
+  }
+}
+
+template <CellType T>
+void many_of(const SparseLayer& layer, const FloatMatrix& out, int64_t row, int64_t rows, int64_t columns,
+             int64_t first, int64_t last, const SparseScratch& scratch) {
+  using C = Cells<T>;
+  for (int64_t band = first; band < last; ++band) {
+    for (int64_t block = 0; block < layer.blocks; ++block) {
+      const SparseStream& s = layer.streams[band * layer.blocks + block];
+      const int32_t* x = scratch.x + block * block_cells * columns;
+      if (columns == 16) multiply_block<T, 16>(layer, s, block == 0, x, scratch.y);
+      if (columns == 32) multiply_block<T, 32>(layer, s, block == 0, x, scratch.y);
+      if (columns == 64) multiply_block<T, 64>(layer, s, block == 0, x, scratch.y);
+    }
+    const int64_t from = layer.band_groups[band] * layer.group;
+    int64_t to = layer.band_groups[band + 1] * layer.group;
+    if (to > layer.n) to = layer.n;
+    for (int64_t n = from; n < to; n += lanes) {
+      for (int64_t c = 0; c < rows; c += lanes) {
+        vf square[lanes];
+        for (int i = 0; i < lanes; ++i)
+          square[i] = simd::float_i(simd::load_i32(scratch.y + (n - from + i) * columns + c));
+        simd::transpose(square);
+        for (int64_t i = 0; i < lanes && c + i < rows; ++i) {
+          typename C::Sum sum = C::picked(simd::bits_i(square[i]));
+          finish(layer, sum, out, row + c + i, n, scratch.scales[c + i]);
+        }
+      }
+    }
+  }
+}
+
+void many(const SparseLayer& layer, const FloatMatrix& in, const FloatMatrix& out, int64_t row, int64_t rows,
+          int64_t columns, int64_t first, int64_t last, const SparseScratch& scratch) {
+  fill_panel(layer, in, row, rows, columns, scratch);
+  switch (layer.type) {
+    case CellType::f32:
+      return many_of<CellType::f32>(layer, out, row, rows, columns, first, last, scratch);
+    case CellType::f16:
+      return many_of<CellType::f16>(layer, out, row, rows, columns, first, last, scratch);
+    case CellType::bf16:
+      return many_of<CellType::bf16>(layer, out, row, rows, columns, first, last, scratch);
+    case CellType::i8:
+      return many_of<CellType::i8>(layer, out, row, rows, columns, first, last, scratch);
+    case CellType::i8x4:
+      return many_of<CellType::i8x4>(layer, out, row, rows, columns, first, last, scratch);
+  }
+}
+
+// ---- the gradient of kept weights ----
+
+constexpr int64_t gradient_columns = rk::most_panel_columns;
+
+// out[at[i]] += the product of g with from[i], for the first n of four.
+inline void add_products(const vf (&g)[gradient_columns / lanes], const float* const (&from)[4],
+                         const int64_t (&at)[4], int n, float* out) {
+  vf sum[4];
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    sum[i] = simd::mul(g[0], simd::load_f32(from[i]));
+#pragma GCC unroll 16
+    for (int v = 1; v < gradient_columns / lanes; ++v)
+      sum[i] = simd::fma(g[v], simd::load_f32(from[i] + v * lanes), sum[i]);
+  }
+  if (n == 4 && at[3] == at[0] + 3) return simd::add_sums(sum, out + at[0]);
+  float sums[4] = {};
+  simd::add_sums(sum, sums);
+  for (int i = 0; i < n; ++i) out[at[i]] += sums[i];
+}
+
+void gradient(const SparseStructure& s, const FloatMatrix& grad, const FloatMatrix& in, int64_t row,
+              int64_t rows, int64_t first, int64_t last, float* x, float* g, float* floats, float* out) {
+  transpose_rows(in, row, rows, s.k, gradient_columns, floats, reinterpret_cast<int32_t*>(x));
+  const int64_t begin = first * s.rows, end = last * s.rows < s.n ? last * s.rows : s.n;
+  const int64_t size = grad.type == FloatType::f32 ? 4 : 2;
+  const FloatMatrix part{static_cast<uint8_t*>(grad.data) + begin * size, grad.stride, grad.type};
+  transpose_rows(part, row, rows, end - begin, gradient_columns, floats, reinterpret_cast<int32_t*>(g));
+  for (int64_t n = begin; n < end; ++n) {
+    vf of_row[gradient_columns / lanes];
+    for (int v = 0; v < gradient_columns / lanes; ++v)
+      of_row[v] = simd::load_f32(g + (n - begin) * gradient_columns + v * lanes);
+    const float* from[4] = {x, x, x, x};
+    int64_t at[4];
+    int waiting = 0;
+    for (int64_t b = s.crow[n / s.rows]; b < s.crow[n / s.rows + 1]; ++b) {
+      const int64_t column = s.col[b] * s.columns, to = (b * s.rows + n % s.rows) * s.columns;
+      for (int64_t j = 0; j < s.columns && column + j < s.k; ++j) {
+        from[waiting] = x + (column + j) * gradient_columns;
+        at[waiting] = to + j;
+        if (++waiting == 4) add_products(of_row, from, at, waiting, out), waiting = 0;
+      }
+    }
+    if (waiting > 0) add_products(of_row, from, at, waiting, out);
+  }
+}
+
+void all_to_floats(const FloatMatrix& m, int64_t count, float* out) {
+  if (m.type != FloatType::f32) return to_floats(m, 0, count, out);
+  std::memcpy(out, m.data, sizeof(float) * static_cast<size_t>(count));
+}
+
+void all_from_floats(const float* x, int64_t count, const FloatMatrix& m) { from_floats(x, count, m, 0); }
+
+}  // namespace
+
+extern "C" const rk::SparseLinearKernels RK_CONCAT(rk_sparse_linear_, RK_ISA) = {
+    few, many, gradient, all_to_floats, all_from_floats};

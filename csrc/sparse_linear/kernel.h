@@ -1,0 +1,109 @@
+// The sparse linear kernels: raw pointers, sizes and strides; nothing of torch.
+//
+// kernel.cpp is compiled once per instruction-set level; each object exports one table of functions.
+//
+// A layer's columns are counted in cells, and so are its activations: a cell is 32 bits wide and holds one
+// column as a float, or four columns of K as bytes where products are exact integers (CellType::i8x4).
+#pragma once
+
+#include <cstdint>
+
+#include "common/linear.h"
+
+namespace rk {
+
+// How the weights of one cell are stored. i8: 8-bit weights that are multiplied as floats.
+enum class CellType : int32_t { f32, f16, bf16, i8, i8x4 };
+
+constexpr int64_t cell_bytes(CellType t) {
+  return t == CellType::f32 || t == CellType::i8x4 ? 4 : t == CellType::i8 ? 1 : 2;
+}
+
+// For few rows of activations: 16 rows of weights lie together, each in a lane of its own, and a chunk of
+// cells stays in registers, from which every lane picks its cell.
+constexpr int64_t slab_rows = 16, chunk_cells = 32, few_rows = 4;
+// For many: a block of cells times the columns of a panel of activations stays in L1 (32 KB for 32 columns).
+constexpr int64_t block_cells = 256;
+constexpr int64_t most_panel_columns = 64;
+
+// What one group of rows has in a block of cells.
+struct SparseItem {
+  int32_t group;  // within the band
+  int32_t count;  // of entries
+};
+
+// The items of one block of cells within a band, and the first of their entries.
+struct SparseStream {
+  int64_t first_item, items, first_entry;
+};
+
+// A packed layer: y = epilogue(x W^T * scale + bias). `group` rows of weights (1 or 4) share their cells.
+struct SparseLayer {
+  int64_t n, k, cells, group;
+  CellType type;
+  Scheme scheme;  // of i8x4; weight_only for all other types
+  Epilogue epilogue;
+  RowScale input;        // of a static scheme
+  const float* scales;   // [padded n], or null
+  const float* bias;     // [padded n]
+  const int32_t* sums;   // [padded n]: of the weights of a row; i8x4
+  const uint8_t* cell;   // of every entry: its cell within the chunk or the block
+  const uint8_t* value;  // many: [entries][group]; few: [steps][slab_rows]
+
+  // few
+  int64_t slabs, chunks;
+  const uint8_t* steps;        // [slabs][chunks]: entries of the lane that has most of them
+  const uint8_t* lane_counts;  // [slabs][chunks][slab_rows]
+  const int64_t* slab_starts;  // [slabs + 1]: steps before a slab
+
+  // many
+  int64_t bands, blocks;
+  const int64_t* band_groups;   // [bands + 1]: the groups of a band, and with it its rows
+  const SparseStream* streams;  // [bands][blocks]
+  const SparseItem* items;
+
+  int64_t padded_n() const { return (n + slab_rows - 1) / slab_rows * slab_rows; }
+};
+
+// Memory of one thread.
+struct SparseScratch {
+  int32_t* x;        // [cells rounded up to chunk_cells][panel columns, or few_rows]
+  int32_t* y;        // [rows of the largest band, a multiple of 16][panel columns]; many
+  float* floats;     // [16][k]: activations of another float type
+  uint8_t* bytes;    // [panel columns][4 * cells]: quantized activations
+  RowScale* scales;  // [panel columns]
+};
+
+// What a gradient of kept weights is computed from: blocks of `rows` x `columns` weights.
+struct SparseStructure {
+  int64_t n, k, rows, columns;
+  const int32_t* crow;  // [n / rows + 1]
+  const int32_t* col;
+};
+
+struct SparseLinearKernels {
+  // Up to few_rows rows of `in`, slabs [first, last) of the output.
+  void (*few)(const SparseLayer&, const FloatMatrix& in, const FloatMatrix& out, int64_t rows, int64_t first,
+              int64_t last, const SparseScratch&);
+  // `rows` rows of `in` from `row` on, which fill a panel of `columns` (16, 32 or 64); bands [first, last).
+  void (*many)(const SparseLayer&, const FloatMatrix& in, const FloatMatrix& out, int64_t row, int64_t rows,
+               int64_t columns, int64_t first, int64_t last, const SparseScratch&);
+  // Adds to `out` [blocks][rows][columns] the products of `rows` (up to 64) rows of `grad` [n] and `in` [k],
+  // for the block rows [first, last). x: [k][64] and g: [n][64].
+  void (*gradient)(const SparseStructure&, const FloatMatrix& grad, const FloatMatrix& in, int64_t row,
+                   int64_t rows, int64_t first, int64_t last, float* x, float* g, float* floats, float* out);
+  // `count` values of 16 or 32 bits to floats, and back.
+  void (*to_floats)(const FloatMatrix&, int64_t count, float* out);
+  void (*from_floats)(const float*, int64_t count, const FloatMatrix& out);
+};
+
+}  // namespace rk
+
+extern "C" {
+extern const rk::SparseLinearKernels rk_sparse_linear_generic;
+#if RK_HIGHEST_ISA > 0
+extern const rk::SparseLinearKernels rk_sparse_linear_avx2;
+extern const rk::SparseLinearKernels rk_sparse_linear_avx512;
+extern const rk::SparseLinearKernels rk_sparse_linear_avx512_vnni;
+#endif
+}

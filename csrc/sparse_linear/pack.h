@@ -1,0 +1,293 @@
+// Packing of pruned layers for the CPU kernels, of checked operands; nothing of torch.
+#pragma once
+
+#include <algorithm>
+#include <cstring>
+#include <numeric>
+#include <vector>
+
+#include "kernel.h"
+
+namespace rk {
+
+// What stands at the start of a packed layer. Its parts follow, each at a multiple of 64 bytes, in the order
+// of SparseParts.
+struct SparseHeader {
+  int32_t magic, version, few, n, k, group;
+  CellType type;
+  Scheme scheme;
+  Epilogue epilogue;
+  RowScale input;
+  int32_t has_scales;
+  int64_t entries;  // few: steps
+  int32_t items, bands;
+};
+static_assert(sizeof(SparseHeader) == 64);
+constexpr int32_t sparse_magic = 0x504b4352, sparse_version = 1;
+
+struct SparseParts {
+  int64_t padded_n, cells, chunks, slabs, blocks;
+  int64_t scales, bias, sums, steps, lane_counts, slab_starts, band_groups, streams, items, cell, value, end;
+
+  explicit SparseParts(const SparseHeader& h) {
+    const auto blocks_of = [](int64_t x, int64_t of) { return (x + of - 1) / of; };
+    const bool exact = h.type == CellType::i8x4;
+    slabs = blocks_of(h.n, slab_rows);
+    padded_n = slabs * slab_rows;
+    cells = exact ? blocks_of(h.k, 4) : h.k;
+    chunks = blocks_of(cells, chunk_cells);
+    blocks = blocks_of(cells, block_cells);
+    int64_t at = sizeof(SparseHeader);
+    const auto part = [&](int64_t bytes) {
+      const int64_t from = at;
+      at = blocks_of(at + bytes, 64) * 64;
+      return from;
+    };
+    scales = part(h.has_scales ? 4 * padded_n : 0);
+    bias = part(4 * padded_n);
+    sums = part(exact ? 4 * padded_n : 0);
+    steps = part(h.few ? slabs * chunks : 0);
+    lane_counts = part(h.few ? slabs * chunks * slab_rows : 0);
+    slab_starts = part(h.few ? 8 * (slabs + 1) : 0);
+    band_groups = part(h.few ? 0 : 8 * (h.bands + 1));
+    streams = part(h.few ? 0 : static_cast<int64_t>(sizeof(SparseStream)) * h.bands * blocks);
+    items = part(h.few ? 0 : static_cast<int64_t>(sizeof(SparseItem)) * h.items);
+    const int64_t lanes = h.few ? slab_rows : 1, weights = h.few ? slab_rows : h.group;
+    // The kernels load four cells and four weights at a time.
+    cell = part(h.entries * lanes + 16);
+    value = part(h.entries * weights * cell_bytes(h.type) + 16);
+    end = at;
+  }
+};
+
+inline SparseLayer sparse_layer_at(const uint8_t* data, const SparseHeader& h) {
+  const SparseParts at(h);
+  SparseLayer layer{};
+  layer.n = h.n, layer.k = h.k, layer.cells = at.cells, layer.group = h.group;
+  layer.type = h.type, layer.scheme = h.scheme, layer.epilogue = h.epilogue, layer.input = h.input;
+  layer.scales = h.has_scales ? reinterpret_cast<const float*>(data + at.scales) : nullptr;
+  layer.bias = reinterpret_cast<const float*>(data + at.bias);
+  layer.sums = reinterpret_cast<const int32_t*>(data + at.sums);
+  layer.cell = data + at.cell;
+  layer.value = data + at.value;
+  layer.slabs = at.slabs, layer.chunks = at.chunks;
+  layer.steps = data + at.steps;
+  layer.lane_counts = data + at.lane_counts;
+  layer.slab_starts = reinterpret_cast<const int64_t*>(data + at.slab_starts);
+  layer.bands = h.bands, layer.blocks = at.blocks;
+  layer.band_groups = reinterpret_cast<const int64_t*>(data + at.band_groups);
+  layer.streams = reinterpret_cast<const SparseStream*>(data + at.streams);
+  layer.items = reinterpret_cast<const SparseItem*>(data + at.items);
+  return layer;
+}
+
+// The kept weights as blocks of `rows` x `columns`, in the order of their rows. Blocks may reach past n and
+// k.
+struct SparseWeights {
+  int64_t n, k, rows, columns;
+  const int32_t* crow;
+  const int32_t* col;
+  const void* values;
+  CellType type;  // f32, f16, bf16 or i8
+};
+
+// The same by groups of 1 or 4 rows that share their cells: a word for every row of the group, the bits of
+// its weight.
+class SparseEntries {
+ public:
+  SparseEntries(const SparseWeights& w, bool exact) : group(w.rows % 4 == 0 ? 4 : 1), exact_(exact) {
+    const int64_t groups = (w.n + group - 1) / group;
+    starts.reserve(static_cast<size_t>(groups) + 1);
+    starts.push_back(0);
+    const int64_t weights = w.crow[(w.n + w.rows - 1) / w.rows] * w.rows * w.columns;
+    cells.reserve(static_cast<size_t>(weights / group));
+    words.reserve(static_cast<size_t>(weights));
+    for (int64_t g = 0; g < groups; ++g) {
+      switch (w.type) {
+        case CellType::f32:
+          add_group<uint32_t>(w, g);
+          break;
+        case CellType::i8:
+          add_group<uint8_t>(w, g);
+          break;
+        default:
+          add_group<uint16_t>(w, g);
+      }
+      starts.push_back(static_cast<int64_t>(cells.size()));
+    }
+  }
+
+  int64_t groups() const { return static_cast<int64_t>(starts.size()) - 1; }
+
+  int64_t group;
+  std::vector<int64_t> starts;  // of a group's cells
+  std::vector<uint32_t> cells;
+  std::vector<uint32_t> words;  // [cells][group]
+
+ private:
+  template <typename Bits>
+  void add_group(const SparseWeights& w, int64_t g) {
+    const Bits* values = static_cast<const Bits*>(w.values);
+    const int64_t block_row = g * group / w.rows, row = g * group % w.rows;
+    const size_t first = cells.size();
+    for (int64_t b = w.crow[block_row]; b < w.crow[block_row + 1]; ++b) {
+      for (int64_t j = 0; j < w.columns; ++j) {
+        const int64_t column = w.col[b] * w.columns + j;
+        if (column >= w.k) break;
+        const uint32_t cell = static_cast<uint32_t>(exact_ ? column / 4 : column);
+        if (cells.size() == first || cells.back() != cell) {
+          cells.push_back(cell);
+          words.resize(words.size() + static_cast<size_t>(group), 0);
+        }
+        uint32_t* of_cell = words.data() + words.size() - group;
+        for (int64_t r = 0; r < group; ++r) {
+          const uint32_t bits = values[(b * w.rows + row + r) * w.columns + j];
+          of_cell[r] |= exact_ ? bits << (8 * (column % 4)) : bits;
+        }
+      }
+    }
+  }
+
+  bool exact_;
+};
+
+inline void store_word(uint8_t* p, uint32_t word, int64_t bytes) {
+  std::memcpy(p, &word, static_cast<size_t>(bytes));  // little endian, as all of these machines
+}
+
+// ---- for few rows of activations ----
+
+class FewPacker {
+ public:
+  FewPacker(const SparseEntries& e, SparseHeader& header) : e_(e), header_(header) {
+    const SparseParts at(header);
+    counts_.assign(static_cast<size_t>(at.slabs * at.chunks * slab_rows), 0);
+    for (int64_t g = 0; g < e.groups(); ++g) {
+      for (int64_t i = e.starts[g]; i < e.starts[g + 1]; ++i) {
+        for (int64_t r = 0; r < e.group; ++r) ++counts_[count_at(g * e.group + r, e.cells[i], at.chunks)];
+      }
+    }
+    steps_.resize(static_cast<size_t>(at.slabs * at.chunks));
+    header.entries = 0;
+    for (size_t part = 0; part < steps_.size(); ++part) {
+      steps_[part] =
+          *std::max_element(counts_.begin() + part * slab_rows, counts_.begin() + (part + 1) * slab_rows);
+      header.entries += steps_[part];
+    }
+  }
+
+  void write(uint8_t* out) const {
+    const SparseParts at(header_);
+    std::copy(counts_.begin(), counts_.end(), out + at.lane_counts);
+    std::copy(steps_.begin(), steps_.end(), out + at.steps);
+    std::vector<int64_t> starts(steps_.size() + 1, 0);
+    std::partial_sum(steps_.begin(), steps_.end(), starts.begin() + 1, std::plus<int64_t>());
+    int64_t* slab_starts = reinterpret_cast<int64_t*>(out + at.slab_starts);
+    for (int64_t s = 0; s <= at.slabs; ++s) slab_starts[s] = starts[s * at.chunks];
+    const int64_t bytes = cell_bytes(header_.type);
+    for (int64_t g = 0; g < e_.groups(); ++g) {
+      int64_t chunk = -1, step = 0;
+      for (int64_t i = e_.starts[g]; i < e_.starts[g + 1]; ++i, ++step) {
+        if (e_.cells[i] / chunk_cells != chunk) chunk = e_.cells[i] / chunk_cells, step = 0;
+        for (int64_t r = 0; r < e_.group; ++r) {
+          const int64_t row = g * e_.group + r;
+          const int64_t to =
+              (starts[row / slab_rows * at.chunks + chunk] + step) * slab_rows + row % slab_rows;
+          out[at.cell + to] = static_cast<uint8_t>(e_.cells[i] % chunk_cells);
+          store_word(out + at.value + to * bytes, e_.words[i * e_.group + r], bytes);
+        }
+      }
+    }
+  }
+
+ private:
+  static int64_t count_at(int64_t row, int64_t cell, int64_t chunks) {
+    return (row / slab_rows * chunks + cell / chunk_cells) * slab_rows + row % slab_rows;
+  }
+
+  const SparseEntries& e_;
+  const SparseHeader& header_;
+  std::vector<uint8_t> counts_;  // [slabs][chunks][slab_rows]
+  std::vector<int64_t> steps_;
+};
+
+// ---- for many ----
+
+class ManyPacker {
+ public:
+  ManyPacker(const SparseEntries& e, SparseHeader& header) : e_(e), header_(header) {
+    blocks_ = SparseParts(header).blocks;
+    counts_.assign(static_cast<size_t>(e.groups() * blocks_), 0);
+    for (int64_t g = 0; g < e.groups(); ++g) {
+      for (int64_t i = e.starts[g]; i < e.starts[g + 1]; ++i)
+        ++counts_[g * blocks_ + e.cells[i] / block_cells];
+    }
+    // Bands hold about as many entries each, so that threads can share them, and no more rows than stay in
+    // L2.
+    const int64_t most_groups = 512 / e.group, bands = (e.groups() + most_groups - 1) / most_groups;
+    const int64_t share = e.starts.back() / bands + 1;
+    band_groups_.push_back(0);
+    for (int64_t g = 1; g < e.groups(); ++g) {
+      const int64_t first = band_groups_.back(), step = slab_rows / e.group;
+      // Of whole slabs: scales and biases are read by the vector.
+      const bool full = e.starts[g] - e.starts[first] >= share || g - first >= most_groups;
+      if (full && g % step == 0) band_groups_.push_back(g);
+    }
+    band_groups_.push_back(e.groups());
+    header.bands = static_cast<int32_t>(band_groups_.size() - 1);
+    header.entries = e.starts.back();
+    header.items = 0;
+    for (int64_t g = 0; g < e.groups(); ++g) {
+      for (int64_t b = 0; b < blocks_; ++b) header.items += is_item(g, b);
+    }
+  }
+
+  void write(uint8_t* out) const {
+    const SparseParts at(header_);
+    std::copy(band_groups_.begin(), band_groups_.end(), reinterpret_cast<int64_t*>(out + at.band_groups));
+    SparseStream* streams = reinterpret_cast<SparseStream*>(out + at.streams);
+    SparseItem* items = reinterpret_cast<SparseItem*>(out + at.items);
+    std::vector<int64_t> entry_at(static_cast<size_t>(e_.groups() * blocks_));
+    std::vector<int64_t> order;
+    int64_t item = 0, entry = 0;
+    for (int64_t band = 0; band < header_.bands; ++band) {
+      for (int64_t b = 0; b < blocks_; ++b) {
+        order.clear();
+        for (int64_t g = band_groups_[band]; g < band_groups_[band + 1]; ++g) {
+          if (is_item(g, b)) order.push_back(g);
+        }
+        // Loops of equal length one after the other: their ends are foreseen.
+        std::stable_sort(order.begin(), order.end(),
+                         [&](int64_t x, int64_t y) { return count(x, b) > count(y, b); });
+        *streams++ = {item, static_cast<int64_t>(order.size()), entry};
+        for (const int64_t g : order) {
+          items[item++] = {static_cast<int32_t>(g - band_groups_[band]), static_cast<int32_t>(count(g, b))};
+          entry_at[g * blocks_ + b] = entry;
+          entry += count(g, b);
+        }
+      }
+    }
+    const int64_t bytes = cell_bytes(header_.type);
+    for (int64_t g = 0; g < e_.groups(); ++g) {
+      for (int64_t i = e_.starts[g]; i < e_.starts[g + 1]; ++i) {
+        const int64_t to = entry_at[g * blocks_ + e_.cells[i] / block_cells]++;
+        out[at.cell + to] = static_cast<uint8_t>(e_.cells[i] % block_cells);
+        for (int64_t r = 0; r < e_.group; ++r)
+          store_word(out + at.value + (to * e_.group + r) * bytes, e_.words[i * e_.group + r], bytes);
+      }
+    }
+  }
+
+ private:
+  int64_t count(int64_t g, int64_t b) const { return counts_[g * blocks_ + b]; }
+  // The first block begins the sums of every row.
+  bool is_item(int64_t g, int64_t b) const { return b == 0 || count(g, b) > 0; }
+
+  const SparseEntries& e_;
+  const SparseHeader& header_;
+  int64_t blocks_;
+  std::vector<int32_t> counts_;  // [groups][blocks]
+  std::vector<int64_t> band_groups_;
+};
+
+}  // namespace rk
