@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 import recsys_kernels as rk
+from recsys_kernels.models.dlrm import DLRM, DLRMConfig, Table
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -157,6 +158,17 @@ def test_the_report() -> None:
     assert len(report.pruned) == 2
     plain = json.loads(json.dumps(report.to_dict()))
     assert plain["layers"][0] == {"name": "0", "before": 32, "after": 16, "following": "3", "reason": ""}
+
+
+def test_a_ranking_model() -> None:
+    table = Table("items", 50, ("item",))
+    model = DLRM(DLRMConfig(3, (table,), dim=16, bottom=(32,), top=(64, 32))).eval()
+    inputs = (torch.randn(4, 3), torch.arange(8), torch.arange(0, 9, 2))
+    new, report = rk.prune_neurons(model, 0.25, sample_inputs=inputs)
+    assert [layer.after for layer in report.pruned] == [24, 48, 24]
+    assert new(*inputs).shape == (4,)
+    same, _ = rk.prune_neurons(model, 0.0)
+    assert torch.equal(same(*inputs), model(*inputs))
 
 
 # ---- what is left alone --------------------------------------------------------------------------------------------

@@ -298,6 +298,8 @@ def test_copies_and_state_dicts(tmp_path: Any) -> None:
     assert torch.equal(other(x), model(x))
     rk.prune(twin, 0.0)
     assert torch.count_nonzero(model[0].weight) == round(0.1 * 512)
+    assert "PruningMask(shape=(32, 16), sparsity=0.9004)" in repr(model)
+    assert "PruningMask(shape=(32, 16))" in repr(copy.deepcopy(model).to("meta"))
     half = copy.deepcopy(model).half()
     assert masks(half)["0"].dtype == torch.bool
 

@@ -253,7 +253,8 @@ class Pruner:
             gradient = target.parameter.grad
             if gradient is not None:
                 seen = True
-                found = self._scores[target.name]
+                # The model may have moved to another device.
+                found = self._scores[target.name] = self._scores[target.name].to(target.parameter.device)
                 new = gradient_scores(self._kind, target.parameter.to(found.dtype), gradient)
                 found += new.nan_to_num_(0.0, 0.0, 0.0)
         if not seen:

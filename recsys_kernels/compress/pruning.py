@@ -51,8 +51,9 @@ def prune(
         pattern: ``"unstructured"``, ``"block4x1"`` (4 output rows of one column; rows and columns of 1, 4 or 16),
             ``"2:4"`` (2 of 4 neighbours in a row are kept; any n:m up to 32). A block's score is the mean of its
             members'.
-        scope: ``"layer"``: the same share of every layer. ``"global"``: the lowest scores of all layers; one block or
-            weight of each layer is always kept. Not with n:m.
+        scope: ``"layer"``: the same share of every layer. ``"global"``: the lowest scores of all layers, which takes
+            most from layers whose scores are small: look at the report. Not with n:m. Either way one block or weight of
+            each layer is kept.
         scores: what says how much a weight w matters. ``"magnitude"``: |w| (Han et al., "Learning both Weights and
             Connections for Efficient Neural Networks", 2015). ``"movement"``: -w * gradient (Sanh et al., "Movement
             Pruning: Adaptive Sparsity by Fine-Tuning", 2020). ``"first_order"``: |w * gradient| (Molchanov et al.,

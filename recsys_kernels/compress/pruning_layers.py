@@ -42,7 +42,8 @@ class PruningMask(torch.nn.Module):
         return weight
 
     def extra_repr(self) -> str:
-        return f"shape={tuple(self.mask.shape)}, sparsity={1.0 - self.mask.float().mean().item():.4f}"
+        share = "" if self.mask.is_meta else f", sparsity={1.0 - self.mask.float().mean().item():.4f}"
+        return f"shape={tuple(self.mask.shape)}{share}"
 
 
 @dataclass(frozen=True)
