@@ -113,6 +113,14 @@ def test_groups(kept: int, of: int, k: int) -> None:
                 assert group[chosen].min() >= group[~chosen].max()
 
 
+def test_a_last_group_of_low_scores_keeps_as_many() -> None:
+    scores = torch.tensor([[3.0, 1.0, 2.0, 0.0, -3.0, -1.0, -2.0], [1.0, 1.0, 1.0, 1.0, 0.0, 0.0, 0.0]])
+    assert keep_mask(scores, None, "2:4").tolist() == [
+        [True, False, True, False, False, True, True],
+        [False, False, True, True, False, True, True],
+    ]
+
+
 @given(
     n=st.integers(1, 20),
     k=st.integers(1, 40),

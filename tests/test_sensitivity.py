@@ -78,6 +78,16 @@ def test_masked_models_are_pruned_further() -> None:
     assert found.metrics["2"][1] == pytest.approx(loss(other), rel=1e-6)
 
 
+def test_what_a_mask_has_dropped_goes_first() -> None:
+    model = nn.Sequential(nn.Linear(4, 1, bias=False))
+    with torch.no_grad():
+        model[0].weight.copy_(torch.tensor([[1.0, 2.0, 3.0, 4.0]]))
+    rk.prune(model, 0.5, scores={"0": torch.tensor([[2.0, 2.0, 1.0, 1.0]])})  # 1 and 2 are left
+    found = rk.sensitivity(model, lambda m: m[0].weight.sum().item(), (0.5, 0.75))
+    assert found.baseline == 3.0
+    assert found.metrics == {"0": (3.0, 2.0)}
+
+
 def test_from_the_scan_to_a_pruned_model() -> None:
     model = mlp()
     found = rk.sensitivity(model, lambda m: -loss(m))
