@@ -9,18 +9,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from ... import _backends
+from ..linear_layers import MODULES, FixedTypes, input_qparams
 from . import op, reference
 from .reference import GROUPS, MAX_IN_FEATURES, MIN_SCALE, STATIC, WEIGHT_ONLY
 
 if TYPE_CHECKING:
     from .qat import QATLinear
 
-MODULES: dict[str, type[torch.nn.Module]] = {
-    "relu": torch.nn.ReLU,
-    "gelu": torch.nn.GELU,
-    "sigmoid": torch.nn.Sigmoid,
-    "silu": torch.nn.SiLU,
-}
 # What ``_backends.implementation`` gives unless another backend was asked for.
 CHAIN = torch.ops.recsys_kernels.int8_chain.default
 
@@ -37,19 +32,6 @@ class Seen(NamedTuple):
     qparams: torch.Tensor | None
     qparams_version: int
     values: tuple[torch.Tensor, ...] | None  # of the parameters, once they are trained
-
-
-def input_qparams(low: float, high: float) -> torch.Tensor:
-    """Scale and zero point of a range of activations, float32 [2].
-
-    Raises:
-        ValueError: not a range.
-    """
-    ends = torch.tensor([low, high], dtype=torch.float32)
-    if not (low < high and bool(torch.isfinite(ends).all())):
-        raise ValueError(f"input_range must be (low, high) with low < high, both finite, but is {(low, high)}")
-    scale, zero_point = reference.range_qparams(ends[0].clamp(max=0.0), ends[1].clamp(min=0.0))
-    return torch.stack([scale, zero_point])
 
 
 def quantize_weight(weight: torch.Tensor, granularity: str | int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -77,26 +59,6 @@ def quantize_weight(weight: torch.Tensor, granularity: str | int) -> tuple[torch
     scale = (largest / 127.0).clamp(min=MIN_SCALE)
     spread = scale if scale.shape[1] == 1 else scale.repeat_interleave(int(granularity), 1)[:, : weight.shape[1]]
     return torch.round(weight / spread).clamp(-127.0, 127.0).to(torch.int8), scale
-
-
-class FixedTypes(torch.nn.Module):
-    """A module whose tensors keep their types: casts choose that of its output, ``dtype``."""
-
-    def __init__(self, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.dtype = _output_type(dtype)
-
-    def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        # .half() and .to(dtype) choose the type of the output; the stored tensors have types of their own.
-        dtype = _output_type(fn(torch.empty(0, dtype=self.dtype)).dtype)
-
-        def keep_type(tensor: torch.Tensor) -> torch.Tensor:
-            new = fn(tensor)
-            return new if new.dtype == tensor.dtype else tensor.to(new.device)
-
-        super()._apply(keep_type, recurse)
-        self.dtype = dtype
-        return self
 
 
 class Int8Linear(FixedTypes):
@@ -501,12 +463,6 @@ def run_compiled(layers: Sequence[Int8Linear], input: torch.Tensor, dtype: torch
         [layer.input_qparams for layer in layers],
     )
     return _backends.implementation("int8_layers", input)(input, *tensors, numbers, dtype)
-
-
-def _output_type(dtype: torch.dtype) -> torch.dtype:
-    if dtype not in reference.FLOATS:
-        raise ValueError(f"an int8 layer gives float32, float16 or bfloat16, but dtype is {dtype}")
-    return dtype
 
 
 def _wrong_state(name: str, given: torch.Tensor, own: torch.Tensor) -> str | None:

@@ -19,6 +19,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from ... import _backends
+from ..linear_layers import epilogue_number, scheme_number
 from . import reference
 from .reference import GELU, NONE, RELU, SIGMOID, SILU
 
@@ -239,18 +240,3 @@ def int8_linear(
         bias = bias.float()
     layer = (weight, weight_scale, group, bias, input_qparams, scheme_number(activation), epilogue_number(epilogue))
     return run_layer(input, *layer, input.dtype if dtype is None else dtype)
-
-
-def scheme_number(activation: str) -> int:
-    """The operators' number for a treatment of activations."""
-    if activation not in reference.SCHEMES:
-        hint = f" (a function to apply is epilogue={activation!r})" if activation in reference.EPILOGUES else ""
-        raise ValueError(f"activation must be 'dynamic', 'static' or 'weight_only', but is {activation!r}{hint}")
-    return reference.SCHEMES[activation]
-
-
-def epilogue_number(epilogue: str | None) -> int:
-    """The operators' number for a function that is applied to the result."""
-    if epilogue not in reference.EPILOGUES:
-        raise ValueError(f"epilogue must be None, 'relu', 'gelu', 'sigmoid' or 'silu', but is {epilogue!r}")
-    return reference.EPILOGUES[epilogue]

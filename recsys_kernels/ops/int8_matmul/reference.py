@@ -6,7 +6,6 @@ taken in float64, where sums of up to 2^53 are exact and which every device mult
 
 from __future__ import annotations
 
-import math
 import struct
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -14,16 +13,32 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-DYNAMIC, STATIC, WEIGHT_ONLY = 0, 1, 2
-SCHEMES = {"dynamic": DYNAMIC, "static": STATIC, "weight_only": WEIGHT_ONLY}
-NONE, RELU, GELU, SIGMOID, SILU = 0, 1, 2, 3, 4
-EPILOGUES: dict[str | None, int] = {None: NONE, "relu": RELU, "gelu": GELU, "sigmoid": SIGMOID, "silu": SILU}
+from ..linear_layers import (  # noqa: F401  (named here by what runs these operators)
+    DYNAMIC,
+    EPILOGUES,
+    FLOATS,
+    GELU,
+    MAX_IN_FEATURES,
+    MIN_SCALE,
+    NONE,
+    RELU,
+    SCHEMES,
+    SIGMOID,
+    SILU,
+    STATIC,
+    WEIGHT_ONLY,
+    activate,
+    check_input_qparams,
+    check_options,
+    check_qparams,
+    quantize_rows,
+    range_qparams,
+)
+from ..linear_layers import check as _check
+from ..linear_layers import check_floats as _check_floats
+from ..linear_layers import check_width as _check_width
+
 GROUPS = (32, 64, 128)
-FLOATS = (torch.float32, torch.float16, torch.bfloat16)
-# 255 * 128 * 65536 < 2^31: no sum of a row overflows int32.
-MAX_IN_FEATURES = 1 << 16
-# Below it the reciprocal of a scale, or a product of two scales, would leave float32's range.
-MIN_SCALE = 2.0**-100
 
 # A packed layer: "RCK8", and the number of output channels that lie side by side.
 _MAGIC, _VERSION, _LANES = 0x384B4352, 1, 16
@@ -60,24 +75,6 @@ def num_groups(in_features: int, group: int) -> int:
 # ---- checks ---------------------------------------------------------------------------------------------------------
 
 
-def _check(good: bool, message: str) -> None:
-    if not good:
-        raise RuntimeError(message)
-
-
-def _check_qparams(scale: float, zero_point: float) -> tuple[float, float]:
-    # Below, the reciprocal leaves float32; dynamic scales are never smaller either.
-    _check(
-        2.0**-100 <= scale < math.inf,
-        f"the scale of the activations (input_qparams[0]) must be finite and at least 2^-100, but is {scale}",
-    )
-    _check(
-        0 <= zero_point <= 255 and zero_point == int(zero_point),
-        f"the zero point of the activations (input_qparams[1]) must be an integer from 0 to 255, but is {zero_point}",
-    )
-    return scale, zero_point
-
-
 def _check_input(input: torch.Tensor, weight: torch.Tensor) -> None:
     _check(input.dim() >= 1, "input must have at least 1 dimension, but has 0")
     _check(input.device == weight.device, f"input is on {input.device}, but weight on {weight.device}")
@@ -91,11 +88,7 @@ def _check_numbers(in_features: int, out_features: int, group: int, scheme: int,
         f"but has shape ({out_features}, {in_features})",
     )
     _check(group in (0, *GROUPS), f"group must be 0 (none), 32, 64 or 128, but is {group}")
-    _check(scheme in SCHEMES.values(), f"scheme must be 0 (dynamic), 1 (static) or 2 (weight_only), but is {scheme}")
-    _check(
-        activation in EPILOGUES.values(),
-        f"activation must be 0 (none), 1 (relu), 2 (gelu), 3 (sigmoid) or 4 (silu), but is {activation}",
-    )
+    check_options(scheme, activation)
 
 
 def _checked_layer(
@@ -129,73 +122,16 @@ def _checked_layer(
     for name, tensor in (("weight_scale", weight_scale), ("bias", bias), ("input_qparams", input_qparams)):
         same = tensor is None or tensor.device == weight.device
         _check(same, f"{name} must be on the device of weight ({weight.device})")
-    qparams = None
-    _check(
-        (scheme == STATIC) == (input_qparams is not None),
-        "input_qparams (scale and zero point) belong to scheme 1 (static), and to no other",
-    )
-    if input_qparams is not None:
-        _check(input_qparams.dtype == torch.float32, f"input_qparams must be float32, but is {input_qparams.dtype}")
-        _check(input_qparams.shape == (2,), f"input_qparams must have shape (2,), but has {tuple(input_qparams.shape)}")
-        qparams = _check_qparams(*input_qparams.tolist())
+    qparams = check_input_qparams(input_qparams, scheme)
     return Layer(weight, weight_scale, group, bias, qparams, scheme, activation)
-
-
-def _check_floats(input: torch.Tensor, dtype: torch.dtype) -> None:
-    _check(input.dtype in FLOATS, f"input must be float32, float16 or bfloat16, but is {input.dtype}")
-    _check(dtype in FLOATS, f"dtype must be float32, float16 or bfloat16, but is {dtype}")
-
-
-def _check_width(input: torch.Tensor, in_features: int, out_features: int) -> None:
-    _check(
-        input.shape[-1] == in_features,
-        f"input of shape {tuple(input.shape)} does not fit a weight of shape ({out_features}, {in_features}): "
-        f"its last dimension must be {in_features}, but is {input.shape[-1]}",
-    )
 
 
 # ---- one layer ------------------------------------------------------------------------------------------------------
 
 
-def range_qparams(low: torch.Tensor, high: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scale and zero point that map [low, high], float32 and containing 0, to 0 ... 255."""
-    step = 1.0 / 255.0
-    scale = (high * step - low * step).clamp(min=MIN_SCALE)
-    zero_point = torch.round(-low * scale.reciprocal()).clamp(0.0, 255.0)
-    return scale, zero_point
-
-
-def quantize_rows(
-    x: torch.Tensor, qparams: tuple[float, float] | None
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Quantizes finite float32 rows [M, K] to 0 ... 255, with ranges of their own or (static) with one for all.
-
-    Returns:
-        float32 [M, K] of integers, and their scales and zero points [M, 1].
-    """
-    if qparams is None:
-        scale, zero_point = range_qparams(
-            x.amin(1, keepdim=True).clamp(max=0.0), x.amax(1, keepdim=True).clamp(min=0.0)
-        )
-    else:
-        scale, zero_point = (x.new_full((x.shape[0], 1), value) for value in qparams)
-    q = torch.maximum(x * scale.reciprocal(), -zero_point)
-    return torch.round(torch.minimum(q, 255.0 - zero_point)) + zero_point, scale, zero_point
-
-
 def _groups(in_features: int, group: int) -> list[slice]:
     step = group or in_features
     return [slice(start, min(start + step, in_features)) for start in range(0, in_features, step)]
-
-
-def _activate(x: torch.Tensor, activation: int) -> torch.Tensor:
-    if activation == RELU:
-        return F.relu(x)
-    if activation == GELU:
-        return x * 0.5 * torch.erfc(x * -math.sqrt(0.5))  # F.gelu is off by 1e-6 on the CPU
-    if activation == SIGMOID:
-        return torch.sigmoid(x)
-    return F.silu(x) if activation == SILU else x
 
 
 def _weight_only(x: torch.Tensor, layer: Layer) -> torch.Tensor:
@@ -228,7 +164,7 @@ def _run(x: torch.Tensor, layer: Layer) -> torch.Tensor:
     out = (_weight_only if layer.scheme == WEIGHT_ONLY else _integers)(x, layer)
     if layer.bias is not None:
         out = out + layer.bias
-    return _activate(out, layer.activation)
+    return activate(out, layer.activation)
 
 
 def int8_linear(
@@ -352,7 +288,7 @@ def _unpack(packed: torch.Tensor) -> Iterator[Layer]:
             qparams = None
             if scheme == STATIC:
                 (scale,) = struct.unpack("<f", struct.pack("<i", scale_bits))
-                qparams = _check_qparams(scale, zero_point)
+                qparams = check_qparams(scale, zero_point)
         except RuntimeError as error:
             raise RuntimeError(f"{at}: {error}") from None
         length = packed_bytes(out_features, in_features, group)
