@@ -10,14 +10,23 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-import numpy as np
 import torch
 
+from ._linear_samples import (  # noqa: F401  (part of this module's surface)
+    INT8_SHAPES,
+    SPARSE_PATTERNS,
+    Int8Sample,
+    SparseSample,
+    expected_int8_linear,
+    expected_sparse_linear,
+    int8_linear_samples,
+    sparse_linear_samples,
+)
 from .ops.embedding_bag.op import FeaturePlan
 from .ops.embedding_bag.reference import MAX, MEAN, MODES, SUM
-from .ops.int8_matmul.reference import DYNAMIC, EPILOGUES, GROUPS, SCHEMES, STATIC, WEIGHT_ONLY, num_groups
+from .ops.linear_layers import FLOATS
 
-FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+FLOAT_DTYPES = (*FLOATS, torch.float64)
 
 
 @dataclass(frozen=True)
@@ -304,186 +313,3 @@ def collection_samples(dtype: torch.dtype = torch.float32) -> list[CollectionSam
         ]
         samples.append(replace(samples[1], name="mixed-types", weights=mixed))
     return samples
-
-
-@dataclass(frozen=True)
-class Int8Sample:
-    """One call of the int8_linear operator, named."""
-
-    name: str
-    input: torch.Tensor
-    weight: torch.Tensor
-    weight_scale: torch.Tensor
-    group: int = 0
-    bias: torch.Tensor | None = None
-    input_qparams: torch.Tensor | None = None
-    scheme: int = DYNAMIC
-    activation: int = 0
-    dtype: torch.dtype = torch.float32
-
-    def __str__(self) -> str:
-        return self.name
-
-    @property
-    def layer(self) -> tuple[object, ...]:
-        """The arguments that int8_pack takes, in order."""
-        return (
-            self.weight,
-            self.weight_scale,
-            self.group,
-            self.bias,
-            self.input_qparams,
-            self.scheme,
-            self.activation,
-        )
-
-    @property
-    def args(self) -> tuple[object, ...]:
-        """The operator's arguments in order."""
-        return (self.input, *self.layer, self.dtype)
-
-
-# Rows, in_features and out_features: single ones, sizes that no register tile or cache line divides, several tiles.
-INT8_SHAPES = (
-    (7, 415, 333),
-    (3, 17, 5),
-    (16, 200, 40),
-    (1, 1, 1),
-    (1, 7, 1),
-    (2, 1, 17),
-    (5, 1, 1),
-    (1, 512, 96),
-    (33, 130, 48),
-    (0, 20, 6),
-    (64, 4, 100),
-    (5, 300, 15),
-    (130, 67, 33),
-)
-
-
-def int8_linear_samples(dtype: torch.dtype = torch.float32, small: bool = False) -> list[Int8Sample]:
-    """Calls of ``int8_linear``: every scheme, granularity and function on three shapes, some of them on the others.
-
-    Args:
-        dtype: type of the input and of the output.
-        small: leave out large products, for slow backends (interpreters).
-    """
-    rng = torch.Generator().manual_seed(50)
-    kinds = [
-        (scheme, granularity, activation)
-        for scheme in SCHEMES.values()
-        for granularity in ("channel", "tensor", *GROUPS)
-        for activation in EPILOGUES.values()
-    ]
-    samples = []
-    for number, (rows, width, channels) in enumerate(INT8_SHAPES):
-        if small and rows * width * channels > 150_000:
-            continue
-        # Fifteen of the 75, not the same for each shape.
-        for scheme, granularity, activation in kinds if number < 3 else kinds[number % 5 :: 5]:
-            name = f"{rows}x{width}x{channels}-{scheme}-{granularity}-{activation}"
-            x = torch.randn(rows, width, generator=rng, dtype=torch.float64) * 2 + 0.3
-            samples.append(_int8_sample(name, x.to(dtype), channels, scheme, granularity, activation, rng))
-    return [*samples, *_strided_int8_samples(dtype, rng)]
-
-
-def _int8_sample(
-    name: str,
-    x: torch.Tensor,
-    channels: int,
-    scheme: int,
-    granularity: str | int,
-    activation: int,
-    rng: torch.Generator,
-) -> Int8Sample:
-    width = x.shape[-1]
-    group = granularity if isinstance(granularity, int) else 0
-    weight = torch.randint(-127, 128, (channels, width), generator=rng, dtype=torch.int8)
-    scales = (1, 1) if granularity == "tensor" else (channels, num_groups(width, group))
-    scale = (torch.rand(scales, generator=rng) + 0.5) / (50.0 * width**0.5)
-    return Int8Sample(
-        name,
-        x,
-        weight,
-        scale.expand(channels, scales[1]),
-        group,
-        None if channels % 4 == 0 else torch.randn(channels, generator=rng),
-        torch.tensor([0.03, 117.0]) if scheme == STATIC else None,
-        scheme,
-        activation,
-        x.dtype,
-    )
-
-
-def _strided_int8_samples(dtype: torch.dtype, rng: torch.Generator) -> Iterator[Int8Sample]:
-    """Inputs of one and of three dimensions, tensors with gaps, and types that differ."""
-    x = torch.randn(6, 10, 40, generator=rng, dtype=torch.float64).to(dtype)
-    inputs = {
-        "1-d": x[0, 0],
-        "3-d": x,
-        "3-d-no-rows": x[:, :0],
-        "3-d-transposed": x.transpose(0, 1),
-        "strided-rows": x[0, ::2],
-        "strided-columns": x[0, :, ::2],
-        "transposed": x[0].t(),
-        "expanded": x[0, :1].expand(5, 40),
-        "not-aligned": x[0, :, 1:],
-    }
-    for scheme in SCHEMES.values():
-        for name, part in inputs.items():
-            yield _int8_sample(f"{name}-{scheme}", part, 19, scheme, "channel", 1, rng)
-        base = _int8_sample(f"strided-weight-{scheme}", x[0, :, :20], 22, scheme, "channel", 0, rng)
-        scale = base.weight_scale.repeat(2, 2)[::2, 1:]
-        yield replace(base, weight=base.weight.repeat_interleave(2, 1)[:, ::2], weight_scale=scale)
-        yield replace(base, name=f"transposed-weight-{scheme}", weight=base.weight.t().contiguous().t())
-        for other in FLOAT_DTYPES[:3]:
-            yield replace(base, name=f"to-{other}-{scheme}", dtype=other)
-
-
-def expected_int8_linear(sample: Int8Sample) -> torch.Tensor:
-    """The result of a call: rows quantized by numpy in float32, integers in int64, the rest in float64.
-
-    Returns:
-        float64 [..., N].
-    """
-    weight, channels = sample.weight.numpy().astype(np.int64), sample.weight.shape[0]
-    scale = sample.weight_scale.double().numpy()
-    x = sample.input.float().reshape(-1, weight.shape[1]).numpy()
-    out = np.zeros((x.shape[0], channels))
-    step = sample.group or weight.shape[1]
-    for row, values in enumerate(x):
-        if sample.scheme == WEIGHT_ONLY:
-            q, input_scale = values.astype(np.float64), 1.0
-        elif not np.isfinite(values).all():
-            out[row] = np.nan
-            continue
-        else:
-            q, input_scale = _quantized_by_numpy(values, sample.input_qparams)
-        for number, start in enumerate(range(0, weight.shape[1], step)):
-            part = slice(start, start + step)
-            out[row] += (weight[:, part] @ q[part]) * scale[:, number]
-        out[row] *= input_scale
-    y = torch.from_numpy(out)
-    if sample.bias is not None:
-        y += sample.bias.double()
-    functions = (
-        lambda y: y,
-        torch.relu,
-        lambda y: y * 0.5 * (1 + torch.erf(y / 2**0.5)),
-        lambda y: 1 / (1 + torch.exp(-y)),
-        lambda y: y / (1 + torch.exp(-y)),
-    )
-    return functions[sample.activation](y).reshape(*sample.input.shape[:-1], channels)
-
-
-def _quantized_by_numpy(values: np.ndarray, qparams: torch.Tensor | None) -> tuple[np.ndarray, float]:
-    """One row as integers without their zero point, int64, and the scale."""
-    if qparams is None:
-        low, high = min(values.min(), np.float32(0)), max(values.max(), np.float32(0))
-        step = np.float32(1 / 255)
-        scale = max(high * step - low * step, np.float32(2.0**-100))
-        zero_point = min(max(np.rint(-low * (np.float32(1) / scale)), np.float32(0)), np.float32(255))
-    else:
-        scale, zero_point = qparams.numpy()
-    steps = values * (np.float32(1) / scale)
-    return np.rint(np.clip(steps, -zero_point, 255 - zero_point)).astype(np.int64), float(scale)
