@@ -136,6 +136,26 @@ inline void dot_wide(const Tile& t, int64_t begin4, int64_t end4, vi (&out)[M][V
 }
 #endif
 
+// A block of columns and one row. A sum waits for the one before it, so that there are four, of every fourth
+// product.
+inline vi dot_row(const Layer& layer, const Tile& t) {
+  constexpr int parts = 4;
+  const int8_t* w = weights_at(layer, t.column, 0, 0);
+  const uint8_t* x = t.bytes;
+  vi acc[parts] = {simd::zero_i(), simd::zero_i(), simd::zero_i(), simd::zero_i()};
+  int64_t n = layer.padded_k() / 4;
+  for (; n >= parts; n -= parts, w += parts * block_bytes, x += parts * bytes_for_four) {
+#pragma GCC unroll 4
+    for (int p = 0; p < parts; ++p) {
+      const simd::Bytes4 a = simd::broadcast_bytes(x + p * bytes_for_four);
+      acc[p] = simd::dot(acc[p], a, simd::load_weights(w + p * block_bytes));
+    }
+  }
+  for (; n > 0; --n, w += block_bytes, x += bytes_for_four)
+    acc[0] = simd::dot(acc[0], simd::broadcast_bytes(x), simd::load_weights(w));
+  return simd::add_i(simd::add_i(acc[0], acc[1]), simd::add_i(acc[2], acc[3]));
+}
+
 template <int M, int V>
 inline void dot(const Layer& layer, const Tile& t, int64_t begin4, int64_t end4, vi (&out)[M][V]) {
 #if RK_INT8_WIDENS
@@ -234,7 +254,11 @@ inline void finish(const Layer& layer, const Tile& t, int v, vf (&y)[M]) {
 template <int M, int V>
 inline void tile_of_columns(const Layer& layer, const Tile& t) {
   vi acc[M][V];
-  dot<M, V>(layer, t, 0, layer.padded_k() / 4, acc);
+  if constexpr (M == 1 && V == 1 && lanes == 16) {
+    acc[0][0] = dot_row(layer, t);
+  } else {
+    dot<M, V>(layer, t, 0, layer.padded_k() / 4, acc);
+  }
   const int32_t* sums = layer.sums + t.column;
   const float* scales = layer.scales + t.column;
 #pragma GCC unroll 4
@@ -310,8 +334,27 @@ void tile_rows(const Layer& layer, Tile t, int64_t rows, [[maybe_unused]] int16_
 
 // ---- layers ----
 
+// A single row takes as long as its weights take to come. From L3 they come faster in one stream than in the
+// four of a tile of four blocks: 24.4 us against 25.8 for four layers of 2.1 MB in all (Zen 4). Of layers
+// larger than this they come slower: 4096 x 4096 took 1.16 times as long. Where products are of 16 bits it
+// makes no difference.
+constexpr int64_t most_bytes_of_row = lanes == 16 && !simd::splits_bytes ? 2 << 20 : 0;
+
+__attribute__((noinline)) void multiply_row(const Layer& layer, Tile t, int64_t first_block,
+                                            int64_t last_block) {
+  for (int64_t b = first_block; b < last_block; ++b) {
+    t.column = b * block;
+    tile_of_columns<1, 1>(layer, t);
+  }
+}
+
 void multiply(const Layer& layer, Tile t, int64_t rows, int64_t first_block, int64_t last_block,
               int16_t* wide) {
+  if constexpr (most_bytes_of_row > 0) {
+    const bool small = layer.padded_k() * layer.padded_n() <= most_bytes_of_row;
+    if (rows == 1 && t.bytes != nullptr && layer.groups == 1 && small)
+      return multiply_row(layer, t, first_block, last_block);
+  }
   for (int64_t b = first_block; b < last_block;) {
     t.column = b * block;
     const int64_t left = last_block - b;
