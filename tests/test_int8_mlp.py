@@ -328,6 +328,10 @@ def test_mlp_sees_layers_that_change() -> None:
     mlp = int8_mlp()
     with torch.no_grad():
         before = mlp(rows())
+        plain, mlp[3] = mlp[3], mlp[3].with_epilogue("relu")  # the same tensors
+        assert not torch.equal(mlp(rows()), before)
+        mlp[3] = plain
+        assert torch.equal(mlp(rows()), before)
         mlp[3] = rk.Int8Linear.from_float(Linear(20, 20))
         assert not torch.equal(mlp(rows()), before)
         before = mlp(rows())

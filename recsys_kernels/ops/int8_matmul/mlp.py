@@ -9,7 +9,8 @@ import torch
 
 from ... import _backends
 from . import op
-from .linear import CHAIN, Int8Linear, Seen, run_compiled, runs_compiled, runs_packed
+from .linear import CHAIN, NUMBERS, Int8Linear, Seen, run_compiled, runs_compiled, runs_packed
+from .reference import WEIGHT_ONLY
 
 if TYPE_CHECKING:
     from .qat import QATMLP
@@ -41,7 +42,9 @@ class Int8MLP(torch.nn.Sequential):
     def __init__(self, *layers: Int8Linear) -> None:
         super().__init__(*layers)
         self._check_layers()
-        self._seen: list[Seen] = []
+        self._seen: list[tuple[Int8Linear, Seen]] = []
+        self._tensors: list[torch.Tensor] = []
+        self._versions: list[int] = []
         self._packed: torch.Tensor | None = None
 
     @classmethod
@@ -142,21 +145,38 @@ class Int8MLP(torch.nn.Sequential):
                 raise ValueError(f"layer {number} takes {taken} features, but the one before it gives {given}")
 
     def _is_current(self, layers: list[Int8Linear]) -> bool:
+        """Whether the layers are the packed ones, and :meth:`Int8Linear.is_as` holds for each."""
         seen = self._seen
-        try:
-            return len(layers) == len(seen) and all(map(Int8Linear.is_as, layers, seen))
-        except KeyError:  # a module of another kind has taken a layer's place
+        if len(layers) != len(seen):
             return False
+        # Without a call for each layer, and versions in a row: 1 us less of 5 for five layers.
+        for layer, (known, of_layer) in zip(layers, seen):  # noqa: B905 (strict=True takes time)
+            if layer is not known:
+                return False
+            weight, _, scale, _, bias, _, qparams, _, values = of_layer
+            buffers, parameters = layer._buffers, layer._parameters
+            if (
+                buffers["weight"] is not weight
+                or (parameters if layer._scheme == WEIGHT_ONLY else buffers)["weight_scale"] is not scale
+                or parameters["bias"] is not bias
+                or buffers["input_qparams"] is not qparams
+                or (layer._trains and not layer._have_values(values))
+            ):
+                return False
+        # Those that were seen are those that are there.
+        return [tensor._version for tensor in self._tensors] == self._versions
 
     def _current_pack(self, layers: list[Int8Linear]) -> torch.Tensor:
         """The packed layers, as fresh as their state."""
         packed = self._packed
         if packed is None or not self._is_current(layers):
-            self._packed, seen = None, [layer.see() for layer in layers]
+            self._packed, seen = None, [(layer, layer.see()) for layer in layers]
+            tensors = [tensor for _, of_layer in seen for tensor in of_layer.tensors()]
+            versions = [version for _, of_layer in seen for version in of_layer.versions()]
             with torch.inference_mode(False):
                 packed = torch.cat([layer.pack() for layer in layers])
             if type(packed) is torch.Tensor:  # not a fake one
-                self._packed, self._seen = packed, seen
+                self._packed, self._seen, self._tensors, self._versions = packed, seen, tensors, versions
         return packed
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
@@ -170,10 +190,10 @@ class Int8MLP(torch.nn.Sequential):
         if not torch.compiler.is_compiling() and not needs_grad:
             # As in Int8Linear.forward: first without what cannot apply.
             packed = self._packed
-            if packed is not None and input.dim() == 2 and self._is_current(layers):
-                run = _backends.implementation("int8_chain", input)
-                if run is CHAIN:
-                    return run(input, packed, last.out_features, _backends.dtype_argument(last.dtype))
+            if packed is not None and input.dim() == 2 and self._is_current(layers):  # noqa: SIM102
+                if _backends.implementation("int8_chain", input) is CHAIN:
+                    dtype = last.dtype
+                    return CHAIN(input, packed, last.out_features, NUMBERS.get(dtype, dtype))
         self._check_layers()
         if not needs_grad:
             if torch.compiler.is_compiling():
@@ -192,7 +212,7 @@ class Int8MLP(torch.nn.Sequential):
 
     def __getstate__(self) -> dict[str, Any]:
         # Copies and files hold the canonical state only.
-        return {**self.__dict__, "_seen": [], "_packed": None}
+        return {**self.__dict__, "_seen": [], "_tensors": [], "_versions": [], "_packed": None}
 
 
 def _checked_steps(
