@@ -132,7 +132,7 @@ def test_counts_with_many_ties(n: int, k: int, sparsity: float, values: int, see
     scores = torch.randint(-values, values, (n, k), generator=torch.Generator().manual_seed(seed)).float()
     mask = keep_mask(scores, sparsity, "unstructured")
     order = sorted(range(n * k), key=lambda i: (scores.view(-1)[i].item(), i))
-    assert sorted((~mask).view(-1).nonzero().squeeze(1).tolist()) == sorted(order[: round(sparsity * n * k)])
+    assert sorted((~mask).view(-1).nonzero().squeeze(1).tolist()) == sorted(order[: round(sparsity * (n * k))])
 
 
 def test_empty_matrices() -> None:
