@@ -18,6 +18,7 @@ from .ops.embedding_bag import (
     QuantizedEmbeddingBag,
 )
 from .ops.int8_matmul import Int8Linear, Int8MLP
+from .ops.sparse_linear import SparseLinear
 
 if TYPE_CHECKING:
     from ._doctor import doctor
@@ -43,6 +44,7 @@ __all__ = [
     "Pruner",
     "QuantizedEmbedding",
     "QuantizedEmbeddingBag",
+    "SparseLinear",
     "backend",
     "bounds_check",
     "calibrate",

@@ -26,6 +26,7 @@ what :class:`~recsys_kernels.SparseLinear` makes or loads is checked before it g
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -231,18 +232,18 @@ class _SparseLinear(torch.autograd.Function):
         scheme: int,
         activation: int,
         dtype: torch.dtype,
-        pack: torch.Tensor | None,
+        prepared: Callable[[torch.Tensor], torch.Tensor] | None,
         transposed: Transposed | None,
     ) -> torch.Tensor:
         ctx.sizes, ctx.scheme, ctx.activation = (out_features, in_features), scheme, activation
         ctx.dtype, ctx.bias_dtype = input.dtype, None if bias is None else bias.dtype
         ctx.transposed = transposed
-        if pack is None:
+        if prepared is None:
             run = _backends.implementation("sparse_linear", input)
             layer = (values, crow_indices, col_indices, out_features, in_features, weight_scale, bias, input_qparams)
             out = run(input, *layer, scheme, activation, dtype)
         else:
-            out = packed(input, pack, out_features, dtype)
+            out = prepared(input)
         # Those of relu and sigmoid follow from the output. Those of gelu and silu need what went into the function:
         # computed again from the input, which costs one product and no memory.
         again = activation in (GELU, SILU)
@@ -302,21 +303,21 @@ def run_layer(
     scheme: int,
     activation: int,
     dtype: torch.dtype,
-    pack: torch.Tensor | None = None,
+    prepared: Callable[[torch.Tensor], torch.Tensor] | None = None,
     transposed: Transposed | None = None,
 ) -> torch.Tensor:
     """One layer, differentiable in input, float values and bias.
 
     Args:
-        pack: the same layer from ``sparse_pack``, where its kernels run; else None.
+        prepared: gives the result from what was made of the layer before; None: the operator.
         transposed: of the layer's structure, where it is known; else None.
     """
     layer = (values, crow_indices, col_indices, out_features, in_features, weight_scale, bias, input_qparams)
     trained = input.requires_grad or values.requires_grad or (bias is not None and bias.requires_grad)
     if trained and torch.is_grad_enabled():
-        return _SparseLinear.apply(input, *layer, scheme, activation, dtype, pack, transposed)
-    if pack is not None:
-        return packed(input, pack, out_features, dtype)
+        return _SparseLinear.apply(input, *layer, scheme, activation, dtype, prepared, transposed)
+    if prepared is not None:
+        return prepared(input)
     run = _backends.implementation("sparse_linear", input)
     return run(input, *layer, scheme, activation, _backends.dtype_argument(dtype))
 

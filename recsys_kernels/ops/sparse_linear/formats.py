@@ -1,0 +1,146 @@
+"""Matrices and the three tensors that sparse layers keep of them."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+from ..linear_layers import MIN_SCALE
+from . import reference
+from .patterns import Pattern, keep_mask
+from .reference import Layer, block_shape
+
+
+class Stored(NamedTuple):
+    """The kept weights of a matrix and their places; see ``op.py``."""
+
+    values: torch.Tensor
+    crow_indices: torch.Tensor
+    col_indices: torch.Tensor
+
+
+def stored_pattern(pattern: Pattern) -> Pattern:
+    """As what a pruned layer is stored: only 2:4 has a format of its own among n:m patterns."""
+    if pattern.of and (pattern.kept, pattern.of) != (2, 4):
+        return Pattern("unstructured", 1, 1, 0, 0)
+    return pattern
+
+
+def pattern_name(values: torch.Tensor) -> str:
+    """The pattern that values are stored by."""
+    rows, columns = block_shape(values)
+    return {1: "unstructured", 2: "2:4"}.get(values.dim(), f"block{rows}x{columns}")
+
+
+def store(weight: torch.Tensor, kept: torch.Tensor, pattern: Pattern) -> Stored:
+    """Takes the kept weights out of a matrix.
+
+    Args:
+        weight: [N, K].
+        kept: bool [N, K]: whole blocks; of 2:4 at most two of every four columns.
+        pattern: one that :func:`stored_pattern` gives.
+    """
+    weight = torch.where(kept, weight, 0)
+    if pattern.of:
+        return _store_two_of_four(weight, kept)
+    rows, columns = pattern.rows, pattern.columns
+    n, k = weight.shape
+    if rows == columns == 1:
+        found, values = kept, weight[kept]
+    else:
+        padding = (0, -k % columns, 0, -n % rows)
+        blocks, members = (
+            F.pad(part, padding).unflatten(1, (-1, columns)).unflatten(0, (-1, rows)).transpose(1, 2)
+            for part in (weight, kept)
+        )
+        found = members.flatten(2).any(2)
+        values = blocks[found]
+    crow = torch.zeros(found.shape[0] + 1, dtype=torch.int32, device=weight.device)
+    crow[1:] = found.sum(1).cumsum(0)
+    return Stored(values.contiguous(), crow, found.nonzero()[:, 1].int())
+
+
+def _store_two_of_four(weight: torch.Tensor, kept: torch.Tensor) -> Stored:
+    k = weight.shape[1]
+    groups, members = (F.pad(part, (0, -k % 4)).unflatten(1, (-1, 4)) for part in (weight, kept))
+    # The kept ones first, else in order: a group that keeps fewer than two also has places with a zero.
+    places = members.to(torch.uint8).sort(dim=2, descending=True, stable=True).indices[..., :2].sort(2).values
+    codes = places[..., 0] + 4 * places[..., 1]
+    pairs = F.pad(codes, (0, codes.shape[1] % 2)).unflatten(1, (-1, 2))
+    empty = torch.zeros(0, dtype=torch.int32, device=weight.device)
+    return Stored(groups.gather(2, places).flatten(1), empty, (pairs[..., 0] + 16 * pairs[..., 1]).to(torch.uint8))
+
+
+def empty(out_features: int, in_features: int, pattern: Pattern, dtype: torch.dtype) -> Stored:
+    """A matrix of which nothing is kept; of 2:4, which always keeps two of four, zeros are."""
+    if pattern.of:
+        columns = -(-in_features // 8)
+        codes = torch.full((out_features, columns), 0x44, dtype=torch.uint8)  # places 0 and 1 of both fours
+        values = torch.zeros(out_features, -(-in_features // 4) * 2, dtype=dtype)
+        return Stored(values, torch.zeros(0, dtype=torch.int32), codes)
+    shape = (0,) if pattern.rows == pattern.columns == 1 else (0, pattern.rows, pattern.columns)
+    crow = torch.zeros(-(-out_features // pattern.rows) + 1, dtype=torch.int32)
+    return Stored(torch.zeros(shape, dtype=dtype), crow, torch.zeros(0, dtype=torch.int32))
+
+
+def to_dense(stored: Stored, out_features: int, in_features: int) -> torch.Tensor:
+    """The values as a matrix [N, K] of their type, with zeros for what is not kept."""
+    return reference.to_dense(Layer(*stored, out_features, in_features, None, None, None, 0, 0))
+
+
+def rows_of(stored: Stored, out_features: int) -> torch.Tensor:
+    """The output row of each value, int64 in the shape of the values; the last one's of those that lie past it."""
+    values, crow, _ = stored
+    if values.dim() == 2:
+        return torch.arange(values.shape[0], device=values.device).unsqueeze(1).expand_as(values)
+    rows = block_shape(values)[0]
+    numbers = torch.arange(crow.shape[0] - 1, device=values.device) * rows
+    first = torch.repeat_interleave(numbers, crow.long().diff(), output_size=values.shape[0])
+    if values.dim() == 1:
+        return first
+    inner = torch.arange(rows, device=values.device).unsqueeze(1)
+    return (first.reshape(-1, 1, 1) + inner).clamp(max=out_features - 1).expand_as(values)
+
+
+def quantize(stored: Stored, out_features: int, granularity: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Symmetric int8 values in [-127, 127] and their float32 scales [N]: max|w| / 127.
+
+    Raises:
+        ValueError: a row holds NaN or infinity (named).
+    """
+    values, rows = stored.values.detach().float(), rows_of(stored, out_features)
+    bad = ~torch.isfinite(values)
+    if bad.any():
+        raise ValueError(f"row {int(rows[bad].min())} of values holds NaN or infinity and can't be quantized")
+    largest = values.new_zeros(out_features)
+    largest.scatter_reduce_(0, rows.reshape(-1), values.abs().reshape(-1), "amax")
+    if granularity == "tensor":
+        largest = largest.amax().expand(out_features)
+    scale = (largest / 127.0).clamp(min=MIN_SCALE)
+    return torch.round(values / scale[rows]).clamp(-127.0, 127.0).to(torch.int8), scale
+
+
+def kept_weights(weight: torch.Tensor, sparsity: float | None, pattern: Pattern) -> torch.Tensor:
+    """Which weights a layer keeps, bool [N, K]; with None those that are not zero.
+
+    Raises:
+        ValueError: what :func:`~.patterns.keep_mask` refuses; None, and more weights than an n:m pattern keeps.
+    """
+    fixed = pattern.sparsity
+    if sparsity is not None:
+        return keep_mask(weight.abs(), fixed if fixed is not None and sparsity == 0.9 else sparsity, pattern)
+    found = weight != 0
+    if pattern.of:
+        counts = (
+            torch.nn.functional.pad(found, (0, -weight.shape[1] % pattern.of)).unflatten(1, (-1, pattern.of)).sum(2)
+        )
+        if (counts > pattern.kept).any():
+            row, group = (counts > pattern.kept).nonzero()[0].tolist()
+            first = group * pattern.of
+            raise ValueError(
+                f"row {row} of weight has {int(counts[row, group])} weights in the columns {first} to "
+                f"{first + pattern.of - 1}, of which {pattern.name!r} keeps {pattern.kept}; give a sparsity to prune it"
+            )
+    return found

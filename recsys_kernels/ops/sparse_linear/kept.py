@@ -1,0 +1,153 @@
+"""What the CPU reads instead of a layer's canonical operands, and layers of compiled code that keep it.
+
+A module compares its tensors with those from which something was made. Compiled code can't: what it reads of a tensor
+is fixed when it is traced, but for the tensor's values. So the comparison is part of an operator, which gets the
+tensors at every call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch.utils.weak import TensorWeakRef, WeakTensorKeyDictionary
+
+from ... import _backends
+from ..linear_layers import MAX_IN_FEATURES, activate
+from . import crossover, formats, op, reference
+from .op import Operands
+
+
+class Prepared:
+    """A layer as the CPU reads it; every part is made when it is first needed, and none is the layer itself.
+
+    Attributes:
+        packs: for few and for many rows of input, where those have been made.
+        runs_dense: whether the layer is faster as a dense one, for few and for many rows.
+    """
+
+    __slots__ = ("_dense", "packs", "runs_dense")
+
+    def __init__(self, layer: Operands) -> None:
+        values, _, _, out_features, in_features, *_, scheme, _ = layer
+        self.packs: list[torch.Tensor | None] = [None, None]
+        self._dense: torch.Tensor | None = None
+        self.runs_dense = runs_dense(values, out_features, in_features, scheme)
+
+    def run(self, input: torch.Tensor, layer: Operands, dtype: torch.dtype) -> torch.Tensor:
+        """[..., K] to [..., N], without a gradient; the layer that this was made for."""
+        out_features, in_features = layer[3:5]
+        many = input.numel() > op.FEW_ROWS * in_features
+        # Wrong inputs are for the operator to refuse.
+        if self.runs_dense[many] and input.dim() >= 1 and input.shape[-1] == in_features:
+            return self._run_dense(input, layer, dtype)
+        pack = self.packs[many]
+        if pack is None:
+            with torch.inference_mode(False), torch.no_grad():
+                pack = _backends.implementation("sparse_pack", layer[0])(*layer, int(many))
+            if type(pack) is torch.Tensor:  # not a fake one
+                self.packs[many] = pack
+        return op.packed(input, pack, out_features, dtype)
+
+    def _run_dense(self, input: torch.Tensor, layer: Operands, dtype: torch.dtype) -> torch.Tensor:
+        values, crow, col, out_features, in_features, scale, bias, qparams, scheme, activation = layer
+        dense = self._dense
+        if dense is None:
+            with torch.inference_mode(False), torch.no_grad():
+                dense = formats.to_dense(formats.Stored(values.detach(), crow, col), out_features, in_features)
+                if scale is None:
+                    dense = dense.float()
+                else:
+                    parts = (dense, scale.unsqueeze(1), 0, None if bias is None else bias.float(), qparams)
+                    dense = _backends.implementation("int8_pack", dense)(*parts, scheme, activation)
+            self._dense = dense
+        if scale is None:
+            out = F.linear(input.float(), dense, None if bias is None else bias.float())
+            return activate(out, activation).to(dtype)
+        rows = (
+            input.reshape(-1, in_features) if input.numel() else input.new_empty(input.shape[:-1].numel(), in_features)
+        )
+        out = _backends.implementation("int8_chain", rows)(rows, dense, out_features, dtype)
+        return out.reshape(*input.shape[:-1], out_features)
+
+
+def runs_dense(values: torch.Tensor, out_features: int, in_features: int, scheme: int) -> tuple[bool, bool]:
+    """Whether a layer is faster as a dense one on this machine, for few and for many rows of input."""
+    if values.dtype == torch.int8 and in_features > MAX_IN_FEATURES:
+        return False, False
+    density = values.numel() / (out_features * in_features)
+    few, many = crossover.limits(values.dtype, scheme, reference.block_shape(values)[0])
+    return density > few, density > many
+
+
+class _Kept(NamedTuple):
+    """What was made of a layer, and of what: tensors with their versions, and numbers."""
+
+    tensors: tuple[TensorWeakRef | None, ...]
+    versions: tuple[int, ...]
+    values: tuple[torch.Tensor | None, ...]  # of those that are trained: fused optimizers write without counting it
+    numbers: tuple[int, ...]
+    prepared: Prepared
+
+
+# By the layer's values, with which it goes.
+_kept = WeakTensorKeyDictionary()
+
+
+def _is_current(kept: _Kept, tensors: Sequence[torch.Tensor | None], numbers: tuple[int, ...]) -> bool:
+    if numbers != kept.numbers:
+        return False
+    for tensor, known, version, values in zip(tensors, kept.tensors, kept.versions, kept.values, strict=True):
+        if tensor is None or known is None:
+            if tensor is not known:
+                return False
+            continue
+        if known() is not tensor or tensor._version != version:
+            return False
+        if tensor.requires_grad and (values is None or not torch.equal(tensor, values)):
+            return False
+    return True
+
+
+def _prepared(layer: Operands) -> Prepared:
+    tensors = (*layer[:3], *layer[5:8])
+    numbers = (*layer[3:5], *layer[8:])
+    # An inference tensor does not count what is written to it.
+    if any(tensor is not None and tensor.is_inference() for tensor in tensors):
+        return Prepared(layer)
+    kept = _kept.get(layer[0])
+    if kept is not None and _is_current(kept, tensors, numbers):
+        return kept.prepared
+    prepared = Prepared(layer)
+    known = tuple(None if tensor is None else TensorWeakRef(tensor) for tensor in tensors)
+    versions = tuple(0 if tensor is None else tensor._version for tensor in tensors)
+    values = tuple(t.detach().clone() if t is not None and t.requires_grad else None for t in tensors)
+    _kept[layer[0]] = _Kept(known, versions, values, numbers, prepared)
+    return prepared
+
+
+def sparse_layer(
+    input: torch.Tensor,
+    values: torch.Tensor,
+    crow_indices: torch.Tensor,
+    col_indices: torch.Tensor,
+    out_features: int,
+    in_features: int,
+    weight_scale: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    input_qparams: torch.Tensor | None,
+    scheme: int,
+    activation: int,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """The operator ``sparse_layer`` for CPU tensors."""
+    structure = (values, crow_indices, col_indices, out_features, in_features)
+    layer = (*structure, weight_scale, bias, input_qparams, scheme, activation)
+    if _backends.chosen("sparse_packed", "cpu") != "cpu":
+        return reference.sparse_linear(input, *layer, dtype)
+    return _prepared(layer).run(input, layer, dtype)
+
+
+_backends.library.impl("sparse_layer", sparse_layer, "CPU")
