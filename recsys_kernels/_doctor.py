@@ -12,6 +12,7 @@ import torch
 
 from . import __version__, _backends, memory
 from ._native import native
+from .ops.sparse_linear.crossover import CROSSOVER
 
 # For a person one row a user-facing operator; its parts (backward and so on) run on the same backend.
 _OPERATORS = {
@@ -20,6 +21,7 @@ _OPERATORS = {
     "embedding_bag_collection": ("embedding_bag_collection",),
     "quantize_rowwise": ("quantize_rowwise",),
     "int8_linear": ("int8_linear",),
+    "sparse_linear": ("sparse_linear", "sparse_weight_gradient"),
 }
 _THROUGH_TORCH = "max_norm, scale_grad_by_freq"
 
@@ -51,6 +53,19 @@ def _huge_pages() -> str:
     return f"{state}: tables stay on 4 KiB pages, lookups in large ones are slower"
 
 
+def _sparse_runs_dense() -> dict[str, dict[str, tuple[float, float]]]:
+    """The sparsity below which a layer is faster as a dense one on the CPU."""
+    level = native.isa()
+    kinds = {} if level is None else CROSSOVER[level]
+    return {
+        kind: {
+            f"{group} row{'s' * (group > 1)}": (round(1 - few, 3), round(1 - many, 3))
+            for group, (few, many) in limits.items()
+        }
+        for kind, limits in kinds.items()
+    }
+
+
 def doctor() -> dict[str, Any]:
     """Prints what this machine has and what each operator will run on, and why something is missing.
 
@@ -58,7 +73,9 @@ def doctor() -> dict[str, Any]:
         The same as a dict: ``versions`` (package to version or None), ``machine``, ``backends`` (name to None when it
         can run, else the reason), ``isa`` (``in_use``, ``supported``), ``cuda`` (``release`` and ``architectures`` that
         the CUDA C++ kernels are built with and for, or None), ``huge_pages``, ``threads``, and ``operators`` (operator
-        to the backend for ``"cpu"`` tensors and, where torch sees a GPU, ``"cuda"`` tensors).
+        to the backend for ``"cpu"`` tensors and, where torch sees a GPU, ``"cuda"`` tensors). ``sparse_runs_dense``: by
+        the type of its weights and the output rows that share their columns, the sparsity below which a sparse layer
+        runs as a dense one on the CPU, for few and for many rows of input.
     """
     release = native.cuda_release()
     facts: dict[str, Any] = {
@@ -88,6 +105,7 @@ def doctor() -> dict[str, Any]:
             for name, parts in _OPERATORS.items()
         },
         "through_torch": _THROUGH_TORCH,
+        "sparse_runs_dense": _sparse_runs_dense(),
     }
     print(_text(facts))
     return facts
@@ -101,6 +119,11 @@ def _text(facts: dict[str, Any]) -> str:
     if facts["cuda"]:
         targets = " ".join(f"sm_{number}" for number in facts["cuda"]["architectures"])
         cuda = f"built with {facts['cuda']['release']} for {targets}"
+    dense = [
+        f"{'sparse layers run dense' if number == 0 else '':<26}{kind:<18}"
+        + ", ".join(f"{group} together: sparsity below {few:g} or {many:g}" for group, (few, many) in limits.items())
+        for number, (kind, limits) in enumerate(facts["sparse_runs_dense"].items())
+    ]
     lines = [
         f"versions    {versions}",
         f"machine     {facts['machine']['cpu']} ({facts['machine']['architecture']}), {facts['threads']} threads",
@@ -116,5 +139,6 @@ def _text(facts: dict[str, Any]) -> str:
         f"{'operator':<26}{'on CPU tensors':<18}on CUDA tensors",
         *(f"{name:<26}{on['cpu']:<18}{on.get('cuda', 'no GPU')}" for name, on in facts["operators"].items()),
         f"{'':<26}{facts['through_torch']}: always torch's own operator",
+        *(["", f"{'':<44}with few rows of input, or many", *dense] if dense else []),
     ]
     return "\n".join(lines)
