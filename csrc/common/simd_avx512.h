@@ -154,11 +154,14 @@ inline vi dot_bytes(vi acc, vi a, vi w) {
 // Rows become columns: in every step pairs that stand 1, 2, 4 and 8 apart.
 inline void transpose(vf (&rows)[lanes]) {
   vi r[lanes], t[lanes];
+#pragma GCC unroll 16
   for (int i = 0; i < lanes; ++i) r[i] = bits_i(rows[i]);
+#pragma GCC unroll 16
   for (int i = 0; i < lanes; i += 2) {
     t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
     t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
   }
+#pragma GCC unroll 16
   for (int i = 0; i < lanes; i += 4) {
     r[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
     r[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
@@ -166,6 +169,7 @@ inline void transpose(vf (&rows)[lanes]) {
     r[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
   }
   // r[4 * a + j]: rows 4 * a to 4 * a + 3 of the columns j, j + 4, j + 8, j + 12.
+#pragma GCC unroll 4
   for (int j = 0; j < 4; ++j) {
     const vi a = _mm512_shuffle_i32x4(r[j], r[4 + j], 0x88), b = _mm512_shuffle_i32x4(r[j], r[4 + j], 0xdd);
     const vi c = _mm512_shuffle_i32x4(r[8 + j], r[12 + j], 0x88);

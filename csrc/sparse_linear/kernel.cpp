@@ -23,6 +23,65 @@ using rk::SparseStructure;
 
 constexpr int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
 
+// ---- results ----
+
+// Floats of the rows [row, row + rows) of the output, from `column` on.
+template <int R>
+inline void store_rows(const SparseLayer& layer, const vf (&y)[R], const FloatMatrix& out, int64_t row,
+                       int rows, int64_t column) {
+  const int n = static_cast<int>(layer.n - column < lanes ? layer.n - column : lanes);
+  // A copy: the compiler must take what is stored for something that overlaps the arguments.
+  const int64_t stride = out.stride, at = row * stride + column;
+  if (out.type == FloatType::f32) {
+    float* p = static_cast<float*>(out.data) + at;
+    if (n == lanes && rows == R) {
+#pragma GCC unroll 16
+      for (int r = 0; r < R; ++r) simd::store_f32(p + r * stride, y[r]);
+      return;
+    }
+    for (int r = 0; r < rows; ++r) simd::store_f32(p + r * stride, y[r], n);
+  } else {
+    uint16_t* p = static_cast<uint16_t*>(out.data) + at;
+    for (int r = 0; r < rows; ++r) {
+      out.type == FloatType::f16 ? simd::store_f16(p + r * stride, y[r], n)
+                                 : simd::store_bf16(p + r * stride, y[r], n);
+    }
+  }
+}
+
+// Sums of rows of activations with the rows of weights from `column` on, which become a part of the output.
+template <int R>
+inline void finish(const SparseLayer& layer, vf (&y)[R], const FloatMatrix& out, int64_t row, int rows,
+                   int64_t column) {
+  const Epilogue epilogue = layer.epilogue;
+  const vf bias = simd::load_f32(layer.bias + column);
+  const vf scale = layer.scales == nullptr ? simd::broadcast(1.0f) : simd::load_f32(layer.scales + column);
+  if (epilogue == Epilogue::none || epilogue == Epilogue::relu) {
+    const vf least = simd::broadcast(epilogue == Epilogue::relu ? 0.0f : -__builtin_inff());
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r) y[r] = simd::at_least(simd::add(simd::mul(y[r], scale), bias), least);
+  } else {
+    for (int r = 0; r < rows; ++r) y[r] = apply(epilogue, simd::add(simd::mul(y[r], scale), bias));
+  }
+  store_rows(layer, y, out, row, rows, column);
+}
+
+// The same for sums of bytes, of rows with the scales x.
+template <int R>
+inline void finish_bytes(const SparseLayer& layer, const vi (&sum)[R], const FloatMatrix& out, int64_t row,
+                         int rows, int64_t column, const RowScale* x) {
+  const vi sums = simd::load_i32(layer.sums + column);
+  const vf bias = simd::load_f32(layer.bias + column), scale = simd::load_f32(layer.scales + column);
+  vf y[R];
+  for (int r = 0; r < rows; ++r) {
+    const vi correction = simd::mul_i(simd::broadcast_i(x[r].zero_point), sums);
+    const vf exact = simd::to_float(simd::sub_i(sum[r], correction));
+    y[r] = apply(layer.epilogue,
+                 simd::add(simd::mul(exact, simd::mul(simd::broadcast(x[r].scale), scale)), bias));
+  }
+  store_rows(layer, y, out, row, rows, column);
+}
+
 // ---- one cell ----
 
 // How a vector of cells is multiplied with weights and summed. Sums take 32 bits of memory, whatever they
@@ -52,6 +111,11 @@ struct Cells {
     if constexpr (T == CellType::bf16) return simd::load_bf16(p);
     if constexpr (T == CellType::i8) return simd::load_i8(p);
   }
+  template <int R>
+  static void finish(const SparseLayer& layer, Sum (&sum)[R], const FloatMatrix& out, int64_t row, int rows,
+                     int64_t column, const RowScale*) {
+    ::finish(layer, sum, out, row, rows, column);
+  }
 };
 
 template <>
@@ -69,38 +133,12 @@ struct Cells<CellType::i8x4> {
   }
   static simd::Quad quad(const uint8_t* p) { return simd::quad_words(p); }
   static Sum weights(const uint8_t* p) { return simd::load_i32(reinterpret_cast<const int32_t*>(p)); }
-};
-
-// ---- results ----
-
-void store_row(const FloatMatrix& out, int64_t row, int64_t column, vf y, int n) {
-  const int64_t at = row * out.stride + column;
-  if (out.type == FloatType::f32) {
-    float* p = static_cast<float*>(out.data) + at;
-    n == lanes ? simd::store_f32(p, y) : simd::store_f32(p, y, n);
-  } else {
-    uint16_t* p = static_cast<uint16_t*>(out.data) + at;
-    out.type == FloatType::f16 ? simd::store_f16(p, y, n) : simd::store_bf16(p, y, n);
+  template <int R>
+  static void finish(const SparseLayer& layer, Sum (&sum)[R], const FloatMatrix& out, int64_t row, int rows,
+                     int64_t column, const RowScale* x) {
+    finish_bytes(layer, sum, out, row, rows, column, x);
   }
-}
-
-// Sums of a row of activations with the rows of weights from `column` on, which become a part of the output.
-void finish(const SparseLayer& layer, vf sum, const FloatMatrix& out, int64_t row, int64_t column,
-            [[maybe_unused]] const RowScale& x) {
-  if (layer.scales != nullptr) sum = simd::mul(sum, simd::load_f32(layer.scales + column));
-  const vf y = apply(layer.epilogue, simd::add(sum, simd::load_f32(layer.bias + column)));
-  store_row(out, row, column, y, static_cast<int>(layer.n - column < lanes ? layer.n - column : lanes));
-}
-
-void finish(const SparseLayer& layer, vi sum, const FloatMatrix& out, int64_t row, int64_t column,
-            const RowScale& x) {
-  const vi correction = simd::mul_i(simd::broadcast_i(x.zero_point), simd::load_i32(layer.sums + column));
-  const vf scale = simd::mul(simd::broadcast(x.scale), simd::load_f32(layer.scales + column));
-  const vf y = simd::add(simd::mul(simd::to_float(simd::sub_i(sum, correction)), scale),
-                         simd::load_f32(layer.bias + column));
-  store_row(out, row, column, apply(layer.epilogue, y),
-            static_cast<int>(layer.n - column < lanes ? layer.n - column : lanes));
-}
+};
 
 // ---- few rows of activations ----
 
@@ -140,11 +178,10 @@ void multiply_slabs(const SparseLayer& layer, const int32_t* x, int64_t stride, 
       for (; n >= 2; n -= 2) step(0), step(S - 1);
       if (n > 0) step(0);
     }
-    for (int m = 0; m < M; ++m) {
-      for (int v = 0; v < V && slab * slab_rows + v * lanes < layer.n; ++v) {
-        if (S == 2) sum[0][m][v] = C::add(sum[0][m][v], sum[S - 1][m][v]);
-        finish(layer, sum[0][m][v], out, row + m, slab * slab_rows + v * lanes, scales[m]);
-      }
+    for (int v = 0; v < V && slab * slab_rows + v * lanes < layer.n; ++v) {
+      typename C::Sum all[M];
+      for (int m = 0; m < M; ++m) all[m] = S == 2 ? C::add(sum[0][m][v], sum[S - 1][m][v]) : sum[0][m][v];
+      C::finish(layer, all, out, row, M, slab * slab_rows + v * lanes, scales);
     }
   }
 }
@@ -171,8 +208,10 @@ void multiply_slabs_apart(const SparseLayer& layer, const int32_t* x, const Floa
         }
       }
     }
-    for (int64_t i = 0; i < slab_rows && slab * slab_rows + i < layer.n; i += lanes)
-      finish(layer, simd::load_f32(sum + i), out, row, slab * slab_rows + i, RowScale{});
+    for (int64_t i = 0; i < slab_rows && slab * slab_rows + i < layer.n; i += lanes) {
+      vf all[1] = {simd::load_f32(sum + i)};
+      finish(layer, all, out, row, 1, slab * slab_rows + i);
+    }
   }
 }
 
@@ -257,17 +296,25 @@ void transpose_rows(const FloatMatrix& in, int64_t row, int64_t rows, int64_t co
       to_floats(in, row + c + i, count, floats + i * count);
       from[i] = floats + i * count;
     }
-    for (int64_t k = 0; k < count; k += lanes) {
-      const int64_t n = count - k < lanes ? count - k : lanes;
-      vf square[lanes];
-      for (int i = 0; i < lanes; ++i) {
-        square[i] = from[i] == nullptr ? simd::zero()
-                    : n == lanes       ? simd::load_f32(from[i] + k)
-                                       : simd::load_f32(from[i] + k, static_cast<int>(n));
+    float* to = reinterpret_cast<float*>(x) + c;
+    int64_t k = 0;
+    if (from[lanes - 1] != nullptr) {
+      for (; k + lanes <= count; k += lanes) {
+        vf square[lanes];
+#pragma GCC unroll 16
+        for (int i = 0; i < lanes; ++i) square[i] = simd::load_f32(from[i] + k);
+        simd::transpose(square);
+#pragma GCC unroll 16
+        for (int i = 0; i < lanes; ++i) simd::store_f32(to + (k + i) * columns, square[i]);
       }
+    }
+    for (; k < count; k += lanes) {
+      const int n = static_cast<int>(count - k < lanes ? count - k : lanes);
+      vf square[lanes];
+      for (int i = 0; i < lanes; ++i)
+        square[i] = from[i] == nullptr ? simd::zero() : simd::load_f32(from[i] + k, n);
       simd::transpose(square);
-      float* to = reinterpret_cast<float*>(x) + k * columns + c;
-      for (int64_t i = 0; i < n; ++i) simd::store_f32(to + i * columns, square[i]);
+      for (int i = 0; i < n; ++i) simd::store_f32(to + (k + i) * columns, square[i]);
     }
   }
 }
@@ -382,10 +429,34 @@ void multiply_block(const SparseLayer& layer, const SparseStream& s, bool first,
   }
 }
 
+// The sums of a band become its part of the output.
+template <CellType T>
+__attribute__((noinline)) void finish_band(const SparseLayer& layer, int64_t band, const FloatMatrix& out,
+                                           int64_t row, int64_t rows, int64_t columns,
+                                           const SparseScratch& scratch) {
+  using C = Cells<T>;
+  const int64_t from = layer.band_groups[band] * layer.group;
+  int64_t to = layer.band_groups[band + 1] * layer.group;
+  if (to > layer.n) to = layer.n;
+  for (int64_t c = 0; c < rows; c += lanes) {
+    const int32_t* y = scratch.y + c;
+    const int filled = static_cast<int>(rows - c < lanes ? rows - c : lanes);
+    for (int64_t n = from; n < to; n += lanes, y += lanes * columns) {
+      vf square[lanes];
+#pragma GCC unroll 16
+      for (int i = 0; i < lanes; ++i) square[i] = simd::float_i(simd::load_i32(y + i * columns));
+      simd::transpose(square);
+      typename C::Sum sum[lanes];
+#pragma GCC unroll 16
+      for (int i = 0; i < lanes; ++i) sum[i] = C::picked(simd::bits_i(square[i]));
+      C::finish(layer, sum, out, row + c, filled, n, scratch.scales + c);
+    }
+  }
+}
+
 template <CellType T>
 void many_of(const SparseLayer& layer, const FloatMatrix& out, int64_t row, int64_t rows, int64_t columns,
              int64_t first, int64_t last, const SparseScratch& scratch) {
-  using C = Cells<T>;
   for (int64_t band = first; band < last; ++band) {
     for (int64_t block = 0; block < layer.blocks; ++block) {
       const SparseStream& s = layer.streams[band * layer.blocks + block];
@@ -394,21 +465,7 @@ void many_of(const SparseLayer& layer, const FloatMatrix& out, int64_t row, int6
       if (columns == 32) multiply_block<T, 32>(layer, s, block == 0, x, scratch.y);
       if (columns == 64) multiply_block<T, 64>(layer, s, block == 0, x, scratch.y);
     }
-    const int64_t from = layer.band_groups[band] * layer.group;
-    int64_t to = layer.band_groups[band + 1] * layer.group;
-    if (to > layer.n) to = layer.n;
-    for (int64_t n = from; n < to; n += lanes) {
-      for (int64_t c = 0; c < rows; c += lanes) {
-        vf square[lanes];
-        for (int i = 0; i < lanes; ++i)
-          square[i] = simd::float_i(simd::load_i32(scratch.y + (n - from + i) * columns + c));
-        simd::transpose(square);
-        for (int64_t i = 0; i < lanes && c + i < rows; ++i) {
-          typename C::Sum sum = C::picked(simd::bits_i(square[i]));
-          finish(layer, sum, out, row + c + i, n, scratch.scales[c + i]);
-        }
-      }
-    }
+    finish_band<T>(layer, band, out, row, rows, columns, scratch);
   }
 }
 
