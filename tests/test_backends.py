@@ -19,6 +19,7 @@ import recsys_kernels as rk
 from recsys_kernels import _backends, testing
 from recsys_kernels._native import ISA_LEVELS, native
 from recsys_kernels.ops.embedding_bag.reference import MAX, MODES
+from recsys_kernels.ops.sparse_linear.reference import block_shape
 from recsys_kernels.testing import assert_matches
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -37,6 +38,11 @@ OPERATORS = (
     "int8_pack",
     "int8_chain",
     "int8_layers",
+    "sparse_linear",
+    "sparse_pack",
+    "sparse_packed",
+    "sparse_weight_gradient",
+    "sparse_layer",
 )
 
 
@@ -89,6 +95,13 @@ def operator_calls() -> list[tuple[str, tuple[Any, ...]]]:
         weight, scale, group, bias, qparams, *kind = layer.layer
         lists = ([weight], [scale], [bias], [qparams], [group, *kind])
         calls.append(("int8_layers", (layer.input, *lists, layer.dtype)))
+    for sparse in testing.sparse_linear_samples(torch.bfloat16, small=True)[::23]:
+        rows = sparse.input.reshape(sparse.input.shape[:-1].numel(), sparse.weight.shape[1])
+        grad, (values, *structure) = torch.randn(rows.shape[0], sparse.weight.shape[0]), sparse.stored
+        calls += [("sparse_linear", sparse.args), ("sparse_layer", sparse.args), ("sparse_pack", (*sparse.layer, 0))]
+        packed = ops.sparse_pack(*sparse.layer, 1)
+        calls.append(("sparse_packed", (rows, packed, sparse.weight.shape[0], sparse.dtype)))
+        calls.append(("sparse_weight_gradient", (grad, rows, *structure, *block_shape(values), torch.float32)))
     return calls
 
 
@@ -111,16 +124,19 @@ def test_every_operator_is_tested() -> None:
 
 def test_fake_kernels_give_the_shape_and_type_of_the_real_ones(implementation: str) -> None:
     from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
     for name, args in operator_calls():
         real = _backends.implementation(name, torch.empty(0))(*args)
-        with FakeTensorMode() as mode:
+        with FakeTensorMode(shape_env=ShapeEnv(), static_shapes=True) as mode:
             fake_args = torch.utils._pytree.tree_map_only(torch.Tensor, mode.from_tensor, args)
             fake = getattr(ops, name).default(*fake_args)
         results = (real, fake) if isinstance(real, tuple) else ((real,), (fake,))
         for one, two in zip(*results, strict=True):
             assert (one is None) == (two is None)
-            if one is not None:
+            if name == "sparse_pack":  # how long it is depends on what the layer keeps
+                assert (one.dim(), one.dtype, one.stride()) == (two.dim(), two.dtype, two.stride())
+            elif one is not None:
                 assert (one.shape, one.dtype, one.stride()) == (two.shape, two.dtype, two.stride()), name
 
 

@@ -405,8 +405,8 @@ def sparse_weight_gradient(
         shape = (column.shape[0],) if rows == columns == 1 else (column.shape[0], rows, columns)
         padded = -k % columns
     # What lies past N and K is no weight and has no gradient, whatever the input holds.
-    grads = F.pad(grad_output.t().float(), (0, 0, 0, -n % rows)).reshape(-1, rows, m)
-    inputs = F.pad(input.t().float(), (0, 0, 0, padded)).reshape(-1, columns, m)
+    grads = F.pad(grad_output.t().float(), (0, 0, 0, -n % rows)).reshape(-(-n // rows), rows, m)
+    inputs = F.pad(input.t().float(), (0, 0, 0, padded)).reshape((k + padded) // columns, columns, m)
     row_ends, column_ends = n - row * rows, k - column * columns
     out = grads.new_empty(column.shape[0], rows, columns)
     step = max(1, _CHUNK // max(1, m * (rows + columns)))

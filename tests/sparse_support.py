@@ -1,0 +1,63 @@
+"""What the tests of sparse layers use."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+import recsys_kernels as rk
+from recsys_kernels import testing
+
+DTYPES = testing.FLOAT_DTYPES[:3]
+PATTERNS = testing.SPARSE_PATTERNS
+SCHEMES = ("dynamic", "static", "weight_only")
+RANGE = (-4.0, 4.5)
+
+
+def float_layer(in_features: int = 41, out_features: int = 22, bias: bool = True, **options: Any) -> torch.nn.Linear:
+    torch.manual_seed(in_features)
+    return torch.nn.Linear(in_features, out_features, bias, **options)
+
+
+def sparse(
+    pattern: str = "unstructured", linear: torch.nn.Linear | None = None, sparsity: float = 0.8, **options: Any
+) -> rk.SparseLinear:
+    share = None if pattern == "2:4" else sparsity
+    linear = linear or float_layer()
+    if share is None:
+        return rk.SparseLinear.from_dense(linear, 0.5, pattern, **options)
+    return rk.SparseLinear.from_dense(linear, share, pattern, **options)
+
+
+def quantized(pattern: str = "unstructured", activation: str = "dynamic", **options: Any) -> rk.SparseLinear:
+    return sparse(pattern, **options).quantize(activation, input_range=RANGE if activation == "static" else None)
+
+
+def rows(count: int = 7, width: int = 41) -> torch.Tensor:
+    return torch.randn(count, width, generator=torch.Generator().manual_seed(count))
+
+
+def dense_of(module: rk.SparseLinear) -> torch.Tensor:
+    """The weights in float64 by the documented format, from the saved state, one stored weight after the other."""
+    state, (n, k) = module.state_dict(), (module.out_features, module.in_features)
+    dense = torch.zeros(n, k, dtype=torch.float64)
+    values, crow, col = (state[name].tolist() for name in ("values", "crow_indices", "col_indices"))
+    scale = state["weight_scale"].double().tolist() if "weight_scale" in state else [1.0] * n
+    if state["values"].dim() == 2:
+        for row in range(n):
+            for number, value in enumerate(values[row]):
+                four, second = divmod(number, 2)
+                column = 4 * four + (col[row][four // 2] >> (four % 2 * 4 + 2 * second) & 3)
+                if column < k:
+                    dense[row, column] = value * scale[row]
+        return dense
+    for block_row in range(len(crow) - 1):
+        for at in range(crow[block_row], crow[block_row + 1]):
+            block = values[at] if state["values"].dim() == 3 else [[values[at]]]
+            for i, line in enumerate(block):
+                for j, value in enumerate(line):
+                    row, column = block_row * len(block) + i, col[at] * len(line) + j
+                    if row < n and column < k:
+                        dense[row, column] = value * scale[row]
+    return dense
