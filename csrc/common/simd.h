@@ -182,7 +182,9 @@ inline bool row_addresses(const Index* indices, uint64_t num_rows, int64_t exclu
 // Quad           four words; spread_i<J> fills a vector with one of them. One load for four weights: a load
 // for
 //                each would take the place of a load of activations (95 against 86 GFLOP/s on Zen 4)
-// pick           every lane takes one of 32 words that stand ready in registers where they fit
+// pick           every lane takes one of 32 words that stand ready in registers where they fit; pick_shared:
+// four
+//                lanes take the same
 // transpose      rows of a square become columns
 
 #if defined(__AVX512F__)

@@ -110,6 +110,10 @@ inline vi pick(const Words32& words, const uint8_t* at) {
   return _mm256_i32gather_epi32(
       words.words, _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(at))), 4);
 }
+inline vi pick_shared(const Words32& words, const uint8_t* at) {
+  const __m128i low = _mm_set1_epi32(words.words[at[0]]), high = _mm_set1_epi32(words.words[at[1]]);
+  return _mm256_set_m128i(high, low);
+}
 inline vf load_i8(const void* p) {
   return to_float(_mm256_cvtepi8_epi32(_mm_loadl_epi64(static_cast<const __m128i*>(p))));
 }

@@ -136,6 +136,11 @@ inline vi pick(const Words32& words, const uint8_t* at) {
   const vi i = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(at)));
   return _mm512_permutex2var_epi32(words.low, i, words.high);
 }
+inline vi pick_shared(const Words32& words, const uint8_t* at) {
+  const __m128i each = _mm_setr_epi8(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
+  const vi i = _mm512_cvtepu8_epi32(_mm_shuffle_epi8(_mm_cvtsi32_si128(load_word(at)), each));
+  return _mm512_permutex2var_epi32(words.low, i, words.high);
+}
 inline vf load_i8(const void* p) {
   return to_float(_mm512_cvtepi8_epi32(_mm_loadu_si128(static_cast<const __m128i*>(p))));
 }

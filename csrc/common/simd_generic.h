@@ -114,6 +114,7 @@ inline Words32 load_words32(const int32_t* p) { return {p}; }
 inline vi pick(const Words32& words, const uint8_t* at) {
   return vi{words.words[at[0]], words.words[at[1]], words.words[at[2]], words.words[at[3]]};
 }
+inline vi pick_shared(const Words32& words, const uint8_t* at) { return broadcast_i(words.words[at[0]]); }
 inline vf load_i8(const void* p) {
   const int8_t* b = static_cast<const int8_t*>(p);
   return vf{float(b[0]), float(b[1]), float(b[2]), float(b[3])};

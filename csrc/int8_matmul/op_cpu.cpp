@@ -2,9 +2,6 @@
 // recsys_kernels/ops/int8_matmul/op.py.
 
 #include <torch/csrc/stable/library.h>
-#ifdef __linux__
-#include <sys/mman.h>
-#endif
 
 #include <algorithm>
 #include <cmath>
@@ -14,6 +11,7 @@
 
 #include "common/isa.h"
 #include "common/linear_arguments.h"
+#include "common/pages.h"
 #include "kernel.h"
 
 namespace {
@@ -308,24 +306,12 @@ Tensor int8_chain(const Tensor& input_arg, const Tensor& packed, int64_t out_fea
   return out;
 }
 
-// Large weights are streamed through at every request: 4096 x 4096 took 1.27 times as long on 4 KiB pages.
-void advise_huge_pages([[maybe_unused]] void* data, [[maybe_unused]] int64_t bytes) {
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-  constexpr uintptr_t page = 2 << 20;
-  const uintptr_t address = reinterpret_cast<uintptr_t>(data);
-  const uintptr_t begin = (address + page - 1) / page * page;
-  const uintptr_t end = (address + static_cast<uintptr_t>(bytes)) / page * page;
-  // Where the system refuses, nothing is lost.
-  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
-#endif
-}
-
 Tensor int8_pack(const Tensor& weight, const Tensor& weight_scale, int64_t group,
                  const std::optional<Tensor>& bias, const std::optional<Tensor>& input_qparams,
                  int64_t scheme, int64_t activation) {
   const Operands operands(weight, weight_scale, group, bias, input_qparams, scheme, activation);
   Tensor out = rk::empty_tensor({operands.packed_bytes()}, ScalarType::Byte);
-  advise_huge_pages(out.data_ptr(), out.numel());
+  rk::advise_huge_pages(out.data_ptr(), out.numel());
   operands.pack(static_cast<uint8_t*>(out.data_ptr()));
   return out;
 }

@@ -143,7 +143,13 @@ struct Cells<CellType::i8x4> {
 // ---- few rows of activations ----
 
 // M rows of activations x [M][stride] with the slabs of weights from `first` on.
-template <CellType T, int M>
+// The cells of a step: one for each lane, or for G lanes.
+template <int G>
+inline vi picked_words(const simd::Words32& words, const uint8_t* cell, int lane) {
+  return G == 1 ? simd::pick(words, cell + lane) : simd::pick_shared(words, cell + lane / G);
+}
+
+template <CellType T, int M, int G>
 void multiply_slabs(const SparseLayer& layer, const int32_t* x, int64_t stride, const FloatMatrix& out,
                     int64_t row, int64_t first, int64_t last, const RowScale* scales) {
   using C = Cells<T>;
@@ -152,27 +158,35 @@ void multiply_slabs(const SparseLayer& layer, const int32_t* x, int64_t stride, 
   constexpr int S = M * V <= 2 ? 2 : 1;
   constexpr int64_t bytes = slab_rows * cell_bytes(T), vector_bytes = lanes * cell_bytes(T);
   const int64_t before = layer.slab_starts[first];
-  const uint8_t* cell = layer.cell + before * slab_rows;
+  const uint8_t* cell = layer.cell + before * (slab_rows / G);
   const uint8_t* value = layer.value + before * bytes;
   const uint8_t* steps = layer.steps + first * layer.chunks;
+  const int32_t* order = layer.order + first * layer.chunks;
+  const int64_t chunks = layer.chunks;
   for (int64_t slab = first; slab < last; ++slab) {
     typename C::Sum sum[S][M][V];
     for (int s = 0; s < S; ++s)
       for (int m = 0; m < M; ++m)
         for (int v = 0; v < V; ++v) sum[s][m][v] = C::zero();
-    for (int64_t chunk = 0; chunk < layer.chunks; ++chunk) {
+    for (int64_t c = 0; c < chunks; ++c) {
       int n = *steps++;
+      const int32_t* of_chunk = x + *order++ * chunk_cells;
+      if (n == 0) {
+        // Those that are left are empty too.
+        steps += chunks - c - 1, order += chunks - c - 1;
+        break;
+      }
       simd::Words32 words[M];
-      for (int m = 0; m < M; ++m) words[m] = simd::load_words32(x + m * stride + chunk * chunk_cells);
+      for (int m = 0; m < M; ++m) words[m] = simd::load_words32(of_chunk + m * stride);
       const auto step = [&](int s) {
         for (int v = 0; v < V; ++v) {
           const typename C::Sum weight = C::weights(value + v * vector_bytes);
           for (int m = 0; m < M; ++m) {
-            const typename C::Sum picked = C::picked(simd::pick(words[m], cell + v * lanes));
+            const typename C::Sum picked = C::picked(picked_words<G>(words[m], cell, v * lanes));
             sum[s][m][v] = C::multiply(sum[s][m][v], picked, weight);
           }
         }
-        cell += slab_rows;
+        cell += slab_rows / G;
         value += bytes;
       };
       for (; n >= 2; n -= 2) step(0), step(S - 1);
@@ -195,15 +209,16 @@ void multiply_slabs_apart(const SparseLayer& layer, const int32_t* x, const Floa
   int64_t at = layer.slab_starts[first];
   for (int64_t slab = first; slab < last; ++slab) {
     float sum[slab_rows] = {};
-    for (int64_t chunk = 0; chunk < layer.chunks; ++chunk) {
-      const int64_t part = slab * layer.chunks + chunk;
+    for (int64_t c = 0; c < layer.chunks; ++c) {
+      const int64_t part = slab * layer.chunks + c;
       for (int step = 0; step < layer.steps[part]; ++step, ++at) {
         float weight[slab_rows];
         for (int64_t i = 0; i < slab_rows; i += lanes)
           simd::store_f32(weight + i, Cells<T>::weights(layer.value + at * bytes + i * cell_bytes(T)));
         for (int64_t i = 0; i < slab_rows; ++i) {
           if (step >= layer.lane_counts[part * slab_rows + i]) continue;
-          const int32_t word = x[chunk * chunk_cells + layer.cell[at * slab_rows + i]];
+          const int32_t word =
+              x[layer.order[part] * chunk_cells + layer.cell[(at * slab_rows + i) / layer.group]];
           sum[i] += weight[i] * simd::float_of(static_cast<uint32_t>(word));
         }
       }
@@ -222,6 +237,13 @@ bool all_finite(const int32_t* x, int64_t n) {
   return simd::largest_i(most) < 0x7f800000;
 }
 
+template <CellType T, int M>
+void multiply_few(const SparseLayer& layer, const int32_t* x, int64_t stride, const FloatMatrix& out,
+                  int64_t row, int64_t first, int64_t last, const RowScale* scales) {
+  if (layer.group == 1) return multiply_slabs<T, M, 1>(layer, x, stride, out, row, first, last, scales);
+  multiply_slabs<T, M, 4>(layer, x, stride, out, row, first, last, scales);
+}
+
 template <CellType T>
 void few_of(const SparseLayer& layer, const FloatMatrix& out, int64_t rows, int64_t first, int64_t last,
             const SparseScratch& scratch) {
@@ -233,7 +255,7 @@ void few_of(const SparseLayer& layer, const FloatMatrix& out, int64_t rows, int6
       for (int64_t r = 0; r < rows; ++r) {
         const int32_t* row = x + r * stride;
         if (all_finite(row, stride)) {
-          multiply_slabs<T, 1>(layer, row, stride, out, r, first, last, scales);
+          multiply_few<T, 1>(layer, row, stride, out, r, first, last, scales);
         } else {
           multiply_slabs_apart<T>(layer, row, out, r, first, last);
         }
@@ -241,10 +263,10 @@ void few_of(const SparseLayer& layer, const FloatMatrix& out, int64_t rows, int6
       return;
     }
   }
-  if (rows == 1) return multiply_slabs<T, 1>(layer, x, stride, out, 0, first, last, scales);
-  if (rows == 2) return multiply_slabs<T, 2>(layer, x, stride, out, 0, first, last, scales);
-  if (rows == 3) return multiply_slabs<T, 3>(layer, x, stride, out, 0, first, last, scales);
-  multiply_slabs<T, 4>(layer, x, stride, out, 0, first, last, scales);
+  if (rows == 1) return multiply_few<T, 1>(layer, x, stride, out, 0, first, last, scales);
+  if (rows == 2) return multiply_few<T, 2>(layer, x, stride, out, 0, first, last, scales);
+  if (rows == 3) return multiply_few<T, 3>(layer, x, stride, out, 0, first, last, scales);
+  multiply_few<T, 4>(layer, x, stride, out, 0, first, last, scales);
 }
 
 void few(const SparseLayer& layer, const FloatMatrix& in, const FloatMatrix& out, int64_t rows, int64_t first,

@@ -43,17 +43,19 @@ struct SparseLayer {
   CellType type;
   Scheme scheme;  // of i8x4; weight_only for all other types
   Epilogue epilogue;
-  RowScale input;        // of a static scheme
-  const float* scales;   // [padded n], or null
-  const float* bias;     // [padded n]
-  const int32_t* sums;   // [padded n]: of the weights of a row; i8x4
-  const uint8_t* cell;   // of every entry: its cell within the chunk or the block
+  RowScale input;       // of a static scheme
+  const float* scales;  // [padded n], or null
+  const float* bias;    // [padded n]
+  const int32_t* sums;  // [padded n]: of the weights of a row; i8x4
+  const uint8_t*
+      cell;  // of every entry: its cell within the chunk or the block; few: [steps][slab_rows / group]
   const uint8_t* value;  // many: [entries][group]; few: [steps][slab_rows]
 
   // few
   int64_t slabs, chunks;
-  const uint8_t* steps;        // [slabs][chunks]: entries of the lane that has most of them
-  const uint8_t* lane_counts;  // [slabs][chunks][slab_rows]
+  const int32_t* order;        // [slabs][chunks]: a slab's chunks, those with most steps first
+  const uint8_t* steps;        // [slabs][chunks], in this order: entries of the lane that has most of them
+  const uint8_t* lane_counts;  // [slabs][chunks][slab_rows], in this order
   const int64_t* slab_starts;  // [slabs + 1]: steps before a slab
 
   // many

@@ -7,6 +7,7 @@
 
 #include "common/isa.h"
 #include "common/linear_arguments.h"
+#include "common/pages.h"
 #include "common/scratch.h"
 #include "pack.h"
 
@@ -257,6 +258,7 @@ class Operands {
     const rk::SparseParts at(header_);
     const Tensor out = rk::empty_tensor({at.end}, ScalarType::Byte);
     uint8_t* data = static_cast<uint8_t*>(out.data_ptr());
+    rk::advise_huge_pages(data, at.end);
     std::memset(data, 0, static_cast<size_t>(at.end));
     std::memcpy(data, &header_, sizeof header_);
     if (header_.has_scales)

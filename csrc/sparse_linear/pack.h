@@ -27,7 +27,8 @@ constexpr int32_t sparse_magic = 0x504b4352, sparse_version = 1;
 
 struct SparseParts {
   int64_t padded_n, cells, chunks, slabs, blocks;
-  int64_t scales, bias, sums, steps, lane_counts, slab_starts, band_groups, streams, items, cell, value, end;
+  int64_t scales, bias, sums, order, steps, lane_counts, slab_starts, band_groups, streams, items, cell,
+      value, end;
 
   explicit SparseParts(const SparseHeader& h) {
     const auto blocks_of = [](int64_t x, int64_t of) { return (x + of - 1) / of; };
@@ -46,13 +47,14 @@ struct SparseParts {
     scales = part(h.has_scales ? 4 * padded_n : 0);
     bias = part(4 * padded_n);
     sums = part(exact ? 4 * padded_n : 0);
+    order = part(h.few ? 4 * slabs * chunks : 0);
     steps = part(h.few ? slabs * chunks : 0);
     lane_counts = part(h.few ? slabs * chunks * slab_rows : 0);
     slab_starts = part(h.few ? 8 * (slabs + 1) : 0);
     band_groups = part(h.few ? 0 : 8 * (h.bands + 1));
     streams = part(h.few ? 0 : static_cast<int64_t>(sizeof(SparseStream)) * h.bands * blocks);
     items = part(h.few ? 0 : static_cast<int64_t>(sizeof(SparseItem)) * h.items);
-    const int64_t lanes = h.few ? slab_rows : 1, weights = h.few ? slab_rows : h.group;
+    const int64_t lanes = h.few ? slab_rows / h.group : 1, weights = h.few ? slab_rows : h.group;
     // The kernels load four cells and four weights at a time.
     cell = part(h.entries * lanes + 16);
     value = part(h.entries * weights * cell_bytes(h.type) + 16);
@@ -71,6 +73,7 @@ inline SparseLayer sparse_layer_at(const uint8_t* data, const SparseHeader& h) {
   layer.cell = data + at.cell;
   layer.value = data + at.value;
   layer.slabs = at.slabs, layer.chunks = at.chunks;
+  layer.order = reinterpret_cast<const int32_t*>(data + at.order);
   layer.steps = data + at.steps;
   layer.lane_counts = data + at.lane_counts;
   layer.slab_starts = reinterpret_cast<const int64_t*>(data + at.slab_starts);
@@ -164,51 +167,71 @@ class FewPacker {
     counts_.assign(static_cast<size_t>(at.slabs * at.chunks * slab_rows), 0);
     for (int64_t g = 0; g < e.groups(); ++g) {
       for (int64_t i = e.starts[g]; i < e.starts[g + 1]; ++i) {
-        for (int64_t r = 0; r < e.group; ++r) ++counts_[count_at(g * e.group + r, e.cells[i], at.chunks)];
+        for (int64_t r = 0; r < e.group; ++r) {
+          const int64_t row = g * e.group + r;
+          ++counts_[part(row, e.cells[i], at.chunks) * slab_rows + row % slab_rows];
+        }
       }
     }
     steps_.resize(static_cast<size_t>(at.slabs * at.chunks));
     header.entries = 0;
-    for (size_t part = 0; part < steps_.size(); ++part) {
-      steps_[part] =
-          *std::max_element(counts_.begin() + part * slab_rows, counts_.begin() + (part + 1) * slab_rows);
-      header.entries += steps_[part];
+    for (size_t p = 0; p < steps_.size(); ++p) {
+      steps_[p] = *std::max_element(counts_.begin() + p * slab_rows, counts_.begin() + (p + 1) * slab_rows);
+      header.entries += steps_[p];
     }
   }
 
   void write(uint8_t* out) const {
     const SparseParts at(header_);
-    std::copy(counts_.begin(), counts_.end(), out + at.lane_counts);
-    std::copy(steps_.begin(), steps_.end(), out + at.steps);
-    std::vector<int64_t> starts(steps_.size() + 1, 0);
-    std::partial_sum(steps_.begin(), steps_.end(), starts.begin() + 1, std::plus<int64_t>());
+    int32_t* order = reinterpret_cast<int32_t*>(out + at.order);
     int64_t* slab_starts = reinterpret_cast<int64_t*>(out + at.slab_starts);
-    for (int64_t s = 0; s <= at.slabs; ++s) slab_starts[s] = starts[s * at.chunks];
-    const int64_t bytes = cell_bytes(header_.type);
-    for (int64_t g = 0; g < e_.groups(); ++g) {
-      int64_t chunk = -1, step = 0;
-      for (int64_t i = e_.starts[g]; i < e_.starts[g + 1]; ++i, ++step) {
-        if (e_.cells[i] / chunk_cells != chunk) chunk = e_.cells[i] / chunk_cells, step = 0;
-        for (int64_t r = 0; r < e_.group; ++r) {
-          const int64_t row = g * e_.group + r;
-          const int64_t to =
-              (starts[row / slab_rows * at.chunks + chunk] + step) * slab_rows + row % slab_rows;
-          out[at.cell + to] = static_cast<uint8_t>(e_.cells[i] % chunk_cells);
-          store_word(out + at.value + to * bytes, e_.words[i * e_.group + r], bytes);
-        }
+    std::vector<int64_t> starts(steps_.size());
+    int64_t start = 0;
+    for (int64_t slab = 0; slab < at.slabs; ++slab, order += at.chunks) {
+      const int64_t first = slab * at.chunks;
+      // Loops of equal length one after the other: their ends are foreseen.
+      std::iota(order, order + at.chunks, 0);
+      std::stable_sort(order, order + at.chunks,
+                       [&](int32_t x, int32_t y) { return steps_[first + x] > steps_[first + y]; });
+      slab_starts[slab] = start;
+      for (int64_t c = 0; c < at.chunks; ++c) {
+        const int64_t from = first + order[c];
+        out[at.steps + first + c] = steps_[from];
+        std::copy_n(counts_.begin() + from * slab_rows, slab_rows,
+                    out + at.lane_counts + (first + c) * slab_rows);
+        starts[from] = start;
+        start += steps_[from];
       }
     }
+    slab_starts[at.slabs] = start;
+    write_entries(out, starts);
   }
 
  private:
-  static int64_t count_at(int64_t row, int64_t cell, int64_t chunks) {
-    return (row / slab_rows * chunks + cell / chunk_cells) * slab_rows + row % slab_rows;
+  static int64_t part(int64_t row, int64_t cell, int64_t chunks) {
+    return row / slab_rows * chunks + cell / chunk_cells;
+  }
+
+  void write_entries(uint8_t* out, const std::vector<int64_t>& starts) const {
+    const SparseParts at(header_);
+    const int64_t bytes = cell_bytes(header_.type);
+    for (int64_t g = 0; g < e_.groups(); ++g) {
+      const int64_t row = g * e_.group;
+      int64_t chunk = -1, step = 0;
+      for (int64_t i = e_.starts[g]; i < e_.starts[g + 1]; ++i, ++step) {
+        if (e_.cells[i] / chunk_cells != chunk) chunk = e_.cells[i] / chunk_cells, step = 0;
+        const int64_t to = (starts[part(row, e_.cells[i], at.chunks)] + step) * slab_rows + row % slab_rows;
+        out[at.cell + to / e_.group] = static_cast<uint8_t>(e_.cells[i] % chunk_cells);
+        for (int64_t r = 0; r < e_.group; ++r)
+          store_word(out + at.value + (to + r) * bytes, e_.words[i * e_.group + r], bytes);
+      }
+    }
   }
 
   const SparseEntries& e_;
   const SparseHeader& header_;
   std::vector<uint8_t> counts_;  // [slabs][chunks][slab_rows]
-  std::vector<int64_t> steps_;
+  std::vector<uint8_t> steps_;   // [slabs][chunks]
 };
 
 // ---- for many ----
