@@ -99,7 +99,7 @@ def operator_calls() -> list[tuple[str, tuple[Any, ...]]]:
         rows = sparse.input.reshape(sparse.input.shape[:-1].numel(), sparse.weight.shape[1])
         grad, (values, *structure) = torch.randn(rows.shape[0], sparse.weight.shape[0]), sparse.stored
         calls += [("sparse_linear", sparse.args), ("sparse_layer", sparse.args), ("sparse_pack", (*sparse.layer, 0))]
-        packed = ops.sparse_pack(*sparse.layer, 1)
+        packed = _backends.implementation("sparse_pack", values)(*sparse.layer, 1)
         calls.append(("sparse_packed", (rows, packed, sparse.weight.shape[0], sparse.dtype)))
         calls.append(("sparse_weight_gradient", (grad, rows, *structure, *block_shape(values), torch.float32)))
     return calls

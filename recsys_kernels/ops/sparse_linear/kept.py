@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch.utils.weak import TensorWeakRef, WeakTensorKeyDictionary
 
 from ... import _backends
-from ..linear_layers import MAX_IN_FEATURES, activate
+from ..linear_layers import FLOATS, MAX_IN_FEATURES, activate
 from . import crossover, formats, op, reference
 from .op import Operands
 
@@ -41,7 +41,8 @@ class Prepared:
         out_features, in_features = layer[3:5]
         many = input.numel() > op.FEW_ROWS * in_features
         # Wrong inputs are for the operator to refuse.
-        if self.runs_dense[many] and input.dim() >= 1 and input.shape[-1] == in_features:
+        right = input.dim() >= 1 and input.shape[-1] == in_features and input.dtype in FLOATS
+        if self.runs_dense[many] and right:
             return self._run_dense(input, layer, dtype)
         pack = self.packs[many]
         if pack is None:
