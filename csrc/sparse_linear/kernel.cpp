@@ -451,27 +451,68 @@ void multiply_block(const SparseLayer& layer, const SparseStream& s, bool first,
   }
 }
 
+// A square of sums, to floats without an activation function or with relu. `value` makes a float of a sum and
+// its column of the panel. Everything stays in registers: half the time of what serves all cases.
+template <typename F>
+inline void finish_square(const int32_t* y, int64_t columns, float* to, int64_t stride, const F& value) {
+  vf square[lanes];
+#pragma GCC unroll 16
+  for (int i = 0; i < lanes; ++i) square[i] = simd::float_i(simd::load_i32(y + i * columns));
+  simd::transpose(square);
+#pragma GCC unroll 16
+  for (int i = 0; i < lanes; ++i) simd::store_f32(to + i * stride, value(square[i], i));
+}
+
+template <CellType T>
+inline void finish_plain(const SparseLayer& layer, const int32_t* y, int64_t columns, float* to,
+                         int64_t stride, int64_t column, const RowScale* x) {
+  const vf bias = simd::load_f32(layer.bias + column);
+  const vf least = simd::broadcast(layer.epilogue == Epilogue::relu ? 0.0f : -__builtin_inff());
+  if constexpr (T == CellType::i8x4) {
+    const vf scale = simd::load_f32(layer.scales + column);
+    const vi sums = simd::load_i32(layer.sums + column);
+    finish_square(y, columns, to, stride, [&](vf sum, int i) {
+      const vi exact = simd::sub_i(simd::bits_i(sum), simd::mul_i(simd::broadcast_i(x[i].zero_point), sums));
+      const vf y = simd::mul(simd::to_float(exact), simd::mul(simd::broadcast(x[i].scale), scale));
+      return simd::at_least(simd::add(y, bias), least);
+    });
+  } else if constexpr (T == CellType::i8) {
+    const vf scale = simd::load_f32(layer.scales + column);
+    finish_square(y, columns, to, stride,
+                  [&](vf sum, int) { return simd::at_least(simd::add(simd::mul(sum, scale), bias), least); });
+  } else {
+    finish_square(y, columns, to, stride,
+                  [&](vf sum, int) { return simd::at_least(simd::add(sum, bias), least); });
+  }
+}
+
 // The sums of a band become its part of the output.
 template <CellType T>
 __attribute__((noinline)) void finish_band(const SparseLayer& layer, int64_t band, const FloatMatrix& out,
                                            int64_t row, int64_t rows, int64_t columns,
                                            const SparseScratch& scratch) {
   using C = Cells<T>;
-  const int64_t from = layer.band_groups[band] * layer.group;
-  int64_t to = layer.band_groups[band + 1] * layer.group;
-  if (to > layer.n) to = layer.n;
+  const int64_t from = layer.band_groups[band] * layer.group, stride = out.stride;
+  const int64_t end = layer.band_groups[band + 1] * layer.group, to = end < layer.n ? end : layer.n;
+  const bool plain =
+      out.type == FloatType::f32 && (layer.epilogue == Epilogue::none || layer.epilogue == Epilogue::relu);
   for (int64_t c = 0; c < rows; c += lanes) {
     const int32_t* y = scratch.y + c;
+    const RowScale* x = scratch.scales + c;
+    int64_t n = from;
+    if (plain && c + lanes <= rows) {
+      float* p = static_cast<float*>(out.data) + (row + c) * stride;
+      for (; n + lanes <= to; n += lanes, y += lanes * columns)
+        finish_plain<T>(layer, y, columns, p + n, stride, n, x);
+    }
     const int filled = static_cast<int>(rows - c < lanes ? rows - c : lanes);
-    for (int64_t n = from; n < to; n += lanes, y += lanes * columns) {
+    for (; n < to; n += lanes, y += lanes * columns) {
       vf square[lanes];
-#pragma GCC unroll 16
       for (int i = 0; i < lanes; ++i) square[i] = simd::float_i(simd::load_i32(y + i * columns));
       simd::transpose(square);
       typename C::Sum sum[lanes];
-#pragma GCC unroll 16
       for (int i = 0; i < lanes; ++i) sum[i] = C::picked(simd::bits_i(square[i]));
-      C::finish(layer, sum, out, row + c, filled, n, scratch.scales + c);
+      C::finish(layer, sum, out, row + c, filled, n, x);
     }
   }
 }
