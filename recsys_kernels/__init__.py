@@ -18,7 +18,6 @@ from .ops.embedding_bag import (
     QuantizedEmbeddingBag,
 )
 from .ops.int8_matmul import Int8Linear, Int8MLP
-from .ops.sparse_linear import SparseLinear
 
 if TYPE_CHECKING:
     from ._doctor import doctor
@@ -30,6 +29,7 @@ if TYPE_CHECKING:
     from .compress.pruning import prune, remove_masks
     from .compress.sensitivity import sensitivity
     from .models import load_model
+    from .ops.sparse_linear.linear import SparseLinear
 
 __version__ = "0.1.0"
 
@@ -85,6 +85,7 @@ _LATER = {
     "CubicSchedule": ".compress.pruner",
     "OneShot": ".compress.pruner",
     "Pruner": ".compress.pruner",
+    "SparseLinear": ".ops.sparse_linear.linear",
     "calibrate": ".compress.calibrate",
     "doctor": "._doctor",
     "equalize": ".compress.equalize",

@@ -1,6 +1,4 @@
-"""Linear layers whose weights are pruned: only what is kept is stored, read and multiplied."""
+"""Linear layers whose weights are pruned: only what is kept is stored, read and multiplied.
 
-from . import kept  # noqa: F401  (registers)
-from .linear import SparseLinear
-
-__all__ = ["SparseLinear"]
+The module is imported at its first use, ``recsys_kernels.SparseLinear``: who only looks rows up pays nothing for it.
+"""
