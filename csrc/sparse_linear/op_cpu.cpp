@@ -218,6 +218,10 @@ class Operands {
   int64_t n() const { return header_.n; }
   int64_t k() const { return header_.k; }
 
+  // Below AVX-512 activations would have to be gathered, which takes longer than a panel of which little is
+  // used.
+  bool has_slabs() const { return structure_.rows % 4 == 0 || rk::isa() >= rk::Isa::avx512; }
+
   Tensor pack(bool few) {
     header_.few = few;
     const rk::SparseWeights weights{
@@ -448,7 +452,7 @@ Tensor sparse_linear(const Tensor& input_arg, const Tensor& values, const Tensor
   sizes.push_back(operands.n());
   const int64_t m = input.numel() / k;
   const FloatMatrix in{input.data_ptr(), k, float_type(input.scalar_type(), "input")};
-  return run(operands.pack(m <= rk::few_rows), in, m, sizes, dtype);
+  return run(operands.pack(m <= rk::few_rows && operands.has_slabs()), in, m, sizes, dtype);
 }
 
 // ---- the gradient of kept weights ----

@@ -28,13 +28,14 @@ class Prepared:
         runs_dense: whether the layer is faster as a dense one, for few and for many rows.
     """
 
-    __slots__ = ("_dense", "packs", "runs_dense")
+    __slots__ = ("_dense", "_few_kind", "packs", "runs_dense")
 
     def __init__(self, layer: Operands) -> None:
         values, _, _, out_features, in_features, *_, scheme, _ = layer
         self.packs: list[torch.Tensor | None] = [None, None]
         self._dense: torch.Tensor | None = None
         self.runs_dense = runs_dense(values, out_features, in_features, scheme)
+        self._few_kind = 0 if crossover.has_slabs(reference.block_shape(values)[0]) else 1
 
     def run(self, input: torch.Tensor, layer: Operands, dtype: torch.dtype) -> torch.Tensor:
         """[..., K] to [..., N], without a gradient; the layer that this was made for."""
@@ -47,7 +48,8 @@ class Prepared:
         pack = self.packs[many]
         if pack is None:
             with torch.inference_mode(False), torch.no_grad():
-                pack = _backends.implementation("sparse_pack", layer[0])(*layer, int(many))
+                kind = 1 if many else self._few_kind
+                pack = _backends.implementation("sparse_pack", layer[0])(*layer, kind)
             if type(pack) is torch.Tensor:  # not a fake one
                 self.packs[many] = pack
         return op.packed(input, pack, out_features, dtype)

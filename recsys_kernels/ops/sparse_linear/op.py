@@ -67,7 +67,7 @@ Operands = tuple[
 ]
 
 # Up to this many rows of input the pack of kind 0 is the faster one.
-FEW_ROWS = 16
+FEW_ROWS = 4
 
 
 # Shape functions: they name only the arguments that decide the result. The schemas below name all of them.
@@ -124,6 +124,7 @@ _backends.define(
 _backends.define(
     f"sparse_layer(Tensor input, {_LAYER}, ScalarType dtype) -> Tensor", reference.sparse_linear, _fake_sparse_linear
 )
+_backends.register_triton(f"{__package__}.triton", ("sparse_linear", "sparse_weight_gradient"))
 
 
 class Transposed(NamedTuple):
@@ -322,6 +323,24 @@ def run_layer(
     return run(input, *layer, scheme, activation, _backends.dtype_argument(dtype))
 
 
+def _of_values(
+    values: torch.Tensor, activation: str | None, weight_scale: torch.Tensor | None, out_features: int
+) -> tuple[str, torch.Tensor | None]:
+    """How the input is taken, and scales as the operators take them."""
+    if weight_scale is not None and weight_scale.requires_grad and torch.is_grad_enabled():
+        raise RuntimeError("sparse_linear: weight_scale has no gradient; detach() it")
+    if activation is None:
+        activation = "dynamic" if values.dtype == torch.int8 else "weight_only"
+    elif values.dtype != torch.int8 and (activation != "weight_only" or weight_scale is not None):
+        hint = f" (a function to apply is epilogue={activation!r})" if activation in EPILOGUES else ""
+        raise ValueError(f"activation={activation!r} is for int8 values, but values are {values.dtype}{hint}")
+    if weight_scale is not None:
+        weight_scale = weight_scale.reshape(-1)
+        if weight_scale.numel() == 1:
+            weight_scale = weight_scale.expand(out_features)
+    return activation, weight_scale
+
+
 def sparse_linear(
     input: torch.Tensor,
     values: torch.Tensor,
@@ -368,24 +387,14 @@ def sparse_linear(
         RuntimeError: shapes, types or a structure that do not fit together, named, with the position (on a GPU, which
             nobody waits for, structures and scales are not looked into).
     """
-    if weight_scale is not None and weight_scale.requires_grad and torch.is_grad_enabled():
-        raise RuntimeError("sparse_linear: weight_scale has no gradient; detach() it")
-    if out_features is None:
-        rows = block_shape(values)[0]
-        out_features = values.shape[0] if rows == 0 else max(0, crow_indices.shape[0] - 1) * rows
     if in_features is None:
         if input.dim() == 0:
             raise RuntimeError("input must have at least 1 dimension, but has 0")
         in_features = input.shape[-1]
-    if activation is None:
-        activation = "dynamic" if values.dtype == torch.int8 else "weight_only"
-    elif values.dtype != torch.int8 and (activation != "weight_only" or weight_scale is not None):
-        hint = f" (a function to apply is epilogue={activation!r})" if activation in EPILOGUES else ""
-        raise ValueError(f"activation={activation!r} is for int8 values, but values are {values.dtype}{hint}")
-    if weight_scale is not None:
-        weight_scale = weight_scale.reshape(-1)
-        if weight_scale.numel() == 1:
-            weight_scale = weight_scale.expand(out_features)
+    if out_features is None:
+        rows = block_shape(values)[0]
+        out_features = values.shape[0] if rows == 0 else max(0, crow_indices.shape[0] - 1) * rows
+    activation, weight_scale = _of_values(values, activation, weight_scale, out_features)
     layer = (values, crow_indices, col_indices, out_features, in_features, weight_scale, bias, input_qparams)
     numbers = scheme_number(activation), epilogue_number(epilogue)
     return run_layer(input, *layer, *numbers, input.dtype if dtype is None else dtype)
