@@ -16,11 +16,11 @@ import torch
 import triton
 import triton.language as tl
 
+from .. import linear_triton
 from . import reference
 from . import triton_kernels as kernels
 from .reference import DYNAMIC, STATIC, WEIGHT_ONLY
 
-_LONGEST_ROW_BLOCK = 4096
 # Within a tile, which is up to 128 rows, places are counted in 32 bits.
 _MOST_COLUMNS = 1 << 24
 
@@ -60,14 +60,6 @@ _FEWEST_ROWS = 16
 
 _tuned: dict[tuple[object, ...], Tile] = {}
 _TRITON_TYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
-
-
-def _launch(kernel: Any, grid: tuple[int, ...], device: torch.device, *args: Any, **constants: Any) -> None:
-    if device.type == "cuda" and device.index != torch.cuda.current_device():
-        with torch.cuda.device(device):
-            kernel[grid](*args, **constants)
-    else:
-        kernel[grid](*args, **constants)
 
 
 # ---- tiles -------------------------------------------------------------------------------------------------------
@@ -169,15 +161,7 @@ def _check_arguments(
 ) -> None:
     """The reference's checks but for the values of input_qparams, which are on the GPU: the kernel looks at them."""
     reference._check_floats(input, dtype)
-    _check(
-        (scheme == STATIC) == (input_qparams is not None),
-        "input_qparams (scale and zero point) belong to scheme 1 (static), and to no other",
-    )
-    if input_qparams is not None:
-        _check(input_qparams.dtype == torch.float32, f"input_qparams must be float32, but is {input_qparams.dtype}")
-        _check(input_qparams.shape == (2,), f"input_qparams must have shape (2,), but has {tuple(input_qparams.shape)}")
-        same = input_qparams.device == weight.device
-        _check(same, f"input_qparams must be on the device of weight ({weight.device})")
+    linear_triton.check_qparams_on_gpu(input_qparams, scheme, weight.device)
     rest = DYNAMIC if scheme == STATIC else scheme
     reference._checked_layer(weight, weight_scale, group, bias, None, rest, activation)
     reference._check_input(input, weight)
@@ -188,21 +172,6 @@ def _near_columns(matrix: torch.Tensor) -> torch.Tensor:
     """The matrix, copied if its rows are not contiguous, or so far apart that a tile of them is 2^31 elements long."""
     near = matrix.stride(0) < _MOST_COLUMNS and (matrix.stride(1) == 1 or matrix.shape[1] == 1)
     return matrix if near else matrix.contiguous()
-
-
-def _quantized(x: torch.Tensor, qparams: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Rows less 128, padded to 16 bytes; their scales and zero points."""
-    rows, width = x.shape
-    q = torch.empty(rows, -(-width // 16) * 16, dtype=torch.int8, device=x.device)
-    scale = torch.empty(rows, dtype=torch.float32, device=x.device)
-    zero = torch.empty(rows, dtype=torch.int32, device=x.device)
-    block = min(_LONGEST_ROW_BLOCK, max(128, triton.next_power_of_2(width)))
-    _launch(
-        kernels.quantize_kernel, (rows,), x.device, q, scale, zero, x, scale if qparams is None else qparams, width,
-        x.stride(0), q.stride(0), STATIC=qparams is not None, BLOCK=block, num_warps=8 if block > 2048 else 4,
-        enable_fp_fusion=False,
-    )  # fmt: skip
-    return q, scale, zero
 
 
 def int8_linear(
@@ -238,14 +207,14 @@ def int8_linear(
     if scheme == WEIGHT_ONLY:
         # The interpreter multiplies the bits of bfloat16.
         kind = torch.float32 if triton.knobs.runtime.interpret else x.dtype
-        _launch(
+        linear_triton.launch(
             kernels.weight_only_kernel, grid, x.device, out, x, weight, weight_scale, *layer,
             FLOAT=_TRITON_TYPES[kind], **options,
         )  # fmt: skip
         return out
-    q, scale, zero = _quantized(x, None if input_qparams is None else input_qparams.contiguous())
+    q, scale, zero = linear_triton.quantized(x, None if input_qparams is None else input_qparams.contiguous())
     layer = (*layer[:4], q.stride(0), *layer[5:])
-    _launch(
+    linear_triton.launch(
         kernels.int8_kernel, grid, x.device, out, q, scale, zero, weight, weight_scale, *layer, enable_fp_fusion=False,
         **options,
     )  # fmt: skip
