@@ -7,12 +7,10 @@
 //
 // Quantized numbers are 0 to 255, but products are of signed bytes: rows are stored less 128, and what that
 // and the zero point take from a sum is given back through the sum of the weights, which every warp counts as
-// it reads them. The arithmetic of the quantization is that of the reference, bit for bit.
+// it reads them.
 #pragma once
 
-#include <cfloat>
-
-#include "common/device.cuh"
+#include "common/linear.cuh"
 #include "common/mma.cuh"
 #include "kernel.h"
 
@@ -20,159 +18,6 @@ namespace rk {
 
 constexpr int int8_block_lanes = 256;
 constexpr int int8_block_warps = int8_block_lanes / warp_lanes;
-constexpr float min_scale = 0x1p-100f;
-
-// ---- numbers ----
-
-__device__ __forceinline__ float float_at(const void* p, FloatType type, int64_t i) {
-  if (type == FloatType::f32) return load_constant<float>(static_cast<const float*>(p) + i);
-  const uint32_t bits = load_constant<unsigned short>(static_cast<const unsigned short*>(p) + i);
-  return type == FloatType::f16 ? f16_to_float(bits) : bf16_to_float(bits);
-}
-
-// Four neighbours; where `wide` they are read at once. Those past the end of the row are zero.
-__device__ __forceinline__ void load_four(float (&v)[4], const void* row, FloatType type, int at, int end,
-                                          bool wide) {
-  if (!wide || at + 4 > end) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) v[i] = at + i < end ? float_at(row, type, at + i) : 0.0f;
-  } else if (type == FloatType::f32) {
-    uint32_t word[4];
-    load_words(word, static_cast<const float*>(row) + at);
-#pragma unroll
-    for (int i = 0; i < 4; ++i) v[i] = bits_as<float>(word[i]);
-  } else {
-    uint32_t word[2];
-    load_words(word, static_cast<const unsigned short*>(row) + at);
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const uint32_t bits = word[i / 2] >> (16 * (i % 2)) & 0xffffu;
-      v[i] = type == FloatType::f16 ? f16_to_float(bits) : bf16_to_float(bits);
-    }
-  }
-}
-
-// NaN stays NaN in each of them.
-__device__ __forceinline__ float activated(float y, Epilogue epilogue) {
-  switch (epilogue) {
-    case Epilogue::relu:
-      return y < 0.0f ? 0.0f : y;
-    case Epilogue::gelu:
-      return y * 0.5f * erfcf(y * -0.70710678f);
-    case Epilogue::sigmoid:
-      return 1.0f / (1.0f + expf(-y));
-    case Epilogue::silu:
-      return y / (1.0f + expf(-y));
-    default:
-      return y;
-  }
-}
-
-// What becomes of a product, and where it goes.
-struct Finish {
-  const float* bias;  // null: none
-  void* out;          // [m][n]
-  FloatType type;
-  Epilogue epilogue;
-  int32_t n;
-
-  __device__ __forceinline__ void operator()(int64_t row, int column, float y) const {
-    if (bias != nullptr) y = __fadd_rn(y, load_constant<float>(bias + column));
-    y = activated(y, epilogue);
-    const int64_t at = row * n + column;
-    if (type == FloatType::f32) {
-      static_cast<float*>(out)[at] = y;
-    } else if (type == FloatType::f16) {
-      static_cast<__half*>(out)[at] = __float2half_rn(y);
-    } else {
-      static_cast<__nv_bfloat16*>(out)[at] = __float2bfloat16_rn(y);
-    }
-  }
-};
-
-// ---- quantization ----
-
-struct QuantizeArguments {
-  const char* x;
-  int64_t x_stride;  // bytes
-  FloatType type;
-  bool wide;  // groups of four are aligned
-  int32_t m, k, q_stride;
-  const float* qparams;  // scale and zero point; null: those of each row
-  int8_t* q;             // [m, up to the next multiple of 8][q_stride], less 128
-  float* scale;          // [m]; NaN where a row holds NaN or infinity
-  int32_t* zero;         // [m]
-};
-
-// A block quantizes a row. Those past the last one are zero: products read eight at once.
-__global__ void __launch_bounds__(int8_block_lanes)
-    quantize_rows_kernel(const __grid_constant__ QuantizeArguments a) {
-  __shared__ float lows[int8_block_warps], highs[int8_block_warps];
-  const int64_t row = blockIdx.x;
-  uint32_t* const q = reinterpret_cast<uint32_t*>(a.q + row * a.q_stride);
-  const int first = 4 * static_cast<int>(threadIdx.x), step = 4 * static_cast<int>(blockDim.x);
-  if (row >= a.m) {
-    for (int k = first; k < a.q_stride; k += step) q[k / 4] = 0;
-    return;
-  }
-  const char* x = a.x + row * a.x_stride;
-  float low = 0.0f, high = 0.0f, v[4];
-  int wrong = 0;
-  for (int k = first; k < a.k; k += step) {
-    load_four(v, x, a.type, k, a.k, a.wide);
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      wrong |= !(fabsf(v[i]) <= FLT_MAX);
-      low = fminf(low, v[i]);
-      high = fmaxf(high, v[i]);
-    }
-  }
-  wrong = __syncthreads_or(wrong);
-  float scale, inverse, zero;
-  if (a.qparams != nullptr) {
-    scale = load_constant<float>(a.qparams);
-    zero = load_constant<float>(a.qparams + 1);
-    const bool valid =
-        scale > 0.0f && scale <= FLT_MAX && zero >= 0.0f && zero <= 255.0f && rintf(zero) == zero;
-    if (!valid) wrong = 1, scale = 1.0f, zero = 0.0f;
-    inverse = __frcp_rn(scale);
-  } else {
-    for (int lanes = 1; lanes < warp_lanes; lanes <<= 1) {
-      low = fminf(low, __shfl_xor_sync(all_lanes, low, lanes));
-      high = fmaxf(high, __shfl_xor_sync(all_lanes, high, lanes));
-    }
-    const int warps = static_cast<int>(blockDim.x) / warp_lanes;
-    if (threadIdx.x % warp_lanes == 0) {
-      lows[threadIdx.x / warp_lanes] = low;
-      highs[threadIdx.x / warp_lanes] = high;
-    }
-    __syncthreads();
-    for (int w = 0; w < warps; ++w) {
-      low = fminf(low, lows[w]);
-      high = fmaxf(high, highs[w]);
-    }
-    if (wrong) low = high = 0.0f;
-    constexpr float part = 1.0f / 255.0f;
-    scale = fmaxf(__fsub_rn(__fmul_rn(high, part), __fmul_rn(low, part)), min_scale);
-    inverse = __frcp_rn(scale);
-    zero = fminf(fmaxf(rintf(__fmul_rn(-low, inverse)), 0.0f), 255.0f);
-  }
-  if (threadIdx.x == 0) {
-    a.scale[row] = wrong ? NAN : scale;
-    a.zero[row] = static_cast<int32_t>(zero);
-  }
-  for (int k = first; k < a.q_stride; k += step) {
-    load_four(v, x, a.type, k, a.k, a.wide);
-    uint32_t word = 0;
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      // Of a row with NaN or infinity nothing but its scale matters.
-      const float steps = fminf(fmaxf(__fmul_rn(v[i], inverse), -zero), 255.0f - zero);
-      word |= (static_cast<uint32_t>(static_cast<int32_t>(rintf(steps) + zero - 128.0f)) & 0xffu) << (8 * i);
-    }
-    q[k / 4] = word;
-  }
-}
 
 // ---- products ----
 
