@@ -303,10 +303,7 @@ inline Quad quad_i8(const void* p) {
 }
 // Adds the sums of four vectors to four floats.
 inline void add_sums(const vf (&x)[4], float* p) {
-  __m128 a = halves(x[0]), b = halves(x[1]), c = halves(x[2]), d = halves(x[3]);
-  _MM_TRANSPOSE4_PS(a, b, c, d);
-  const __m128 sums = _mm_add_ps(_mm_add_ps(a, b), _mm_add_ps(c, d));
-  _mm_storeu_ps(p, _mm_add_ps(_mm_loadu_ps(p), sums));
+  _mm_storeu_ps(p, _mm_add_ps(_mm_loadu_ps(p), four_sums(x[0], x[1], x[2], x[3])));
 }
 #else
 inline Quad quad_words(const void* p) { return load_i32(static_cast<const int32_t*>(p)); }

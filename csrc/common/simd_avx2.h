@@ -143,4 +143,7 @@ inline void transpose(vf (&r)[lanes]) {
   }
 }
 
-inline __m128 halves(vf x) { return _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1)); }
+inline __m128 four_sums(vf a, vf b, vf c, vf d) {
+  const vf all = _mm256_hadd_ps(_mm256_hadd_ps(a, b), _mm256_hadd_ps(c, d));
+  return _mm_add_ps(_mm256_castps256_ps128(all), _mm256_extractf128_ps(all, 1));
+}

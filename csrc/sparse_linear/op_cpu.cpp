@@ -112,25 +112,34 @@ class Structure {
     check(at(crow_arg, block_rows) == col_arg.count, "crow_indices[", block_rows, "] is ",
           at(crow_arg, block_rows), ", but must be the number of col_indices, ", col_arg.count);
     check(col_arg.count * rows * columns <= INT32_MAX, "a layer can keep at most ", INT32_MAX, " weights");
-    crow.reserve(static_cast<size_t>(block_rows) + 1);
-    col.reserve(static_cast<size_t>(col_arg.count));
-    crow.push_back(0);
+    crow.resize(static_cast<size_t>(block_rows) + 1);
+    for (int64_t r = 0; r <= block_rows; ++r) crow[r] = static_cast<int32_t>(at(crow_arg, r));
+    col.resize(static_cast<size_t>(col_arg.count));
+    col_arg.is_64 ? take_columns(static_cast<const int64_t*>(col_arg.data), block_rows, block_columns)
+                  : take_columns(static_cast<const int32_t*>(col_arg.data), block_rows, block_columns);
+  }
+
+  template <typename Index>
+  void take_columns(const Index* given, int64_t block_rows, int64_t block_columns) {
     for (int64_t r = 0; r < block_rows; ++r) {
       int64_t before = -1;
-      for (int64_t i = at(crow_arg, r); i < at(crow_arg, r + 1); ++i) {
-        const int64_t c = at(col_arg, i);
-        if (c < 0 || c >= block_columns) {
-          rk::raise<std::out_of_range>("col_indices[", i, "] is ", c, " in row ", r, ", but must be 0 to ",
-                                       block_columns - 1);
-        }
-        check(c != before, "col_indices[", i, "] is ", c, " in row ", r, " for the second time");
-        check(c > before, "col_indices[", i, "] is ", c, " in row ", r, ", but must be above the ", before,
-              " before it");
+      for (int64_t i = crow[r]; i < crow[r + 1]; ++i) {
+        const int64_t c = given[i];
+        if (c <= before || c >= block_columns) refuse_column(r, i, c, before, block_columns);
         before = c;
-        col.push_back(static_cast<int32_t>(c));
+        col[i] = static_cast<int32_t>(c);
       }
-      crow.push_back(static_cast<int32_t>(at(crow_arg, r + 1)));
     }
+  }
+
+  [[noreturn]] static void refuse_column(int64_t row, int64_t i, int64_t c, int64_t before, int64_t columns) {
+    if (c < 0 || c >= columns) {
+      rk::raise<std::out_of_range>("col_indices[", i, "] is ", c, " in row ", row, ", but must be 0 to ",
+                                   columns - 1);
+    }
+    check(c != before, "col_indices[", i, "] is ", c, " in row ", row, " for the second time");
+    rk::raise<std::runtime_error>("col_indices[", i, "] is ", c, " in row ", row, ", but must be above the ",
+                                  before, " before it");
   }
 };
 
@@ -152,7 +161,10 @@ CellType cell_type(ScalarType t) {
 
 // 0 for both where values are those of a 2:4 layer.
 int64_t block_rows_of(const Tensor& values) {
-  return values.dim() == 3 ? values.size(1) : values.dim() == 2 ? 0 : 1;
+  if (values.dim() != 3) return values.dim() == 2 ? 0 : 1;
+  check(values.size(1) >= 1, "blocks of values must have at least one row, but have shape [", values.size(1),
+        ", ", values.size(2), "]");
+  return values.size(1);
 }
 int64_t block_columns_of(const Tensor& values) {
   return values.dim() == 3 ? values.size(2) : values.dim() == 2 ? 0 : 1;

@@ -100,27 +100,17 @@ class SparseEntries {
  public:
   SparseEntries(const SparseWeights& w, bool exact) : group(w.rows % 4 == 0 ? 4 : 1), exact_(exact) {
     const int64_t groups = (w.n + group - 1) / group;
-    starts.reserve(static_cast<size_t>(groups) + 1);
-    starts.push_back(0);
     const int64_t weights = w.crow[(w.n + w.rows - 1) / w.rows] * w.rows * w.columns;
-    cells.reserve(static_cast<size_t>(weights / group));
-    words.reserve(static_cast<size_t>(weights));
-    for (int64_t g = 0; g < groups; ++g) {
-      switch (w.type) {
-        case CellType::f32:
-          add_group<uint32_t>(w, g);
-          break;
-        case CellType::i8:
-          add_group<uint8_t>(w, g);
-          break;
-        default:
-          add_group<uint16_t>(w, g);
-      }
-      starts.push_back(static_cast<int64_t>(cells.size()));
-    }
+    starts.resize(static_cast<size_t>(groups) + 1);
+    cells.resize(static_cast<size_t>(weights / group));
+    words.resize(static_cast<size_t>(weights));
+    if (cell_bytes(w.type) == 4) add<uint32_t>(w);
+    if (cell_bytes(w.type) == 2) add<uint16_t>(w);
+    if (cell_bytes(w.type) == 1) add<uint8_t>(w);
   }
 
   int64_t groups() const { return static_cast<int64_t>(starts.size()) - 1; }
+  int64_t count() const { return starts.back(); }
 
   int64_t group;
   std::vector<int64_t> starts;  // of a group's cells
@@ -129,33 +119,72 @@ class SparseEntries {
 
  private:
   template <typename Bits>
-  void add_group(const SparseWeights& w, int64_t g) {
+  void add(const SparseWeights& w) {
+    if (group == 1) exact_ ? add<Bits, 1, true>(w) : add<Bits, 1, false>(w);
+    if (group == 4) exact_ ? add<Bits, 4, true>(w) : add<Bits, 4, false>(w);
+  }
+
+  template <typename Bits, int G, bool exact>
+  void add(const SparseWeights& w) {
     const Bits* values = static_cast<const Bits*>(w.values);
-    const int64_t block_row = g * group / w.rows, row = g * group % w.rows;
-    const size_t first = cells.size();
-    for (int64_t b = w.crow[block_row]; b < w.crow[block_row + 1]; ++b) {
-      for (int64_t j = 0; j < w.columns; ++j) {
-        const int64_t column = w.col[b] * w.columns + j;
-        if (column >= w.k) break;
-        const uint32_t cell = static_cast<uint32_t>(exact_ ? column / 4 : column);
-        if (cells.size() == first || cells.back() != cell) {
-          cells.push_back(cell);
-          words.resize(words.size() + static_cast<size_t>(group), 0);
-        }
-        uint32_t* of_cell = words.data() + words.size() - group;
-        for (int64_t r = 0; r < group; ++r) {
-          const uint32_t bits = values[(b * w.rows + row + r) * w.columns + j];
-          of_cell[r] |= exact_ ? bits << (8 * (column % 4)) : bits;
+    const int64_t columns = w.columns, rows = w.rows, k = w.k;
+    uint32_t* const to_cells = cells.data();
+    uint32_t* const to_words = words.data();
+    int64_t end = 0;
+    for (int64_t g = 0; g < groups(); ++g) {
+      const int64_t block_row = g * G / rows, row = g * G % rows, first = end;
+      for (int64_t b = w.crow[block_row], last = w.crow[block_row + 1]; b < last; ++b) {
+        const Bits* of_block = values + (b * rows + row) * columns;
+        for (int64_t j = 0; j < columns; ++j) {
+          const int64_t column = w.col[b] * columns + j;
+          if (column >= k) break;
+          const uint32_t cell = static_cast<uint32_t>(exact ? column / 4 : column);
+          if (!exact || end == first || to_cells[end - 1] != cell) {
+            to_cells[end] = cell;
+            for (int r = 0; r < G; ++r) to_words[end * G + r] = 0;
+            ++end;
+          }
+          const int shift = exact ? 8 * static_cast<int>(column % 4) : 0;
+          for (int r = 0; r < G; ++r)
+            to_words[(end - 1) * G + r] |= static_cast<uint32_t>(of_block[r * columns + j]) << shift;
         }
       }
+      starts[g + 1] = end;
     }
   }
 
   bool exact_;
 };
 
-inline void store_word(uint8_t* p, uint32_t word, int64_t bytes) {
-  std::memcpy(p, &word, static_cast<size_t>(bytes));  // little endian, as all of these machines
+// Where the kernels find cells and weights: `place` says for every cell of a group which entry it becomes.
+template <typename Word, int G, typename Place>
+void store_entries(const SparseEntries& e, uint32_t cells_mask, uint8_t* cell, uint8_t* value,
+                   const Place& place) {
+  Word* values = reinterpret_cast<Word*>(value);
+  const uint32_t* cells = e.cells.data();
+  const uint32_t* words = e.words.data();
+  for (int64_t g = 0; g < e.groups(); ++g) {
+    for (int64_t i = e.starts[g], end = e.starts[g + 1]; i < end; ++i) {
+      const int64_t to = place(g, cells[i]);
+      cell[to] = static_cast<uint8_t>(cells[i] & cells_mask);
+      for (int r = 0; r < G; ++r) values[to * G + r] = static_cast<Word>(words[i * G + r]);
+    }
+  }
+}
+
+template <typename Word, typename Place>
+void store_entries(const SparseEntries& e, uint32_t cells_mask, uint8_t* cell, uint8_t* value,
+                   const Place& place) {
+  if (e.group == 1) store_entries<Word, 1>(e, cells_mask, cell, value, place);
+  if (e.group == 4) store_entries<Word, 4>(e, cells_mask, cell, value, place);
+}
+
+template <typename Place>
+void store_entries(const SparseEntries& e, CellType type, uint32_t cells_mask, uint8_t* cell, uint8_t* value,
+                   const Place& place) {
+  if (cell_bytes(type) == 4) store_entries<uint32_t>(e, cells_mask, cell, value, place);
+  if (cell_bytes(type) == 2) store_entries<uint16_t>(e, cells_mask, cell, value, place);
+  if (cell_bytes(type) == 1) store_entries<uint8_t>(e, cells_mask, cell, value, place);
 }
 
 // ---- for few rows of activations ----
@@ -214,18 +243,16 @@ class FewPacker {
 
   void write_entries(uint8_t* out, const std::vector<int64_t>& starts) const {
     const SparseParts at(header_);
-    const int64_t bytes = cell_bytes(header_.type);
-    for (int64_t g = 0; g < e_.groups(); ++g) {
-      const int64_t row = g * e_.group;
-      int64_t chunk = -1, step = 0;
-      for (int64_t i = e_.starts[g]; i < e_.starts[g + 1]; ++i, ++step) {
-        if (e_.cells[i] / chunk_cells != chunk) chunk = e_.cells[i] / chunk_cells, step = 0;
-        const int64_t to = (starts[part(row, e_.cells[i], at.chunks)] + step) * slab_rows + row % slab_rows;
-        out[at.cell + to / e_.group] = static_cast<uint8_t>(e_.cells[i] % chunk_cells);
-        for (int64_t r = 0; r < e_.group; ++r)
-          store_word(out + at.value + (to + r) * bytes, e_.words[i * e_.group + r], bytes);
-      }
-    }
+    int64_t group = -1, chunk = -1, step = 0;
+    const int64_t chunks = at.chunks, rows = e_.group;
+    store_entries(e_, header_.type, chunk_cells - 1, out + at.cell, out + at.value,
+                  [&](int64_t g, uint32_t cell) {
+                    const int64_t now = cell / chunk_cells, row = g * rows;
+                    step = g == group && now == chunk ? step + 1 : 0;
+                    group = g, chunk = now;
+                    // Lanes of a step are rows, or groups of rows.
+                    return ((starts[part(row, cell, chunks)] + step) * slab_rows + row % slab_rows) / rows;
+                  });
   }
 
   const SparseEntries& e_;
@@ -248,7 +275,7 @@ class ManyPacker {
     // Bands hold about as many entries each, so that threads can share them, and no more rows than stay in
     // L2.
     const int64_t most_groups = 512 / e.group, bands = (e.groups() + most_groups - 1) / most_groups;
-    const int64_t share = e.starts.back() / bands + 1;
+    const int64_t share = e.count() / bands + 1;
     band_groups_.push_back(0);
     for (int64_t g = 1; g < e.groups(); ++g) {
       const int64_t first = band_groups_.back(), step = slab_rows / e.group;
@@ -258,7 +285,7 @@ class ManyPacker {
     }
     band_groups_.push_back(e.groups());
     header.bands = static_cast<int32_t>(band_groups_.size() - 1);
-    header.entries = e.starts.back();
+    header.entries = e.count();
     header.items = 0;
     for (int64_t g = 0; g < e.groups(); ++g) {
       for (int64_t b = 0; b < blocks_; ++b) header.items += is_item(g, b);
@@ -290,15 +317,10 @@ class ManyPacker {
         }
       }
     }
-    const int64_t bytes = cell_bytes(header_.type);
-    for (int64_t g = 0; g < e_.groups(); ++g) {
-      for (int64_t i = e_.starts[g]; i < e_.starts[g + 1]; ++i) {
-        const int64_t to = entry_at[g * blocks_ + e_.cells[i] / block_cells]++;
-        out[at.cell + to] = static_cast<uint8_t>(e_.cells[i] % block_cells);
-        for (int64_t r = 0; r < e_.group; ++r)
-          store_word(out + at.value + (to * e_.group + r) * bytes, e_.words[i * e_.group + r], bytes);
-      }
-    }
+    const int64_t blocks = blocks_;
+    int64_t* const next = entry_at.data();
+    store_entries(e_, header_.type, block_cells - 1, out + at.cell, out + at.value,
+                  [=](int64_t g, uint32_t cell) { return next[g * blocks + cell / block_cells]++; });
   }
 
  private:
