@@ -150,7 +150,7 @@ def test_report_as_json_and_text() -> None:
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"linear": "int4"}, ValueError, "linear must be 'int8', 'int8-static', 'int8-weight-only' or None"),
+        ({"linear": "int4"}, ValueError, "linear must be 'int8', 'int8-static', 'int8-weight-only', 'sparse', "),
         ({"linear": "int8-static"}, ValueError, r"needs ranges=rk\.calibrate\(model, batches\)"),
         ({"linear": "int8", "ranges": {}}, ValueError, "ranges is for linear='int8-static', but linear is 'int8'"),
         ({"linear": "int8-static", "ranges": {"9": (0, 1)}}, ValueError, "ranges: '9' names no module"),

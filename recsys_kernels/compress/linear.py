@@ -1,4 +1,4 @@
-"""Linear layers with int8 weights: what ``optimize`` swaps them for, and how well and how fast that does."""
+"""Linear layers with int8 weights: what ``optimize`` swaps them for, and how well and how fast new layers do."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from ..ops.int8_matmul import Int8Linear, Int8MLP
+from ..ops.int8_matmul import Int8Linear
 from ..ops.int8_matmul.linear import MODULES
 from .converters import stored_bytes
 from .plan import Layer, Plan
-from .runs import Run
+from .runs import Step, folded, joined
 
 Range = tuple[float, float]
 
@@ -47,14 +47,8 @@ class LinearConverter:
         return module.out_features, module.in_features
 
     def reason_to_keep(self, module: Any, choice: str, parents: Sequence[torch.nn.Module]) -> str | None:
-        for parent in parents:
-            if reader := _torch_class(parent):
-                return f"inside a {reader}, which reads its weight"
-        weight = module.weight
-        if tuple(weight.shape) != self.shape(module):
-            return f"its weight is {tuple(weight.shape)}, not out_features x in_features"
-        if weight.dtype == torch.float64:
-            return "its weight is float64, which int8 layers do not give"
+        if reason := self.reason_by_kind(module, parents):
+            return reason
         try:
             sized = self._empty(module, choice, "meta")
         except ValueError as refusal:
@@ -62,9 +56,30 @@ class LinearConverter:
         before = stored_bytes(module)
         if (nbytes := stored_bytes(sized)) >= before:
             return f"too small: {choice} would take {nbytes:,} bytes, scales included"
-        if self._ranges is not None and id(module) not in self._ranges:
-            return "no range of its input in ranges"
-        return None
+        return self.reason_by_range(module)
+
+    def reason_by_kind(self, module: Any, parents: Sequence[torch.nn.Module]) -> str | None:
+        """Why a layer cannot be swapped whatever the new form is."""
+        for parent in parents:
+            if reader := _torch_class(parent):
+                return f"inside a {reader}, which reads its weight"
+        weight = module.weight
+        if tuple(weight.shape) != self.shape(module):
+            return f"its weight is {tuple(weight.shape)}, not out_features x in_features"
+        return "its weight is float64, which int8 layers do not give" if weight.dtype == torch.float64 else None
+
+    def reason_by_range(self, module: Any) -> str | None:
+        """Why a static layer cannot be made."""
+        missing = self._ranges is not None and id(module) not in self._ranges
+        return "no range of its input in ranges" if missing else None
+
+    def range_of(self, module: Any) -> Range | None:
+        """The range of a layer's input, of a static one."""
+        return None if self._ranges is None else self._ranges[id(module)]
+
+    def least_sqnr(self, new: Any) -> float:
+        """The signal-to-quantization-noise ratio in dB under which a layer is kept unless the user says another."""
+        return MIN_SQNR
 
     def _empty(self, module: Any, choice: str, device: str) -> Int8Linear:
         bias, scheme = module.bias is not None, SCHEMES[choice]
@@ -76,8 +91,7 @@ class LinearConverter:
         scheme = SCHEMES[choice]
         new: list[Any] = []
         for module in modules:
-            input_range = None if self._ranges is None else self._ranges[id(module)]
-            layer = Int8Linear.from_float(module, scheme, input_range=input_range)
+            layer = Int8Linear.from_float(module, scheme, input_range=self.range_of(module))
             if new:
                 layer.weight, layer.weight_scale = new[0].weight, new[0].weight_scale
             new.append(layer)
@@ -97,14 +111,15 @@ def _torch_class(module: torch.nn.Module) -> str | None:
 # ---- noise ---------------------------------------------------------------------------------------------------------
 
 
-def leave_noisy(plan: Plan, min_sqnr: float) -> None:
+def leave_noisy(plan: Plan, min_sqnr: float | None) -> None:
     """Notes the signal-to-quantization-noise ratio of each linear layer, and keeps those where it is too low.
 
-    Each layer is measured on its own input in the float model. To be called after :meth:`Plan.convert`.
+    Each layer is measured on its own input in the float model. To be called after :meth:`Plan.convert`. Without a
+    ``min_sqnr``, :meth:`LinearConverter.least_sqnr` says what is too low.
     """
     epilogues = {id(layer): epilogue for run in plan.runs() for layer, epilogue in run.steps}
     for layer in plan.swapped:
-        if not isinstance(layer.module, torch.nn.Linear):
+        if not isinstance(layer.converter, LinearConverter):
             continue
         rows = None if plan.trial is None else plan.trial.inputs.get(id(layer.module))
         rows = None if rows is None else rows[torch.isfinite(rows).all(1)]
@@ -112,15 +127,16 @@ def leave_noisy(plan: Plan, min_sqnr: float) -> None:
             layer.notes.append("not called on the sample inputs: nothing measured")
             continue
         epilogue = epilogues.get(id(layer))
-        layer.sqnr = sqnr(layer.module, layer.new.with_epilogue(epilogue), epilogue, rows)
+        layer.sqnr = sqnr(layer.module, folded(layer.new, epilogue), epilogue, rows)
         layer.notes.append(f"SQNR {layer.sqnr:.1f} dB")
-        if layer.sqnr < min_sqnr:
-            layer.leave(f"SQNR {layer.sqnr:.1f} dB, less than min_sqnr={min_sqnr:g}")
+        least = layer.converter.least_sqnr(layer.new) if min_sqnr is None else min_sqnr
+        if layer.sqnr < least:
+            layer.leave(f"SQNR {layer.sqnr:.1f} dB, less than min_sqnr={least:g}")
 
 
 @torch.no_grad()
-def sqnr(linear: torch.nn.Linear, new: Int8Linear, epilogue: str | None, rows: torch.Tensor) -> float:
-    """The power of a float layer's output over that of the error of an int8 one, in dB; infinite without an error."""
+def sqnr(linear: torch.nn.Linear, new: torch.nn.Module, epilogue: str | None, rows: torch.Tensor) -> float:
+    """The power of a float layer's output over that of the error of a new one, in dB; infinite without an error."""
     bias = None if linear.bias is None else linear.bias.float()
     wanted = F.linear(rows.float(), linear.weight.float(), bias)
     if epilogue is not None:
@@ -144,50 +160,62 @@ def leave_slow(plan: Plan, batch_size: int | None) -> None:
     """
     runs = plan.runs()
     inside = {id(layer) for run in runs for layer, _ in run.steps}
-    single = [Run(plan.model, [], [(layer, None)]) for layer in plan.swapped if id(layer) not in inside]
-    for run in [*runs, *single]:
-        layers = [layer for layer, _ in run.steps]
-        if isinstance(layers[0].module, torch.nn.Linear) and (rows := _rows(plan, layers[0], batch_size)) is not None:
-            _judge(layers, rows, *_time(run, rows))
+    calls: list[list[Step]] = [call for run in runs for call in run.calls()]
+    calls += [[(layer, None)] for layer in plan.swapped if id(layer) not in inside]
+    for call in calls:
+        layers = [layer for layer, _ in call]
+        if (
+            isinstance(layers[0].converter, LinearConverter)
+            and (rows := _rows(plan, layers[0], batch_size)) is not None
+        ):
+            _judge(layers, rows, *_time(call, rows))
+
+
+def row_count(plan: Plan, layer: Layer, batch_size: int | None) -> int | None:
+    """Rows of a layer's input for a number of examples; None if it was not called."""
+    if plan.trial is None:
+        return batch_size or 1
+    count = plan.trial.rows.get(id(layer.module))
+    if count is None or batch_size is None:
+        return count
+    return max(1, round(count * batch_size / plan.trial.batch_size)) if plan.trial.batch_size else batch_size
 
 
 def _rows(plan: Plan, layer: Layer, batch_size: int | None) -> torch.Tensor | None:
     """A layer's input for a number of examples; None if it was not called."""
-    weight = layer.module.weight
-    if plan.trial is None:
-        shape = (batch_size or 1, layer.module.in_features)
-        generator = torch.Generator().manual_seed(0)
-        return torch.randn(shape, generator=generator).to(weight.device, weight.dtype)
-    known = plan.trial.inputs.get(id(layer.module))
-    if known is None:
+    weight, count = layer.module.weight, row_count(plan, layer, batch_size)
+    if count is None:
         return None
-    count = plan.trial.rows[id(layer.module)]
-    if batch_size is not None:
-        count = max(1, round(count * batch_size / plan.trial.batch_size)) if plan.trial.batch_size else batch_size
+    if plan.trial is None:
+        generator = torch.Generator().manual_seed(0)
+        return torch.randn(count, layer.module.in_features, generator=generator).to(weight.device, weight.dtype)
+    known = plan.trial.inputs[id(layer.module)]
     return known[torch.arange(count, device=known.device) % len(known)]
 
 
-def _time(run: Run, rows: torch.Tensor) -> tuple[float, float]:
-    """Microseconds of the float layers and of the int8 ones."""
+def _time(call: Sequence[Step], rows: torch.Tensor) -> tuple[float, float]:
+    """Microseconds of the float layers and of the new ones."""
     floats = torch.nn.Sequential()
-    for layer, epilogue in run.steps:
+    for layer, epilogue in call:
         twin = torch.nn.Linear(1, 1, device="meta")
         twin.weight, twin.bias = layer.module.weight, layer.module.bias
         floats.append(twin)
         if epilogue is not None:
             floats.append(MODULES[epilogue]())
-    new = [layer.new.with_epilogue(epilogue) for layer, epilogue in run.steps]
-    return _microseconds(floats if len(floats) > 1 else floats[0], Int8MLP(*new) if len(new) > 1 else new[0], rows)
+    new = joined([folded(layer.new, epilogue) for layer, epilogue in call])
+    return _microseconds(floats if len(floats) > 1 else floats[0], new, rows)
 
 
 def _judge(layers: Sequence[Layer], rows: torch.Tensor, float_us: float, new_us: float) -> None:
     count = f"{len(rows):,} row{'s' if len(rows) > 1 else ''}"
     names = [layer.names[0] or "(the model)" for layer in layers]
     together = f" (one call of {names[0]!r} to {names[-1]!r})" if len(layers) > 1 else ""
+    sparse = not isinstance(layers[0].new, Int8Linear)
+    old, new = ("dense", layers[0].choice) if sparse else ("float", "int8")
     for number, layer in enumerate(layers):
         layer.float_us, layer.new_us = float_us, new_us
         if float_us < new_us:
-            layer.leave(f"float is faster for {count}: {_us(float_us)} us, int8 {_us(new_us)} us{together}")
+            layer.leave(f"{old} is faster for {count}: {_us(float_us)} us, {new} {_us(new_us)} us{together}")
         elif number == 0:
             layer.notes.append(f"{_us(new_us)} us instead of {_us(float_us)} for {count}{together}")
         else:

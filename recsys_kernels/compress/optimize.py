@@ -10,9 +10,13 @@ import torch
 from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree
 
+from ..ops.sparse_linear import SparseLinear
 from .converters import Converter, TableConverter, stored_bytes
-from .linear import MIN_SQNR, LinearConverter, Range, leave_noisy, leave_slow
+from .linear import LinearConverter, Range, leave_noisy, leave_slow
+from .masked import without_masks
 from .plan import Layer, Plan, Skip, dtype_name
+from .sparse import SCHEMES as SPARSE
+from .sparse import SparseConverter, leave_dense
 from .swaps import LayerSwap, OptimizeReport
 from .trial import call
 
@@ -23,6 +27,8 @@ def optimize(
     skip: Skip | Iterable[Skip] = (),
     *,
     linear: str | None = None,
+    sparsity: float | None = None,
+    pattern: str | None = None,
     sample_inputs: Any = None,
     ranges: Mapping[str, Range] | None = None,
     min_sqnr: float | None = None,
@@ -49,7 +55,9 @@ def optimize(
     Linear layers that follow each other in a ``nn.Sequential`` become one :class:`~recsys_kernels.Int8MLP`, with the
     ReLU, GELU, Sigmoid or SiLU after each folded in and Dropout left out; that takes the place of the Sequential, or of
     these modules in it. Where hooks, other code (``for layer in self.mlp:``) or other places need the modules one by
-    one, each linear layer is swapped for an :class:`~recsys_kernels.Int8Linear` by itself.
+    one, each linear layer is swapped for an :class:`~recsys_kernels.Int8Linear` by itself. With ``linear="sparse"``
+    each becomes a :class:`~recsys_kernels.SparseLinear` with the function after it folded in. Layers that were pruned
+    (:func:`~recsys_kernels.prune`, :class:`~recsys_kernels.Pruner`), with a mask or without one, are taken as they are.
 
     Args:
         model: any module, on any device. Optimizers that it holds in attributes become None in the copy. Weights of
@@ -60,17 +68,26 @@ def optimize(
         skip: layers to leave: names (``"encoder.items"``), glob patterns (``"linear.*"``), module classes. What is
             inside a named module is left, too.
         linear: ``nn.Linear``: ``"int8"`` (activations quantized row by row, as they come), ``"int8-static"`` (by
-            ``ranges``), ``"int8-weight-only"`` (activations in float), or None to leave them.
+            ``ranges``), ``"int8-weight-only"`` (activations in float), ``"sparse"`` (only the weights that are not
+            dropped), ``"int8+sparse"`` and ``"int8-static+sparse"`` (these in int8), or None to leave them. A layer
+            that is known to be faster dense on this machine (``recsys_kernels.doctor()``) stays dense, in float or
+            int8 and with the weights that it has; one that gets no smaller is swapped only if measured to be faster.
+        sparsity: for ``"sparse"`` and the like: share of the weights of each layer to drop, those with the lowest
+            magnitudes, without any training. None: those that are zero.
+        pattern: for these: ``"unstructured"`` (default), ``"block4x1"`` and other blocks, ``"2:4"``; see
+            :func:`~recsys_kernels.prune`.
         sample_inputs: arguments of a call, as a tuple (anything else is the only argument). The model and the new
             one are run on them in eval mode, without gradients and from the same random state. Linear layers are
             measured on what they get in this run (its first 512 rows), noise and speed.
-        ranges: for ``"int8-static"``: range of the input of each linear layer by its name, from
+        ranges: for ``"int8-static"`` (also sparse): range of the input of each linear layer by its name, from
             :func:`~recsys_kernels.calibrate`. A layer that is not in it stays in float.
         min_sqnr: signal-to-quantization-noise ratio in dB under which a linear layer stays in float: the power of its
-            output over that of the difference that int8 makes, for the same input. Needs ``sample_inputs``; default 20.
-        batch_size: examples a call for which linear layers are timed in float and in int8, with the threads that torch
-            has now; they stay in float where that is faster. Default: the first dimension of the first tensor of
-            ``sample_inputs``. Without these each gets one random row an example; without both nothing is measured.
+            output over that of the difference that its new form makes, for the same input. Needs ``sample_inputs``;
+            default 20, but none for layers that ``sparsity`` prunes.
+        batch_size: examples a call for which linear layers are timed as they are and in their new form, with the
+            threads that torch has now; they stay as they are where that is faster. Default: the first dimension of the
+            first tensor of ``sample_inputs``. Without these each gets one random row an example; without both nothing
+            is measured.
 
     Returns:
         The new model, and the report: print it, or see :class:`~recsys_kernels.compress.swaps.OptimizeReport`.
@@ -83,21 +100,34 @@ def optimize(
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, but is {type(model).__name__}")
     _check(linear, sample_inputs, ranges, min_sqnr, batch_size)
-    plan = Plan(model, _converters(model, embedding, linear, ranges))
+    _check_pruning(linear, sparsity, pattern)
+    plain, masked, notes = without_masks(model) if linear in SPARSE else (model, {}, [])
+    wanted = ((TableConverter(), embedding), (_linear_converter(plain, linear, sparsity, pattern, ranges), linear))
+    plan = Plan(plain, _chosen(wanted), masked)
     plan.leave_skipped(skip)
     plan.leave_tied()
     expected = plan.leave_read(sample_inputs)
     plan.leave_tied()  # once more: a read of one layer's weight is one of all that share it
     plan.convert()
-    if linear is not None and sample_inputs is not None:
-        leave_noisy(plan, MIN_SQNR if min_sqnr is None else min_sqnr)
+    if linear is not None:
+        _leave_worse(plan, sample_inputs is not None, min_sqnr, batch_size)
+    new = plan.build()
+    plan.notes += notes
+    error = None if sample_inputs is None else _output_error(expected, _try(plan, new, sample_inputs))
+    return new, _report(plan, model, new, error)
+
+
+def _leave_worse(plan: Plan, sampled: bool, min_sqnr: float | None, batch_size: int | None) -> None:
+    """Keeps linear layers whose new form is not good or fast enough, as far as that can be told."""
+    timed = sampled or batch_size is not None
+    leave_dense(plan, batch_size, timed)
+    plan.leave_tied()
+    if sampled:
+        leave_noisy(plan, min_sqnr)
         plan.leave_tied()
-    if linear is not None and (sample_inputs is not None or batch_size is not None):
+    if timed:
         leave_slow(plan, batch_size)
         plan.leave_tied()
-    new = plan.build()
-    error = None if sample_inputs is None else _output_error(expected, _try(plan, new, sample_inputs))
-    return new, _report(plan, new, error)
 
 
 def _check(
@@ -108,9 +138,10 @@ def _check(
     batch_size: int | None,
 ) -> None:
     """Whether options that need each other are there."""
-    if linear == "int8-static" and ranges is None:
-        raise ValueError("linear='int8-static' needs ranges=rk.calibrate(model, batches)")
-    if ranges is not None and linear != "int8-static":
+    static = linear in ("int8-static", "int8-static+sparse")
+    if static and ranges is None:
+        raise ValueError(f"linear={linear!r} needs ranges=rk.calibrate(model, batches)")
+    if ranges is not None and not static:
         raise ValueError(f"ranges is for linear='int8-static', but linear is {linear!r}")
     if min_sqnr is not None and (linear is None or sample_inputs is None):
         raise ValueError("min_sqnr needs linear and sample_inputs, on which the noise is measured")
@@ -118,9 +149,21 @@ def _check(
         raise ValueError(f"batch_size must be at least 1, and needs linear, but is {batch_size} with linear={linear!r}")
 
 
-def _converters(
-    model: torch.nn.Module, embedding: str | None, linear: str | None, ranges: Mapping[str, Range] | None
-) -> list[tuple[Converter, str]]:
+def _check_pruning(linear: str | None, sparsity: float | None, pattern: str | None) -> None:
+    """Whether options of sparse layers are given for sparse layers."""
+    for name, value in (("sparsity", sparsity), ("pattern", pattern)):
+        if value is not None and linear not in SPARSE:
+            known = ", ".join(map(repr, SPARSE))
+            raise ValueError(f"{name} is for linear={known}, but linear is {linear!r}")
+
+
+def _linear_converter(
+    model: torch.nn.Module,
+    linear: str | None,
+    sparsity: float | None,
+    pattern: str | None,
+    ranges: Mapping[str, Range] | None,
+) -> LinearConverter:
     by_layer = None
     if ranges is not None:
         modules = dict(model.named_modules(remove_duplicate=False))
@@ -128,31 +171,36 @@ def _converters(
         if unknown:
             raise ValueError(f"ranges: {unknown[0]!r} names no module of the model")
         by_layer = {id(modules[name]): given for name, given in ranges.items()}
-    wanted: list[tuple[Converter, str | None]] = [(TableConverter(), embedding), (LinearConverter(by_layer), linear)]
+    if linear not in SPARSE:
+        return LinearConverter(by_layer)
+    return SparseConverter(sparsity, "unstructured" if pattern is None else pattern, by_layer)
+
+
+def _chosen(wanted: Iterable[tuple[Converter, str | None]]) -> list[tuple[Converter, str]]:
     for converter, choice in wanted:
         if choice is not None and choice not in converter.choices:
-            known = ", ".join(map(repr, converter.choices))
-            raise ValueError(f"{converter.option} must be {known} or None, but is {choice!r}")
+            choices = [*converter.choices, *(SPARSE if converter.option == "linear" else ())]
+            raise ValueError(f"{converter.option} must be {', '.join(map(repr, choices))} or None, but is {choice!r}")
     return [(converter, choice) for converter, choice in wanted if choice is not None]
 
 
 # ---- the report ----------------------------------------------------------------------------------------------------
 
 
-def _report(plan: Plan, new: torch.nn.Module, output_error: float | None) -> OptimizeReport:
+def _report(plan: Plan, model: torch.nn.Module, new: torch.nn.Module, output_error: float | None) -> OptimizeReport:
     order = {key: number for number, key in enumerate((*plan.modules, *plan.unregistered))}
     return OptimizeReport(
-        layers=tuple(_describe(plan.layers[key]) for key in sorted(plan.layers, key=order.__getitem__)),
-        bytes_before=stored_bytes(plan.model),
+        layers=tuple(_describe(plan.layers[key], plan.masked) for key in sorted(plan.layers, key=order.__getitem__)),
+        bytes_before=stored_bytes(model),
         bytes_after=stored_bytes(new),
         output_error=output_error,
         notes=tuple(dict.fromkeys(plan.notes)),
     )
 
 
-def _describe(layer: Layer) -> LayerSwap:
-    module = layer.module
-    tensors = [*module.parameters(), *module.buffers()]
+def _describe(layer: Layer, masked: Mapping[int, torch.nn.Module]) -> LayerSwap:
+    module, given = layer.module, masked.get(id(layer.module), layer.module)
+    tensors = [*given.parameters(), *given.buffers()]
     before = sum(tensor.nbytes for tensor in tensors if not is_lazy(tensor))
     error = relative = None
     if layer.new is not None:
@@ -173,6 +221,8 @@ def _describe(layer: Layer) -> LayerSwap:
         sqnr=layer.sqnr,
         float_us=layer.float_us,
         int8_us=layer.new_us,
+        sparsity=layer.new.sparsity if isinstance(layer.new, SparseLinear) else None,
+        pattern=layer.converter.pattern.name if isinstance(layer.new, SparseLinear) else None,  # type: ignore[attr-defined]
     )
 
 

@@ -73,6 +73,7 @@ class Plan:
     Args:
         model: the model, which is not changed.
         converters: the kinds of layers to swap, and the new form of each.
+        masked: id of a layer -> what it is where it is kept, if that is another one: with a pruning mask.
 
     Attributes:
         layers: id of a layer of these kinds -> what happens to it.
@@ -82,8 +83,13 @@ class Plan:
         trial: what a run on sample inputs showed, if there was one.
     """
 
-    def __init__(self, model: torch.nn.Module, converters: Sequence[tuple[Converter, str]]) -> None:
-        self.model = model
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        converters: Sequence[tuple[Converter, str]],
+        masked: Mapping[int, torch.nn.Module] | None = None,
+    ) -> None:
+        self.model, self.masked = model, masked or {}
         self.notes: list[str] = []
         self.modules: dict[int, torch.nn.Module] = {}
         self.names: dict[int, list[str]] = {}
@@ -219,6 +225,9 @@ class Plan:
             layer.notes += [f"{path} is NaN now" for path, value in self.held if value is weight]
         for layer in self.swapped:
             carry_over(layer.module, layer.new, memo)
+        for key, module in self.masked.items():
+            if key not in memo:
+                memo[key] = copy.deepcopy(module, memo)
         # Inner ones first: outer ones take them as they are.
         for sequential in reversed([m for m in self.modules.values() if any(m is run.sequential for run in runs)]):
             _rebuild(sequential, [run for run in runs if run.sequential is sequential], memo)
@@ -372,7 +381,7 @@ def _rebuild(sequential: torch.nn.Module, runs: Sequence[Run], memo: dict[int, A
     first = {run.keys[0]: run for run in runs}
     inside = {key for run in runs for key in run.keys}
     if len(runs) == 1 and inside == sequential._modules.keys():
-        new: torch.nn.Module = runs[0].module(always_mlp=True)
+        new: torch.nn.Module = runs[0].module(whole=True)
         memo[id(sequential)] = new
     else:
         memo[id(sequential)] = new = torch.nn.Sequential()

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from itertools import groupby
+from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 
-from ..ops.int8_matmul import Int8MLP
+from ..ops.int8_matmul import Int8Linear, Int8MLP
 from ..ops.int8_matmul.mlp import EPILOGUES
+from ..ops.sparse_linear import SparseLinear
 
 if TYPE_CHECKING:
     from .plan import Layer, Plan
+
+Step: TypeAlias = "tuple[Layer, str | None]"
 
 _HOOKS = tuple(n for n in sorted(vars(torch.nn.Module())) if n.endswith(("hooks", "hooks_with_kwargs")))
 # Those that a new module does not get.
@@ -21,7 +25,7 @@ _OTHER_HOOKS = tuple(name for name in _HOOKS if not name.startswith("_forward_")
 
 @dataclass(eq=False)
 class Run:
-    """Neighbours in a Sequential that become one module.
+    """Neighbours in a Sequential that become one module: int8 layers one call, sparse layers a Sequential.
 
     Attributes:
         sequential: where they are.
@@ -31,18 +35,58 @@ class Run:
 
     sequential: torch.nn.Module
     keys: list[str] = field(default_factory=list)
-    steps: list[tuple[Layer, str | None]] = field(default_factory=list)
+    steps: list[Step] = field(default_factory=list)
 
     def fold(self) -> None:
         """Puts the functions into the new layers."""
         for layer, epilogue in self.steps:
             if epilogue is not None:
-                layer.new = layer.new.with_epilogue(epilogue)
+                layer.new = folded(layer.new, epilogue)
 
-    def module(self, always_mlp: bool = False) -> torch.nn.Module:
-        """The module, from layers into which the functions are folded."""
-        layers = [layer.new for layer, _ in self.steps]
-        return Int8MLP(*layers) if len(layers) > 1 or always_mlp else layers[0]
+    def calls(self) -> list[list[Step]]:
+        """The steps, those together that one kernel runs."""
+        calls: list[list[Step]] = []
+        for is_int8, group in groupby(self.steps, lambda step: isinstance(step[0].new, Int8Linear)):
+            together = list(group)
+            calls += [together] if is_int8 else [[step] for step in together]
+        return calls
+
+    def module(self, whole: bool = False) -> torch.nn.Module:
+        """The module, from layers into which the functions are folded.
+
+        Args:
+            whole: whether it takes the place of the Sequential, with hooks and attributes of that.
+        """
+        calls = [[layer.new for layer, _ in call] for call in self.calls()]
+        if len(calls) == 1:
+            return Int8MLP(*calls[0]) if whole and isinstance(calls[0][0], Int8Linear) else joined(calls[0], whole)
+        return torch.nn.Sequential(*map(joined, calls))
+
+
+def folded(new: torch.nn.Module, epilogue: str | None) -> torch.nn.Module:
+    """A new layer with the same tensors (no copies) that applies a function to its result."""
+    if isinstance(new, Int8Linear):
+        return new.with_epilogue(epilogue)
+    assert isinstance(new, SparseLinear)
+    options = {"pattern": new.pattern, "epilogue": epilogue, "activation": new.activation}
+    other = SparseLinear(
+        new.in_features,
+        new.out_features,
+        new.bias is not None,
+        **options,  # type: ignore[arg-type]
+        dtype=new.dtype,
+        device="meta",
+    )
+    for name in (*new._parameters, *new._buffers):
+        setattr(other, name, getattr(new, name))
+    return other.train(new.training)
+
+
+def joined(layers: Sequence[torch.nn.Module], whole: bool = False) -> torch.nn.Module:
+    """Layers that one kernel runs as one module; a single one as it is, unless a Sequential is wanted."""
+    if len(layers) > 1:
+        return Int8MLP(*layers)  # type: ignore[arg-type]
+    return torch.nn.Sequential(layers[0]) if whole else layers[0]
 
 
 def find_runs(plan: Plan) -> list[Run]:
@@ -89,9 +133,7 @@ def _gains(run: Run) -> bool:
     return len(run.steps) > 1 or (len(run.steps) == 1 and run.steps[0][1] is not None)
 
 
-def _extended(
-    steps: list[tuple[Layer, str | None]], child: torch.nn.Module | None, plan: Plan
-) -> list[tuple[Layer, str | None]] | None:
+def _extended(steps: list[Step], child: torch.nn.Module | None, plan: Plan) -> list[Step] | None:
     """The steps of a run with one more module; None if it can't be part of the run."""
     if child is None or any(getattr(child, name) for name in _HOOKS) or id(child) in plan.aliased:
         return None
@@ -103,7 +145,7 @@ def _extended(
     if type(child) is torch.nn.Sequential:
         if len(plan.parents[id(child)]) > 1 or not _is_called_whole(child, plan):
             return None
-        extended: list[tuple[Layer, str | None]] | None = steps
+        extended: list[Step] | None = steps
         for inner in child._modules.values():
             extended = None if extended is None else _extended(extended, inner, plan)
         return extended

@@ -13,17 +13,19 @@ class LayerSwap:
     Attributes:
         names: every place in the model where it is.
         kind: name of its class.
-        action: its new form, such as ``"int8"``; ``"kept"`` if it was left alone.
+        action: its new form, such as ``"int8"`` or ``"sparse"``; ``"kept"`` if it was left alone.
         reason: why it was kept; for a swapped layer what else there is to know, often nothing.
         shape: rows and columns.
         dtype: type of its values before.
-        bytes_before, bytes_after: bytes of its parameters and buffers, scales and padding between rows included.
+        bytes_before, bytes_after: bytes of its parameters and buffers, scales, indices and padding between rows
+            included.
         max_error: largest absolute error of a value; None if it was kept.
         relative_error: the same, as a share of the largest absolute value.
-        sqnr: of a linear layer: power of its output over that of the error that int8 makes, in dB; None if not
+        sqnr: of a linear layer: power of its output over that of the error that its new form makes, in dB; None if not
             measured.
-        float_us, int8_us: of a linear layer: time of a call in float and in int8, microseconds; of the whole call where
-            several layers run in one; None if not measured.
+        float_us, int8_us: of a linear layer: time of a call in float and in its new form, microseconds; of the whole
+            call where several layers run in one; None if not measured.
+        sparsity, pattern: of a sparse layer: share of its weights that are dropped, and how; else None.
     """
 
     names: tuple[str, ...]
@@ -39,6 +41,8 @@ class LayerSwap:
     sqnr: float | None = None
     float_us: float | None = None
     int8_us: float | None = None
+    sparsity: float | None = None
+    pattern: str | None = None
 
     @property
     def name(self) -> str:
