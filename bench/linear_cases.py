@@ -143,13 +143,17 @@ class LinearWorkload:
 
     def check(self, outputs: Sequence[Tensor]) -> None:
         """Raises AssertionError unless `outputs`, in float64, are right for batches 0, 1, 2 and so on."""
-        right = torch.stack([self.expected(self.batch(number)) for number in range(len(outputs))])
-        given = torch.stack(list(outputs))
-        assert given.shape == right.shape, f"its output is {list(given.shape[1:])}, not {list(right.shape[1:])}"
-        power, error = right.square().mean(), (given - right).abs()
-        snr = 10 * math.log10(power / max(float(error.square().mean()), 1e-300))
-        # A NaN fails both comparisons.
-        assert snr >= self.least_snr, f"its signal-to-noise ratio is {snr:.1f} dB, not {self.least_snr:.1f}"
-        worst = float(error.max() / power.sqrt())
-        most = WORST * 10 ** (-self.least_snr / 20)
-        assert worst <= most, f"an output is off by {worst:.2f} times the outputs' root mean square, not {most:.2f}"
+        judge(outputs, [self.expected(self.batch(number)) for number in range(len(outputs))], self.least_snr)
+
+
+def judge(outputs: Sequence[Tensor], expected: Sequence[Tensor], least_snr: float) -> None:
+    """Raises AssertionError unless `outputs` are `expected` but for noise of which `least_snr` (dB) is the most."""
+    given, right = torch.stack(list(outputs)), torch.stack(list(expected))
+    assert given.shape == right.shape, f"its output is {list(given.shape[1:])}, not {list(right.shape[1:])}"
+    power, error = right.square().mean(), (given - right).abs()
+    snr = 10 * math.log10(power / max(float(error.square().mean()), 1e-300))
+    # A NaN fails both comparisons.
+    assert snr >= least_snr, f"its signal-to-noise ratio is {snr:.1f} dB, not {least_snr:.1f}"
+    worst = float(error.max() / power.sqrt())
+    most = WORST * 10 ** (-least_snr / 20)
+    assert worst <= most, f"an output is off by {worst:.2g} times the outputs' root mean square, not {most:.2g}"

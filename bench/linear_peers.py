@@ -83,7 +83,7 @@ def _fp32(work: LinearWorkload) -> Side:
 
 
 @contextmanager
-def _engine(name: str) -> Iterator[None]:
+def quantized_engine(name: str) -> Iterator[None]:
     """torch's quantized engine, which is one for the whole process."""
     before = torch.backends.quantized.engine
     torch.backends.quantized.engine = name
@@ -99,11 +99,11 @@ def _torch_dynamic(work: LinearWorkload, name: str) -> Side:
     if engine not in torch.backends.quantized.supported_engines:
         raise AbsentError(f"this torch has no engine {engine}")
     quantization: Any = importlib.import_module("torch.ao.quantization")
-    with _engine(engine), warnings.catch_warnings():
+    with quantized_engine(engine), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # it is deprecated in favour of torchao
         net = quantization.quantize_dynamic(work.net, {nn.Linear: quantization.per_channel_dynamic_qconfig})
     if work.case.level == "module":
-        return Side(name, net, threads=work.case.threads, context=partial(_engine, engine))
+        return Side(name, net, threads=work.case.threads, context=partial(quantized_engine, engine))
     packed = [layer._packed_params._packed_params for layer in net if not isinstance(layer, nn.ReLU)]
     hidden, last = torch.ops.quantized.linear_relu_dynamic.default, torch.ops.quantized.linear_dynamic.default
 
@@ -112,7 +112,7 @@ def _torch_dynamic(work: LinearWorkload, name: str) -> Side:
             batch = hidden(batch, layer, True)  # 7 bits for activations, as the module has it
         return last(batch, packed[-1], True)
 
-    return Side(name, layers, threads=work.case.threads, context=partial(_engine, engine))
+    return Side(name, layers, threads=work.case.threads, context=partial(quantized_engine, engine))
 
 
 def _onnx_model(work: LinearWorkload) -> bytes:
@@ -233,7 +233,7 @@ def build(name: str, work: LinearWorkload, own: Side) -> Side:
         torch.set_num_threads(threads)
 
 
-def limit(work: LinearWorkload) -> probe.Int8Limit:
+def limit(work: LinearWorkload) -> probe.ProductLimit:
     """What the CPU's int8 instructions could do. Raises ProbeUnavailableError where there are none."""
     level = native.isa()
     if level is None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
-from bench import cases, linear_cases, linear_peers, peers, probe
+from bench import cases, linear_cases, linear_peers, peers, probe, sparse_cases, sparse_peers
 
 
 @dataclass(frozen=True)
@@ -17,7 +17,8 @@ class Operator:
     title: heads its section; unit: of rates, in billions of `case.amount` a second; sized: what `case.size` counts, in
     bytes; note: how to read its figures; case, limit: what saved results are made of; workload(case, quick): its data;
     peers: a module with ours(work), sides_of(case), build(name, work, own) and limit(work); packages: that the peers
-    need; huge_pages: whether torch's own huge pages matter to it.
+    need; huge_pages: whether torch's own huge pages matter to it; baseline: the peer to which all others are related,
+    if there is one.
     """
 
     title: str
@@ -31,6 +32,7 @@ class Operator:
     peers: ModuleType
     packages: tuple[str, ...]
     huge_pages: bool
+    baseline: str = ""
 
 
 EMBEDDING_BAG = Operator(
@@ -59,13 +61,32 @@ what the CPU's int8 instructions do on registers. At one row reading the weights
 share of it says little.""",
     cases=linear_cases.CASES,
     case=linear_cases.LinearCase,
-    limit=probe.Int8Limit,
+    limit=probe.ProductLimit,
     workload=linear_cases.LinearWorkload,
     peers=linear_peers,
     packages=("onnxruntime", "torchao", "openvino"),
     huge_pages=False,
 )
-ALL = (EMBEDDING_BAG, INT8_LINEAR)
+SPARSE_LINEAR = Operator(
+    title="Sparse linear layers",
+    unit="GFLOP/s",
+    sized="Kept weights",
+    note="""\
+A case is named by its pattern, the share of weights that is pruned, and rows x features in x features out. GFLOP/s
+count two operations for each kept weight and row (of training three times as many). The limit is what the CPU's
+multiply-add instructions do on registers, of int8 or float32. At few rows reading the weights and the call itself
+count, so that the share of it says little. Sparse products of torch and scipy are spared the copies that would turn
+activations and outputs. Training is forward and backward, with the gradients of input, weights and bias.""",
+    cases=sparse_cases.CASES,
+    case=sparse_cases.SparseCase,
+    limit=probe.ProductLimit,
+    workload=sparse_cases.SparseWorkload,
+    peers=sparse_peers,
+    packages=("scipy",),
+    huge_pages=False,
+    baseline=sparse_cases.DENSE,
+)
+ALL = (EMBEDDING_BAG, INT8_LINEAR, SPARSE_LINEAR)
 CASES = tuple(case for operator in ALL for case in operator.cases)
 
 

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
+import math
+from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +16,7 @@ from matplotlib import pyplot as plt
 
 from bench.cases import LIMIT_SHARE
 from bench.harness import Result
-from bench.operators import EMBEDDING_BAG, INT8_LINEAR
+from bench.operators import EMBEDDING_BAG, INT8_LINEAR, SPARSE_LINEAR
 
 
 def _bars(axis: Any, results: list[Result], ours: list[float], theirs: list[float]) -> None:
@@ -73,7 +77,80 @@ def _int8_linear(results: list[Result], cpu: str, path: Path) -> None:
     plt.close(figure)
 
 
-_CHARTS = ((EMBEDDING_BAG, "roofline.png", _embedding_bag), (INT8_LINEAR, "int8_linear.png", _int8_linear))
+def crossover(points: Sequence[tuple[float, float]]) -> float | None:
+    """From which sparsity on the ratio stays above 1; None where it does for all, or for none.
+
+    points: (sparsity, ratio), ascending; between two of them the logarithm of the ratio is taken as straight.
+    """
+    for (before, low), (after, high) in reversed(list(itertools.pairwise(points))):
+        if low < 1.0 <= high:
+            return before + (after - before) * math.log(low) / (math.log(low) - math.log(high))
+    return None
+
+
+def _from_where(points: Sequence[tuple[float, float]]) -> str:
+    """The crossover in words."""
+    at = crossover(points)
+    if at is not None:
+        return f"faster from {at:.0%} on"
+    if points[-1][1] < 1.0:
+        return f"slower up to {points[-1][0]:.0%}"
+    return f"faster from {points[0][0]:.0%} or less on"
+
+
+def _curves(results: list[Result]) -> dict[tuple[int, int, int], dict[str, list[Result]]]:
+    """By rows, features in and out, then by pattern: results over sparsity of forward cases on one thread."""
+    panels: dict[tuple[int, int, int], dict[str, list[Result]]] = defaultdict(lambda: defaultdict(list))
+    for result in sorted(results, key=lambda result: result.case.sparsity):
+        case = result.case
+        plain = (case.values, case.kind, case.level, case.threads) == ("fp32", "forward", "function", 1)
+        if plain and result.baseline:
+            panels[case.batch, case.ins, case.outs][case.pattern].append(result)
+    return panels
+
+
+def _curve(axis: Any, pattern: str, mine: list[Result], color: str) -> None:
+    """One pattern's speed and that of its fastest sparse peer relative to the dense layer, and where they cross it."""
+    ours = [(r.case.sparsity, r.baseline.ratio) for r in mine if r.baseline]
+    theirs = [(r.case.sparsity, r.baseline.ratio / r.best_other.ratio) for r in mine if r.baseline and r.best_other]
+    for points, style, name in ((ours, "o-", pattern), (theirs, "x:", f"{pattern}, best sparse peer")):
+        if not points:
+            continue
+        axis.plot(*zip(*points, strict=True), f"{color}{style}", label=f"{name}: {_from_where(points)}")
+        at = crossover(points)
+        if at is not None:
+            axis.plot([at], [1.0], f"{color}D", fillstyle="none", markersize=10)
+
+
+def _sparse_linear(results: list[Result], cpu: str, path: Path) -> None:
+    panels = _curves(results)
+    if not panels:
+        return
+    columns = min(3, len(panels))
+    rows = -(-len(panels) // columns)
+    figure, axes = plt.subplots(rows, columns, figsize=(6 * columns, 4.5 * rows), layout="constrained", squeeze=False)
+    for axis in axes.flat[len(panels) :]:
+        axis.remove()
+    for axis, ((batch, ins, outs), patterns) in zip(axes.flat, sorted(panels.items()), strict=False):
+        for number, (pattern, mine) in enumerate(patterns.items()):
+            _curve(axis, pattern, mine, f"C{number}")
+        axis.axhline(1.0, color="k", linewidth=1)
+        axis.set(title=f"{batch} x {ins} x {outs}", xlabel="Sparsity", ylabel="Speed relative to the dense layer")
+        axis.set_yscale("log", base=2)
+        axis.yaxis.set_major_formatter("{x:g}x")
+        axis.xaxis.set_major_formatter("{x:.0%}")
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize="small")
+    figure.suptitle(f"Pruned layers, fp32, one thread (diamond: where a curve crosses the dense layer)\n{cpu}")
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+_CHARTS = (
+    (EMBEDDING_BAG, "roofline.png", _embedding_bag),
+    (INT8_LINEAR, "int8_linear.png", _int8_linear),
+    (SPARSE_LINEAR, "sparse_linear.png", _sparse_linear),
+)
 
 
 def draw(results: list[Result], cpu: str, folder: Path) -> None:

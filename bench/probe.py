@@ -2,7 +2,7 @@
 
 `probe()` reads the very rows a case will read (same ids, same row size, own memory on 2 MiB pages) with nothing but
 prefetches and loads whose result is used. A lookup cannot do better; how close it comes is the figure to report.
-`probe_int8()` multiplies and adds int8 in registers, which no int8 layer can do faster.
+`probe_int8()` and `probe_float()` multiply and add int8 or float32 in registers, which no layer can do faster.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from recsys_kernels._native import ISA_LEVELS
 
 SOURCE = Path(__file__).with_name("gather_probe.c")
 INT8_SOURCE = Path(__file__).with_name("vnni_probe.c")
+FLOAT_SOURCE = Path(__file__).with_name("fma_probe.c")
 # Which hint and which order is the limit depends on the CPU and on the row: on Zen 4 it is T1, by 2x, and for rows of
 # four lines and more the order line by line, by 1.7x.
 LEVELS = {"T1": 1, "T0": 0}
@@ -61,7 +62,7 @@ class Limit:
 
 
 @dataclass(frozen=True)
-class Int8Limit:
+class ProductLimit:
     """Probed limit, in operations/s (two for each product), and by which instructions."""
 
     rate: float
@@ -92,11 +93,12 @@ def _library() -> ctypes.CDLL:
 
 
 @functools.cache
-def _int8_library(level: str) -> ctypes.CDLL:
-    library = _compiled(INT8_SOURCE, f"-DMAX_LEVEL={ISA_LEVELS.index(level)}")
+def _product_library(source: Path, level: str) -> ctypes.CDLL:
+    library = _compiled(source, f"-DMAX_LEVEL={ISA_LEVELS.index(level)}")
     library.instruction.restype = ctypes.c_char_p
     library.products_per_round.restype = ctypes.c_int64
-    library.multiply_add.restype = ctypes.c_uint32
+    # Of int8 the sum wraps.
+    library.multiply_add.restype = ctypes.c_uint32 if source == INT8_SOURCE else ctypes.c_int64
     library.multiply_add.argtypes = [ctypes.c_int64, ctypes.c_int32, ctypes.c_int32]
     return library
 
@@ -168,19 +170,29 @@ def probe(ids: npt.NDArray[np.int64], rows: int, row_bytes: int, threads: int = 
     return Limit(ids.size * row_bytes / seconds, size / straight, name, huge)
 
 
-def probe_int8(level: str, threads: int = 1, rounds: int = 2_000_000) -> Int8Limit:
+def probe_int8(level: str, threads: int = 1, rounds: int = 2_000_000) -> ProductLimit:
     """Multiplies and adds int8 with the best instructions of an instruction-set level (see ISA_LEVELS).
 
     Raises ProbeUnavailableError where there is no compiler, or no such instruction.
     """
-    library = _int8_library(level)
+    return _probe_products(INT8_SOURCE, "int8", level, threads, rounds, (101, -77), 32)
+
+
+def probe_float(level: str, threads: int = 1, rounds: int = 2_000_000) -> ProductLimit:
+    """The same with float32; at most 2^24 / 6 rounds, up to which its sums are exact."""
+    return _probe_products(FLOAT_SOURCE, "float32", level, threads, rounds, (3, 2), 64)
+
+
+def _probe_products(
+    source: Path, kind: str, level: str, threads: int, rounds: int, factors: tuple[int, int], bits: int
+) -> ProductLimit:
+    library, (a, b) = _product_library(source, level), factors
     products = int(library.products_per_round())
     if not products or level == ISA_LEVELS[0]:
-        raise ProbeUnavailableError(f"no int8 probe at the level {level}")
-    a, b = 101, -77
+        raise ProbeUnavailableError(f"no {kind} probe at the level {level}")
 
     def work(part: int) -> int:
         return int(library.multiply_add(rounds, a, b))
 
-    seconds = _seconds(work, threads, threads * rounds * products * a * b, bits=32)
-    return Int8Limit(2 * threads * rounds * products / seconds, library.instruction().decode())
+    seconds = _seconds(work, threads, threads * rounds * products * a * b, bits)
+    return ProductLimit(2 * threads * rounds * products / seconds, library.instruction().decode())

@@ -1,8 +1,9 @@
 """Compares recsys_kernels with its peers and renders the result.
 
-    python bench/report.py --out DIR                   all cases, about 15 minutes; leave the machine alone meanwhile
+    python bench/report.py --out DIR                   all cases, about 40 minutes; leave the machine alone meanwhile
     python bench/report.py --case 'int8-d64.*zipf'     some cases, Markdown on stdout
     python bench/report.py --case 'int8-linear|mlp'    int8 linear layers and MLPs
+    python bench/report.py --case sparse-linear        sparse linear layers, about 25 minutes
     RECSYS_KERNELS_ISA=avx2 python bench/report.py --case 'int8-linear|mlp'    all sides held to AVX2
     python bench/report.py --json DIR/results.json     renders a saved run again
 
@@ -182,22 +183,37 @@ def _table(header: list[str], rows: list[list[str]]) -> str:
 def _target(result: Result) -> str:
     case = result.case
     texts = [f"{ratio:.1f}x" + ("" if against == BEST else f" {against}") for ratio, against in case.targets]
-    return ", ".join(texts + ([f"{LIMIT_SHARE:.0%} of limit"] if case.near_limit else []))
+    return ", ".join(texts + ([f"{LIMIT_SHARE:.0%} of limit"] if case.near_limit else [])) or "-"
+
+
+def _columns(operator: Operator) -> list[str]:
+    rate = [operator.unit, f"Limit {operator.unit}", "% of limit", "Target", "Reached"]
+    first = ["Case", f"{operator.sized} (of cache)", "Ours"]
+    against = [f"Of {operator.baseline}", "Best sparse peer"] if operator.baseline else ["Best peer"]
+    return [*first, *against, "Ratio", *rate]
+
+
+def _against(result: Result) -> list[str]:
+    """The best peer and the ratio against it; where there is a baseline, that ratio and the best of the others."""
+    if not operators.of(result.case).baseline:
+        return [f"{result.best.name} {_time(result.best.theirs)}", _ratio(result.best)]
+    base, other = result.baseline, result.best_other
+    named = [f"{other.name} {_time(other.theirs)}", _ratio(other)] if other else ["-", "-"]
+    return [_ratio(base) if base else "-", *named]
 
 
 def _summary(result: Result, cache: int) -> list[str]:
-    case, best, limit = result.case, result.best, result.limit
+    case, limit = result.case, result.limit
     return [
         case.name,
         f"{_size(case.size)} ({case.size / cache:.1f}x)",
         _time(result.seconds),
-        f"{best.name} {_time(best.theirs)}",
-        _ratio(best),
+        *_against(result),
         f"{result.rate() / 1e9:.2f}",
         f"{limit.rate / 1e9:.2f} ({limit.how})" if limit else "-",
         f"{result.share:.0%}" if result.share is not None else "-",
         _target(result),
-        "yes" if result.reached else "no",
+        ("yes" if result.reached else "no") if case.targets else "-",
     ]
 
 
@@ -206,15 +222,13 @@ def _section(operator: Operator, run: Run) -> list[str]:
     results = [result for result in run.results if isinstance(result.case, operator.case)]
     if not results:
         return []
-    rate = [operator.unit, f"Limit {operator.unit}", "% of limit", "Target", "Reached"]
-    columns = ["Case", f"{operator.sized} (of cache)", "Ours", "Best peer", "Ratio", *rate]
     sides = list(dict.fromkeys(pair.name for result in results for pair in result.pairs))
     rows = []
     for result in results:
         by_name = {pair.name: _ratio(pair) for pair in result.pairs}
         rows.append([result.case.name, *(by_name.get(name, "") for name in sides)])
     parts = [f"### {operator.title}", operator.note.format(cache=_size(run.cache))]
-    parts.append(_table(columns, [_summary(result, run.cache) for result in results]))
+    parts.append(_table(_columns(operator), [_summary(result, run.cache) for result in results]))
     parts += ["Ratio against every side:", _table(["Case", *sides], rows)]
     absent = dict.fromkeys(item for result in results for item in result.absent.items())
     return parts + (["Not compared:", _list(absent)] if absent else [])

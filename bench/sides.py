@@ -11,10 +11,13 @@ import torch
 from torch import Tensor
 
 BEST = "the best peer"
+BEST_OTHER = "the best sparse peer"  # without the operator's baseline, which is dense
 OURS = "recsys_kernels"
 REFERENCE = "recsys_kernels, reference"
 ONE_THREAD = "recsys_kernels, 1 thread"
-OWN = (ONE_THREAD, REFERENCE)  # sides that are no peers
+OWN_INT8_DENSE = "recsys_kernels, int8 dense"
+OWN_FP32_SPARSE = "recsys_kernels, fp32 sparse"
+OWN = (ONE_THREAD, REFERENCE, OWN_INT8_DENSE, OWN_FP32_SPARSE)  # sides that are no peers
 
 
 class AbsentError(RuntimeError):
@@ -37,7 +40,8 @@ def fresh(batch: Any) -> Any:
 class Side:
     """One side: `run(prepare(batch))` is a call of which only `run` is timed, under `context()` and `threads` threads.
 
-    `prepare` gives fresh inputs; for a backward case it runs the forward. `run` gives a tensor or a numpy array.
+    `prepare` gives fresh inputs; for a backward case it runs the forward. `run` gives a tensor or a numpy array, or
+    what `result` makes a tensor of. `check`: judges that instead of the workload, where the side's weights are its own.
     """
 
     name: str
@@ -45,3 +49,5 @@ class Side:
     prepare: Callable[[Any], Any] = fresh
     threads: int = 1
     context: Callable[[], AbstractContextManager[Any]] = torch.inference_mode
+    result: Callable[[Any], Tensor] = torch.as_tensor
+    check: Callable[[list[Tensor]], None] | None = None

@@ -15,16 +15,19 @@ ROOT = Path(__file__).resolve().parent.parent
 if str(ROOT) not in sys.path:
     sys.path.append(str(ROOT))  # bench is not part of the installed package
 
-from bench import harness, levels, linear_peers, operators, peers, probe, report  # noqa: E402
+from bench import harness, levels, linear_peers, operators, peers, plots, probe, report, sparse_peers  # noqa: E402
 from bench.cases import LOOP, Case, Workload  # noqa: E402
 from bench.harness import Pair, Result  # noqa: E402
 from bench.linear_cases import FP32, LinearCase, LinearWorkload  # noqa: E402
 from bench.operators import CASES  # noqa: E402
-from bench.sides import ONE_THREAD, OURS, AbsentError, Side, Target  # noqa: E402
+from bench.sides import BEST_OTHER, ONE_THREAD, OURS, AbsentError, Side, Target  # noqa: E402
+from bench.sparse_cases import DENSE, SparseCase, SparseWorkload  # noqa: E402
 from recsys_kernels._native import native  # noqa: E402
 
 FLOAT, QUANTIZED = (Case(dtype, 64, 64, 20).resized(None, quick=True) for dtype in ("fp32", "int8"))
 LINEAR, MLP = LinearCase(7, (45, 33)), LinearCase(5, (45, 33, 17, 1), level="module")
+SPARSE = SparseCase(7, 64, 48, 0.8, "block4x1")
+SPARSE_INT8, SPARSE_TRAINING = SparseCase(7, 64, 48, 0.8, "block4x4", "int8"), replace(SPARSE, kind="training")
 
 
 def _limit(rate: float) -> probe.Limit:
@@ -67,15 +70,68 @@ def test_operations_are_counted() -> None:
     assert MLP.amount == 2 * 5 * MLP.size
 
 
-@pytest.mark.parametrize("case", [FLOAT, QUANTIZED, LINEAR, MLP], ids=lambda case: case.name)
-def test_gate_passes_a_right_side_and_catches_a_wrong_one(case: Case | LinearCase) -> None:
+@pytest.mark.parametrize("case", [SPARSE, SPARSE_INT8, SPARSE_TRAINING], ids=lambda case: case.name)
+def test_sparse_layers_expect_what_torch_computes(case: SparseCase) -> None:
+    work = SparseWorkload(case)
+    assert int((work.weight != 0).sum()) == pytest.approx(case.kept, abs=16)
+    assert case.amount == 2 * 7 * case.kept * (3 if case is SPARSE_TRAINING else 1)
+    batch, linear = work.batch(1).requires_grad_(), work.linear(trained=True)
+    output = linear(batch)
+    if case is SPARSE_TRAINING:
+        gradients = torch.autograd.grad(output, (batch, linear.weight, linear.bias), work.grad_output)
+        output = work.gradients(*gradients)
+    torch.testing.assert_close(work.expected(work.batch(1)), output.double(), rtol=1e-4, atol=1e-4)
+    assert float(output.detach().std()) > 0.1
+
+
+@pytest.mark.parametrize("level", ["function", "module"])
+@pytest.mark.parametrize("case", [SPARSE, SPARSE_INT8, SPARSE_TRAINING, replace(SPARSE, batch=1)])
+def test_sides_of_sparse_layers_give_right_results(case: SparseCase, level: str) -> None:
+    work = SparseWorkload(replace(case, level=level), quick=True)
+    own = sparse_peers.ours(work)
+    harness.gate(own, work)
+    names = sparse_peers.sides_of(work.case)
+    assert DENSE in names
+    absent = set()
+    for name in names:
+        try:
+            side = sparse_peers.build(name, work, own)
+        except AbsentError:
+            absent.add(name)
+            continue
+        assert side.name == name
+        harness.gate(side, work)
+    assert absent <= {sparse_peers.BSR_SAME, sparse_peers.SCIPY, sparse_peers.QNNPACK}
+    assert len(names) > len(absent) + 1
+
+
+def test_a_side_with_weights_of_its_own_is_judged_by_them() -> None:
+    work = SparseWorkload(SPARSE)
+    side = sparse_peers.build(sparse_peers.BSR, work, sparse_peers.ours(work))
+    harness.gate(side, work)
+    with pytest.raises(harness.GateError, match="signal-to-noise"):
+        harness.gate(replace(side, check=None), work)
+    with pytest.raises(harness.GateError, match="signal-to-noise"):
+        harness.gate(replace(side, run=lambda batch: side.run(batch) * 1.001), work)
+
+
+def test_crossover_is_where_the_last_point_below_one_ends() -> None:
+    points = [(0.1, 0.5), (0.3, 0.8), (0.5, 1.25), (0.9, 8.0)]
+    assert plots.crossover(points) == pytest.approx(0.4)
+    assert plots.crossover(points[2:]) is None
+    assert plots.crossover(points[:2]) is None
+    assert plots.crossover([(0.1, 1.5), *points[1:]]) == pytest.approx(0.4)
+
+
+@pytest.mark.parametrize("case", [FLOAT, QUANTIZED, LINEAR, MLP, SPARSE, SPARSE_INT8, SPARSE_TRAINING])
+def test_gate_passes_a_right_side_and_catches_a_wrong_one(case: Case | LinearCase | SparseCase) -> None:
     operator = operators.of(case)
     work = operator.workload(case, True)
     side = operator.peers.ours(work)
     harness.gate(side, work)
-    scale = 1.001 if case in (FLOAT, QUANTIZED) else 1.08
+    scale = 1.08 if case in (LINEAR, MLP, SPARSE_INT8) else 1.001
     with pytest.raises(harness.GateError, match=f"impostor is wrong on {case.name}"):
-        harness.gate(replace(side, name="impostor", run=lambda inputs: side.run(inputs) * scale), work)
+        harness.gate(replace(side, name="impostor", result=lambda output: side.result(output) * scale), work)
 
 
 @pytest.mark.parametrize(("row", "value"), [(3, 1.0), (6, float("nan"))])
@@ -156,20 +212,22 @@ def test_probe_reads_every_row_it_is_given() -> None:
         probe.probe(ids, 1000, 33)
 
 
-def test_int8_probe_multiplies_what_it_is_given() -> None:
+@pytest.mark.parametrize(("kind", "instruction"), [("int8", "vp"), ("float", "vfmadd")])
+def test_probes_multiply_what_they_are_given(kind: str, instruction: str) -> None:
+    run = getattr(probe, f"probe_{kind}")
     best = native.isa_supported()
     if best in (None, "generic"):
-        pytest.skip(f"no int8 instructions to probe: {best}")
+        pytest.skip(f"no instructions to probe: {best}")
     try:
         for threads in (1, 2):
-            limit = probe.probe_int8(best, threads, rounds=10_000)  # raises when its sum is off
+            limit = run(best, threads, rounds=10_000)  # raises when its sum is off
             assert limit.rate > 0
-            assert "vp" in limit.how
-        assert "256 bits" in probe.probe_int8("avx2", rounds=10_000).how
+            assert instruction in limit.how
+        assert "256 bits" in run("avx2", rounds=10_000).how
     except probe.ProbeUnavailableError as error:
         pytest.skip(str(error))
-    with pytest.raises(probe.ProbeUnavailableError, match="no int8 probe at the level generic"):
-        probe.probe_int8("generic")
+    with pytest.raises(probe.ProbeUnavailableError, match=f"no {kind}.* probe at the level generic"):
+        run("generic")
 
 
 def test_a_target_needs_its_ratio_the_limit_and_no_faster_peer() -> None:
@@ -191,7 +249,7 @@ def test_a_target_needs_its_ratio_the_limit_and_no_faster_peer() -> None:
 def test_every_target_has_to_be_reached() -> None:
     case = LinearCase(512, (100, 100), targets=(Target(1.3), Target(4.0, FP32)))
     slow, fast = Pair(FP32, 1e-3, 4.2e-3, 4.2, 4.0, 4.5, 11), Pair("x", 1e-3, 1.4e-3, 1.4, 1.3, 1.5, 11)
-    result = Result(case, [slow, fast], probe.Int8Limit(2e10, "vpdpbusd"))
+    result = Result(case, [slow, fast], probe.ProductLimit(2e10, "vpdpbusd"))
     assert result.rate() == pytest.approx(1.024e10)
     assert result.share == pytest.approx(0.512)
     assert result.reached
@@ -200,21 +258,40 @@ def test_every_target_has_to_be_reached() -> None:
     assert not replace(result, pairs=[fast]).reached
 
 
+def test_ratios_against_the_dense_layer_and_the_best_sparse_peer() -> None:
+    dense, csr, scipy = (
+        Pair(name, 1e-5, ratio * 1e-5, ratio, ratio, ratio, 11)
+        for name, ratio in ((DENSE, 1.2), (sparse_peers.CSR, 2.0), (sparse_peers.SCIPY, 1.6))
+    )
+    case = replace(SPARSE, targets=(Target(1.1, DENSE), Target(1.5, BEST_OTHER)))
+    result = Result(case, [dense, csr, scipy], probe.ProductLimit(1e11, "vfmadd231ps"))
+    assert (result.best, result.baseline, result.best_other) == (dense, dense, scipy)
+    assert result.reached
+    assert not replace(result, case=replace(case, targets=(Target(1.7, BEST_OTHER),))).reached
+    assert not replace(result, pairs=[dense]).reached
+    run = report.Run("0", 1 << 25, [result, replace(result, case=replace(case, targets=()))], {}, {}, {})
+    text = report.markdown({}, [run])
+    assert "| Of torch dense | Best sparse peer | Ratio |" in text
+    assert f"| 1.20 [1.20-1.20] | {sparse_peers.SCIPY} 16.0 us | 1.60 [1.60-1.60] |" in text
+    assert text.count("| yes |") == 1
+    assert text.count("| - | - |") == 1
+
+
 def test_report_shows_and_saves_what_was_measured(tmp_path: Path) -> None:
-    run = report.run_cases([FLOAT, QUANTIZED, MLP], quick=True)
+    run = report.run_cases([FLOAT, QUANTIZED, MLP, SPARSE], quick=True)
     assert not run.wrong
-    assert len(run.results) == 3
+    assert len(run.results) == 4
     facts = report.machine()
     text = report.markdown(facts, [run])
     for result in run.results:
-        assert any(pair.name in (LOOP, FP32) for pair in result.pairs)
+        assert any(pair.name in (LOOP, FP32, DENSE) for pair in result.pairs)
         assert f"| {result.case.name} | " in text
         assert f"{result.best.ratio:.2f} [" in text
     report.save(tmp_path / "results.json", facts, [run])
     assert report.load(tmp_path / "results.json") == (facts, [run])
     assert report.main(["--json", str(tmp_path / "results.json"), "--out", str(tmp_path / "out")]) == 0
     assert (tmp_path / "out" / "report.md").read_text() == text
-    for chart in ("roofline.png", "int8_linear.png"):
+    for chart in ("roofline.png", "int8_linear.png", "sparse_linear.png"):
         assert (tmp_path / "out" / chart).read_bytes().startswith(b"\x89PNG")
 
 
