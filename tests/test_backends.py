@@ -546,18 +546,20 @@ def test_doctor_says_why_something_is_missing(tmp_path: Path) -> None:
     assert "file too short" in done.stdout or "invalid ELF header" in done.stdout
 
 
-def test_importing_is_cheap() -> None:
+def test_importing_is_cheap(tmp_path: Path) -> None:
     """At most 50 ms of CPU time on top of torch, or 4 % of what torch took in the same process.
 
-    The latter is about as much, and holds where other tests slow both down. The best of several processes.
+    The latter is about as much, and holds where other tests slow both down. The best of several processes, the first of
+    which leaves compiled bytecode for the others, as an installation does.
     """
     script = (
-        "from time import process_time as now\nstart = now()\nimport torch\nmiddle = now()\nimport recsys_kernels\n"
-        "print(middle - start, now() - middle)"
+        "import sys\nsys.dont_write_bytecode = False\nfrom time import process_time as now\nstart = now()\n"
+        "import torch\nmiddle = now()\nimport recsys_kernels\nprint(middle - start, now() - middle)"
     )
     times = []
     for _ in range(8):
-        times.append(tuple(map(float, run_python(script).stdout.split())))
+        done = run_python(script, PYTHONPYCACHEPREFIX=str(tmp_path))
+        times.append(tuple(map(float, done.stdout.split())))
         if any(own < max(0.05, 0.04 * torchs) for torchs, own in times):
             break
     assert any(own < max(0.05, 0.04 * torchs) for torchs, own in times), times
