@@ -1,9 +1,9 @@
 """Compares recsys_kernels with its peers and renders the result.
 
-    python bench/report.py --out DIR                   all cases, about 40 minutes; leave the machine alone meanwhile
+    python bench/report.py --out DIR                   all cases, about 45 minutes; leave the machine alone meanwhile
     python bench/report.py --case 'int8-d64.*zipf'     some cases, Markdown on stdout
     python bench/report.py --case 'int8-linear|mlp'    int8 linear layers and MLPs
-    python bench/report.py --case sparse-linear        sparse linear layers, about 25 minutes
+    python bench/report.py --case sparse-linear        sparse linear layers, about 30 minutes
     RECSYS_KERNELS_ISA=avx2 python bench/report.py --case 'int8-linear|mlp'    all sides held to AVX2
     python bench/report.py --json DIR/results.json     renders a saved run again
 
