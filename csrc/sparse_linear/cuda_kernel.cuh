@@ -36,19 +36,34 @@ struct Kept {
   int32_t n, k, block_columns;  // the latter: how many there are
   int32_t tiles;                // tiles of rows in a row of blocks
 
-  __device__ __forceinline__ float value(int64_t at) const {
-    if (type == ValueType::i8) return static_cast<float>(byte(at));
-    return float_at(values, static_cast<FloatType>(type), at);
+  // All of one type, so that all are under way before the first is needed.
+  template <int Count>
+  __device__ __forceinline__ void gather(float (&v)[Count], const int64_t (&at)[Count]) const {
+    if (type == ValueType::i8) {
+#pragma unroll
+      for (int i = 0; i < Count; ++i) v[i] = static_cast<float>(byte(at[i]));
+    } else if (type == ValueType::f32) {
+#pragma unroll
+      for (int i = 0; i < Count; ++i)
+        v[i] = load_constant<float>(reinterpret_cast<const float*>(values) + at[i]);
+    } else {
+      uint32_t bits[Count];
+#pragma unroll
+      for (int i = 0; i < Count; ++i) {
+        bits[i] = load_constant<unsigned short>(reinterpret_cast<const unsigned short*>(values) + at[i]);
+      }
+#pragma unroll
+      for (int i = 0; i < Count; ++i) {
+        v[i] = type == ValueType::f16 ? f16_to_float(bits[i]) : bf16_to_float(bits[i]);
+      }
+    }
   }
   __device__ __forceinline__ int byte(int64_t at) const {
     return load_constant<signed char>(reinterpret_cast<const signed char*>(values) + at);
   }
-  // Four neighbours, the first of them at a multiple of four where they are read at once.
+  // Four neighbours, the first of them at a multiple of four; where `wide`.
   __device__ __forceinline__ void four_values(float (&v)[4], int64_t at) const {
-    if (!wide) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) v[i] = value(at + i);
-    } else if (type == ValueType::i8) {
+    if (type == ValueType::i8) {
       const uint32_t word = four_bytes(at);
 #pragma unroll
       for (int i = 0; i < 4; ++i) v[i] = static_cast<float>(static_cast<int8_t>(word >> (8 * i)));
@@ -125,40 +140,47 @@ struct UnitRow {
     return first < w.k ? first : -1;
   }
 
-  // The values of a column of blocks, or of a single one.
-  __device__ __forceinline__ void load(float (&v)[Rows], const Kept& w, int64_t at) const {
-    if (Rows == 4 && w.columns == 1 && w.rows % 4 == 0) {
-      float four[4];
-      w.four_values(four, at);
+  // The values of some units. Of rows that are not there the last one's are read again.
+  template <int Batch>
+  __device__ __forceinline__ void load(float (&v)[Batch][Rows], const Kept& w,
+                                       const int64_t (&at)[Batch]) const {
+    if constexpr (Rows == 4) {
+      if (w.wide && w.columns == 1 && w.rows % 4 == 0) {
 #pragma unroll
-      for (int r = 0; r < Rows; ++r) v[r] = four[r];
-      return;
+        for (int u = 0; u < Batch; ++u) w.four_values(v[u], at[u]);
+        return;
+      }
     }
+    int64_t each[Batch * Rows];
+    float all[Batch * Rows];
 #pragma unroll
-    for (int r = 0; r < Rows; ++r) v[r] = r < rows ? w.value(at + static_cast<int64_t>(r) * w.columns) : 0.0f;
+    for (int i = 0; i < Batch * Rows; ++i) {
+      each[i] = at[i / Rows] + static_cast<int64_t>(min(i % Rows, rows - 1)) * w.columns;
+    }
+    w.gather(all, each);
+#pragma unroll
+    for (int i = 0; i < Batch * Rows; ++i) v[i / Rows][i % Rows] = all[i];
   }
 
-  // The weights of four columns that begin at a multiple of four as bytes, and which four that are; negative:
-  // they are out of range.
+  // The weights of a unit as bytes of four columns that begin at a multiple of four, and which four that are;
+  // negative: they are out of range.
   __device__ __forceinline__ int load_bytes(uint32_t (&word)[Rows], const Kept& w, int unit) const {
     if (Four && w.two_of_four) {
       const int code = load_constant<unsigned char>(codes + unit / 2) >> (4 * (unit % 2)), low = code & 3,
                 high = code >> 2 & 3, left = w.k - 4 * unit;
-      word[0] = (low < left ? at_place(w.byte(first_value + 2 * unit), low) : 0u) |
-                (high < left ? at_place(w.byte(first_value + 2 * unit + 1), high) : 0u);
+      const int first = w.byte(first_value + 2 * unit), second = w.byte(first_value + 2 * unit + 1);
+      word[0] = (low < left ? at_place(first, low) : 0u) | (high < left ? at_place(second, high) : 0u);
       return unit;
     }
     int64_t at;
-    const int first = column(w, unit, at);
-    if (first < 0) return -1;
-    const int left = w.k - first;
+    const int first = column(w, unit, at), left = w.k - first;
     const uint32_t kept = Four && left < 4 ? (1u << (8 * left)) - 1 : ~0u;
 #pragma unroll
     for (int r = 0; r < Rows; ++r) {
-      const int64_t from = at + static_cast<int64_t>(r) * w.columns;
-      word[r] = r >= rows ? 0u : Four ? w.four_bytes(from) & kept : at_place(w.byte(from), first % 4);
+      const int64_t from = at + static_cast<int64_t>(min(r, rows - 1)) * w.columns;
+      word[r] = Four ? w.four_bytes(from) & kept : at_place(w.byte(from), first & 3);
     }
-    return first / 4;
+    return first < 0 ? -1 : first / 4;
   }
 
   static __device__ __forceinline__ uint32_t at_place(int byte, int place) {
@@ -192,39 +214,64 @@ struct SparseInput {
   }
 };
 
+// Units that a lane reads at once.
+template <int Rows>
+constexpr int batch = Rows == 1 ? 4 : 2;
+
 // The sums of a lane: of `Rows` rows of weights and four rows of the input.
 template <int Rows, Product P>
 struct LaneSums {
-  using Number = std::conditional_t<P == Product::floats, float, int32_t>;
+  static constexpr bool floats = P == Product::floats;
+  static constexpr int count = batch<Rows>;
+  using Number = std::conditional_t<floats, float, int32_t>;
+  using Bits = std::conditional_t<floats, float, uint32_t>;
   Number sum[Rows][4] = {};
   int32_t weights[Rows] = {};  // of bytes: what is taken from the input's comes back through it
 
-  // `load(v, column)` reads four rows of the input in a column, or in a word of four.
+  // Units from `unit` on that are `step` apart. `load(x, column)` reads four rows of the input in columns, or
+  // in words of four.
   template <typename Load>
   __device__ __forceinline__ void add(const Kept& w, const UnitRow<Rows, P == Product::fours>& row, int unit,
-                                      const Load& load) {
-    if constexpr (P == Product::floats) {
-      int64_t at;
-      const int column = row.column(w, unit, at);
-      if (column < 0) return;
-      float v[Rows], x[4];
+                                      int step, const Load& load) {
+    Bits v[count][Rows], x[count][4];
+    int column[count];
+    bool there[count];
+    // What is not there is read from a place that is, and then counts as zero: nothing waits for a decision.
+    if constexpr (floats) {
+      int64_t at[count];
+#pragma unroll
+      for (int u = 0; u < count; ++u) column[u] = row.column(w, min(unit + u * step, row.units - 1), at[u]);
       row.load(v, w, at);
-      load(x, column);
-#pragma unroll
-      for (int r = 0; r < Rows; ++r) {
-#pragma unroll
-        for (int m = 0; m < 4; ++m) sum[r][m] += v[r] * x[m];
-      }
     } else {
-      uint32_t v[Rows], x[4];
-      const int four = row.load_bytes(v, w, unit);
-      if (four < 0) return;
-      load(x, four);
 #pragma unroll
-      for (int r = 0; r < Rows; ++r) {
-        weights[r] = __dp4a(static_cast<int>(v[r]), 0x01010101, weights[r]);
+      for (int u = 0; u < count; ++u)
+        column[u] = row.load_bytes(v[u], w, min(unit + u * step, row.units - 1));
+    }
 #pragma unroll
-        for (int m = 0; m < 4; ++m) {
+    for (int u = 0; u < count; ++u) {
+      there[u] = column[u] >= 0 && unit + u * step < row.units;
+      column[u] = max(column[u], 0);
+    }
+    load(x, column);
+#pragma unroll
+    for (int u = 0; u < count; ++u) {
+#pragma unroll
+      for (int r = 0; r < Rows; ++r) v[u][r] = there[u] ? v[u][r] : 0;
+#pragma unroll
+      for (int m = 0; m < 4 && floats; ++m) x[u][m] = there[u] ? x[u][m] : 0;
+      multiply(v[u], x[u]);
+    }
+  }
+
+  __device__ __forceinline__ void multiply(const Bits (&v)[Rows], const Bits (&x)[4]) {
+#pragma unroll
+    for (int r = 0; r < Rows; ++r) {
+      if constexpr (!floats) weights[r] = __dp4a(static_cast<int>(v[r]), 0x01010101, weights[r]);
+#pragma unroll
+      for (int m = 0; m < 4; ++m) {
+        if constexpr (floats) {
+          sum[r][m] += v[r] * x[m];
+        } else {
           sum[r][m] = __dp4a(static_cast<int>(v[r]), static_cast<int>(x[m]), sum[r][m]);
         }
       }
@@ -233,7 +280,7 @@ struct LaneSums {
 
   // Of row `m` of four, whose zero point is at `zero`; the bits of an integer where it is one.
   __device__ __forceinline__ float result(int r, int m, const int32_t* zero) const {
-    if constexpr (P == Product::floats) {
+    if constexpr (floats) {
       return sum[r][m];
     } else {
       return bits_as<float>(sum[r][m] + (128 - *zero) * weights[r]);
@@ -245,7 +292,7 @@ struct LaneSums {
 
 // Groups of lanes take a tile of rows of weights each, and every lane of a group some of its units.
 template <int Rows, Product P>
-__global__ void __launch_bounds__(sparse_lanes)
+__global__ void __launch_bounds__(sparse_lanes, Rows == 1 && P != Product::floats ? 4 : 3)
     few_rows_kernel(const __grid_constant__ Kept w, const __grid_constant__ SparseInput a) {
   __shared__ float results[sparse_warps][few_tile * Rows * (warp_lanes / least_group)];
   const int lane = static_cast<int>(threadIdx.x) % warp_lanes;
@@ -257,23 +304,40 @@ __global__ void __launch_bounds__(sparse_lanes)
   if (first_tile >= a.tiles) return;
   const int rows = static_cast<int>(min(int64_t{few_tile}, a.m - first_row));
   const char* const x = a.x + first_row * a.stride;
-  const auto load = [&](auto& v, int column) {
+  using Sums = LaneSums<Rows, P>;
+  const auto load = [&](typename Sums::Bits(&v)[Sums::count][4], const int (&column)[Sums::count]) {
+    if constexpr (P != Product::floats) {
 #pragma unroll
-    for (int m = 0; m < few_tile; ++m) {
-      if constexpr (P == Product::floats) {
-        v[m] = m < rows ? float_at(x + m * a.stride, a.type, column) : 0.0f;
-      } else {
+      for (int i = 0; i < 4 * Sums::count; ++i) {
         // There are rows of bytes up to a multiple of eight.
-        v[m] = load_constant<unsigned>(x + m * a.stride + 4 * column);
+        v[i / 4][i % 4] = load_constant<unsigned>(x + i % 4 * a.stride + 4 * column[i / 4]);
+      }
+    } else if (a.type == FloatType::f32) {
+#pragma unroll
+      for (int i = 0; i < 4 * Sums::count; ++i) {
+        v[i / 4][i % 4] = i % 4 < rows ? float_at(x + i % 4 * a.stride, FloatType::f32, column[i / 4]) : 0.0f;
+      }
+    } else {
+      uint32_t bits[4 * Sums::count];
+#pragma unroll
+      for (int i = 0; i < 4 * Sums::count; ++i) {
+        const char* from = x + i % 4 * a.stride + 2 * static_cast<int64_t>(column[i / 4]);
+        bits[i] = i % 4 < rows ? load_constant<unsigned short>(from) : 0;
+      }
+#pragma unroll
+      for (int i = 0; i < 4 * Sums::count; ++i) {
+        v[i / 4][i % 4] = a.type == FloatType::f16 ? f16_to_float(bits[i]) : bf16_to_float(bits[i]);
       }
     }
   };
   UnitRow<Rows, P == Product::fours> row;
-  LaneSums<Rows, P> sums;
+  Sums sums;
   if (first_tile + group < a.tiles) {
     row.start(w, first_tile + group);
-#pragma unroll 2
-    for (int unit = lane % a.lanes; unit < row.units; unit += a.lanes) sums.add(w, row, unit, load);
+#pragma unroll 1
+    for (int unit = lane % a.lanes; unit < row.units; unit += Sums::count * a.lanes) {
+      sums.add(w, row, unit, a.lanes, load);
+    }
   }
 #pragma unroll
   for (int r = 0; r < Rows; ++r) {
@@ -343,7 +407,7 @@ __global__ void __launch_bounds__(sparse_lanes)
 
 // Groups of lanes take a tile of rows of weights each, and every lane of a group four rows of the input.
 template <int Rows, Product P>
-__global__ void __launch_bounds__(sparse_lanes)
+__global__ void __launch_bounds__(sparse_lanes, Rows == 1 ? 4 : 3)
     many_rows_kernel(const __grid_constant__ Kept w, const __grid_constant__ SparseInput a) {
   __shared__ float results[sparse_lanes * lane_rows * Rows + lane_rows * warp_lanes];
   const int thread = static_cast<int>(threadIdx.x);
@@ -355,18 +419,31 @@ __global__ void __launch_bounds__(sparse_lanes)
   if (first_tile + group < a.tiles && first_row + place < a.m) {
     const char* const x =
         a.x + (first_row + place) * (P == Product::floats && a.type != FloatType::f32 ? 2 : 4);
-    const auto load = [&](auto& v, int column) {
-      const char* from = x + column * a.stride;
-      if constexpr (P == Product::floats) {
-        load_four(v, from, a.type, 0, lane_rows, true);
+    using Sums = LaneSums<Rows, P>;
+    const auto load = [&](typename Sums::Bits(&v)[Sums::count][4], const int (&column)[Sums::count]) {
+      if constexpr (P != Product::floats) {
+#pragma unroll
+        for (int u = 0; u < Sums::count; ++u) load_words(v[u], x + column[u] * a.stride);
+      } else if (a.type == FloatType::f32) {
+#pragma unroll
+        for (int u = 0; u < Sums::count; ++u) {
+          load_four(v[u], x + column[u] * a.stride, FloatType::f32, 0, lane_rows, true);
+        }
       } else {
-        load_words(v, from);
+        uint32_t word[Sums::count][2];
+#pragma unroll
+        for (int u = 0; u < Sums::count; ++u) load_words(word[u], x + column[u] * a.stride);
+#pragma unroll
+        for (int i = 0; i < 4 * Sums::count; ++i) {
+          const uint32_t bits = word[i / 4][i % 4 / 2] >> (16 * (i % 2)) & 0xffffu;
+          v[i / 4][i % 4] = a.type == FloatType::f16 ? f16_to_float(bits) : bf16_to_float(bits);
+        }
       }
     };
-    LaneSums<Rows, P> sums;
+    Sums sums;
     row.start(w, first_tile + group);
-#pragma unroll 4
-    for (int unit = 0; unit < row.units; ++unit) sums.add(w, row, unit, load);
+#pragma unroll 1
+    for (int unit = 0; unit < row.units; unit += Sums::count) sums.add(w, row, unit, 1, load);
 #pragma unroll
     for (int m = 0; m < lane_rows; ++m) {
       const int64_t at = min(first_row + place + m, static_cast<int64_t>(a.m - 1));
