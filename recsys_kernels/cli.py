@@ -26,7 +26,7 @@ LARGEST_SEED = 2**64 - 1
 _OUT_OF_MEMORY = ("allocate memory", "could not be allocated")
 
 _COMPRESS_HELP = """\
-Trains a ranking model (a DLRM), compresses its embedding tables to 8 and 4 bits and its MLPs to 8 bits, and
+Trains a ranking model (a DLRM), compresses its embedding tables to 8 and 4 bits, its MLPs to 8 bits, prunes them, and
 reports for each form: AUC, log loss, bytes, and the time of a call beside the same model on plain torch modules.
 
 Without --data it uses MovieLens 100k: the files of an installed recbole, else the cache, else one
@@ -130,6 +130,20 @@ def _parser() -> argparse.ArgumentParser:
     model.add_argument(
         "--seed", type=_natural, default=0, metavar="N", help="the same seed gives the same model (default: 0)"
     )
+    pruning = compress.add_argument_group("pruned MLPs")
+    pruning.add_argument(
+        "--sparsity",
+        type=float,
+        metavar="SHARE",
+        help="share of the weights that is dropped, from 0 to below 1 (default: 0.8, or what the pattern fixes)",
+    )
+    pruning.add_argument(
+        "--pattern",
+        metavar="NAME",
+        default="block4x1",
+        help="which weights are dropped together: unstructured (each by itself), block4x1 (4 outputs of one input; "
+        "also 1, 4 or 16 by 1, 4 or 16), 2:4 (2 of every 4 inputs) (default: block4x1)",
+    )
     cost = compress.add_argument_group("cost")
     cost.add_argument(
         "--rows",
@@ -143,8 +157,8 @@ def _parser() -> argparse.ArgumentParser:
     out.add_argument(
         "--save",
         metavar="FORM",
-        help="form of the model to save: fp32, int8, int4, int8-mlp, int8-mlp-static, int8-mlp-qat, int4-mlp "
-        "(default: the smallest that keeps the AUC within 0.001)",
+        help="form of the model to save: fp32, int8, int4, int8-mlp, int8-mlp-static, int8-mlp-qat, pruned, "
+        "int8-pruned, int4-mlp (default: the smallest that keeps the AUC within 0.001)",
     )
     return parser
 
@@ -192,6 +206,8 @@ def _compress(options: argparse.Namespace) -> int:
         return _fail(f"--save {options.save}: no such form; there are {', '.join(names)}")
     if options.save is not None and options.out is None:
         return _fail("--save: needs --out DIR")
+    if wrong := _wrong_pruning(options):
+        return _fail(wrong)
     if options.threads > (os.cpu_count() or 1):
         return _fail(f"--threads {options.threads}: this machine has {os.cpu_count()} cores")
     if options.seed > LARGEST_SEED:
@@ -219,6 +235,22 @@ def _compress(options: argparse.Namespace) -> int:
     return 0
 
 
+def _wrong_pruning(options: argparse.Namespace) -> str | None:
+    """What is wrong with the options of pruned MLPs."""
+    from .ops.sparse_linear.patterns import check_sparsity, parse_pattern
+
+    try:
+        pattern = parse_pattern(options.pattern)
+    except ValueError as error:
+        return f"--pattern: {error}"
+    try:
+        if options.sparsity is not None:
+            check_sparsity(options.sparsity, pattern)
+    except ValueError as error:
+        return f"--sparsity: {error}"
+    return None
+
+
 def _settings(options: argparse.Namespace) -> JobSettings:
     from .compress.job import JobSettings
     from .models.train import TrainSettings
@@ -231,6 +263,8 @@ def _settings(options: argparse.Namespace) -> JobSettings:
         rows=options.rows,
         dim=options.dim,
         threads=options.threads,
+        sparsity=options.sparsity,
+        pattern=options.pattern,
         training=training,
     )
 

@@ -65,7 +65,16 @@ def test_job_prints_and_writes_everything(folder: Path, tmp_path: Path, capsys: 
     assert compress("--data", folder, "--rows", 500, "--out", out, "--save", "int8") == 0
     printed = capsys.readouterr()
     assert printed.err == ""  # no progress bar where there is no terminal
-    for text in ("AUC", "log loss", "8-bit tables", "4-bit tables", "MLP QAT", "plain torch", "cost only"):
+    for text in (
+        "AUC",
+        "log loss",
+        "8-bit tables",
+        "4-bit tables",
+        "MLP QAT",
+        "MLP pruned",
+        "plain torch",
+        "cost only",
+    ):
         assert text in printed.out
     assert {path.name for path in out.iterdir()} == report.FILES
     numbers = json.loads((out / report.NUMBERS).read_text())
@@ -84,6 +93,8 @@ def test_job_prints_and_writes_everything(folder: Path, tmp_path: Path, capsys: 
     assert mlps[BASELINE] == mlps["int8"] == mlps["int4"] > 2 * mlps["int8-mlp"] == 2 * mlps["int4-mlp"]
     # A scale and a zero point for each of 2 + 3 layers.
     assert mlps["int8-mlp-static"] == mlps["int8-mlp-qat"] == mlps["int8-mlp"] + 5 * 8
+    assert sizes["int8"] == sizes["pruned"] == sizes["int8-pruned"]
+    assert mlps["int8"] > 2 * mlps["pruned"] > 3 * mlps["int8-pruned"]
     grown = numbers["variants"][0]["grown"]["table_bytes"]
     assert grown == 500 * 8 * 4 * len(numbers["model"]["tables"])
     assert numbers["variants"][0]["auc"] == pytest.approx(numbers["variants"][1]["auc"], abs=1e-6)
@@ -122,6 +133,50 @@ def test_criteo_end_to_end(tmp_path: Path) -> None:
     assert json.loads((out / report.NUMBERS).read_text())["data"]["parts"]["test"]["rows"] == 20
 
 
+@pytest.mark.parametrize(
+    ("arguments", "form", "pattern", "sparsity"),
+    [
+        ([], "pruned", "block4x1", 0.8),
+        (["--sparsity", 0.5, "--pattern", "unstructured"], "int8-pruned", "unstructured", 0.5),
+        (["--pattern", "2:4"], "int8-pruned", "2:4", 0.5),
+        (["--pattern", "1:4"], "pruned", "1:4", 0.75),
+    ],
+)
+def test_pruned_mlps(
+    arguments: list[object],
+    form: str,
+    pattern: str,
+    sparsity: float,
+    folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    out = tmp_path / "out"
+    assert compress("--data", folder, "--out", out, "--save", form, *arguments) == 0
+    numbers = json.loads((out / report.NUMBERS).read_text())
+    assert (numbers["pruning"]["pattern"], numbers["pruning"]["sparsity"]) == (pattern, sparsity)
+    head = rk.load_model(out).model.head
+    layers = [*head.bottom, *head.top]
+    assert {type(layer) for layer in layers} == {rk.SparseLinear}
+    assert {layer.activation for layer in layers} == {"dynamic" if form == "int8-pruned" else None}
+    assert [layer.epilogue for layer in layers] == ["relu"] * 4 + [None]
+    stored = "unstructured" if pattern == "1:4" else pattern
+    assert [layer.pattern for layer in layers] == [stored] * 4 + ["unstructured"]
+    pruned = layers[:-1]
+    kept = sum(int(layer.dequantize().count_nonzero()) for layer in pruned)
+    share = 1 - kept / sum(layer.in_features * layer.out_features for layer in pruned)
+    assert share == pytest.approx(sparsity, abs=0.02)  # of some blocks or fours there is not all
+    assert layers[-1].nnz == layers[-1].in_features
+    text = " ".join(capsys.readouterr().out.split())
+    best = numbers["chosen_pruned"]
+    if best is None:
+        assert f"no form pruned by {sparsity:.0%} ({pattern}) keeps the validation AUC within 0.002" in text
+    else:
+        assert f"of those pruned by {sparsity:.0%} ({pattern}) take {best}: the smallest" in text
+    page = " ".join((out / report.PAGE).read_text().split())
+    assert ("No pruned form is recommended" in page) == (best is None)
+
+
 def _holding(folder: Path) -> list[object]:
     (folder / "out").mkdir()
     (folder / "out" / "thesis").write_text("")
@@ -139,6 +194,9 @@ BAD: dict[str, tuple[Callable[[Path], list[object]], str]] = {
     "seed too large": (lambda folder: ["--seed", 2**64], "--seed 18446744073709551616: is above"),
     "too wide": (lambda folder: ["--data", folder, "--dim", 10**13], "not enough memory"),
     "too few left": (lambda folder: ["--data", folder, "--limit", 2], "cannot be split by time"),
+    "no such pattern": (lambda folder: ["--pattern", "dots"], "--pattern: pattern must be 'unstructured'"),
+    "all pruned": (lambda folder: ["--sparsity", 1], "--sparsity: sparsity must be at least 0 and below 1, but is 1"),
+    "not 2:4": (lambda folder: ["--sparsity", 0.9, "--pattern", "2:4"], "--sparsity: .*None or 0.5 with the pattern"),
     "out is empty": (lambda folder: ["--out", ""], "--out: is empty; name a folder"),
     "out is the current folder": (lambda folder: ["--out", "."], r"\.: is the current folder"),
     "out is the current folder's name": (lambda folder: ["--out", Path.cwd()], "is the current folder"),
@@ -389,7 +447,7 @@ def test_help_names_every_option(capsys: pytest.CaptureFixture[str]) -> None:
         cli.main(["compress", "--help"])
     assert caught.value.code == 0
     text = capsys.readouterr().out
-    options = "data limit cache epochs batch-size dim seed rows threads out save"
+    options = "data limit cache epochs batch-size dim seed sparsity pattern rows threads out save"
     assert all(f"--{option} " in text for option in options.split())
     assert "rk.load_model" in text
 
@@ -439,6 +497,12 @@ def test_movielens_keeps_its_auc() -> None:
     for name in ("int8", "int8-mlp", "int8-mlp-static", "int8-mlp-qat", result.chosen):
         assert abs(result.auc_change(name)) < 0.001, name
     assert result.chosen in ("int8-mlp", "int4-mlp")
+    assert result.chosen_pruned in ("pruned", "int8-pruned")
+    for name in ("pruned", "int8-pruned"):
+        assert abs(result.auc_change(name)) < 0.002, name
+    heads = {name: side.total_bytes - side.table_bytes for name, side in result.cost.items()}
+    assert heads["pruned"] < heads["fp32"] / 3
+    assert heads["int8-pruned"] < heads["int8-mlp"] / 2
     # Training the static form brings it closer to the model that it imitates.
     batches = [result.data.batch(result.data.rows("test"))[:3]]
     outputs = {

@@ -18,7 +18,7 @@ from recsys_kernels.data.examples import Batch, Dataset
 from recsys_kernels.models.dlrm import DLRM, DLRMConfig
 from recsys_kernels.models.plain import PlainDLRM, model_input
 
-from .variants import BASELINE, VARIANTS, Material
+from .variants import BASELINE, PATTERN, VARIANTS, Material
 
 BATCH_SIZES = (1, 64, 512)
 # p99 of 600 rounds has 6 slower ones behind it; the whole measurement stays under 10 s on one core.
@@ -104,13 +104,16 @@ def grown_batches(pools: Mapping[int, Sequence[Batch]], rows: int, seed: int) ->
     return {size: [b._replace(indices=ids(len(b.indices))) for b in pool] for size, pool in pools.items()}
 
 
-def grown_models(config: DLRMConfig, rows: int, batches: Sequence[Batch]) -> dict[str, DLRM | PlainDLRM]:
+def grown_models(
+    config: DLRMConfig, rows: int, batches: Sequence[Batch], sparsity: float | None = None, pattern: str = PATTERN
+) -> dict[str, DLRM | PlainDLRM]:
     """Every side with tables of `rows` rows of random weights.
 
     Args:
         config: the shape of the model.
         rows: of every table.
         batches: input for such tables, to find the ranges of static layers on.
+        sparsity, pattern: of pruned MLPs, see `Material`.
 
     Raises:
         DataError: they do not fit into the memory that is free.
@@ -125,7 +128,7 @@ def grown_models(config: DLRMConfig, rows: int, batches: Sequence[Batch]) -> dic
         )
     tables = tuple(replace(table, rows=rows) for table in config.tables)
     model = DLRM(replace(config, tables=tables)).eval()
-    return all_sides(model, Material([batch[:3] for batch in batches]))
+    return all_sides(model, Material([batch[:3] for batch in batches], sparsity=sparsity, pattern=pattern))
 
 
 def all_sides(model: DLRM, material: Material) -> dict[str, DLRM | PlainDLRM]:

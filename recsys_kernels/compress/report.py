@@ -65,6 +65,7 @@ def render(report: dict[str, Any], folder: Path, example: str) -> str:
         online="user_mean" in report["data"]["dense"],
         saved=report["saved"],
         saved_title=saved["title"],
+        pruned=variants.get(report["chosen_pruned"]),
         plots={
             "size": Markup(plots.svg(plots.table_size(report), "size of every form")),
             "auc": Markup(plots.svg(plots.auc_change(report), "change of AUC of every form")),
@@ -118,7 +119,7 @@ def _costs(report: dict[str, Any]) -> list[dict[str, Any]]:
 
 def _setup(report: dict[str, Any]) -> list[tuple[str, str]]:
     parts, model, machine = report["data"]["parts"], report["model"], report["machine"]
-    calibration = report["calibration"]
+    calibration, pruning = report["calibration"], report["pruning"]
     tables = ", ".join(f"{table['name']} {table['rows']:,}" for table in model["tables"])
     counts = [f"{parts[part]['rows']:,} {part}" for part in ("train", "validation", "test")]
     return [
@@ -129,6 +130,11 @@ def _setup(report: dict[str, Any]) -> list[tuple[str, str]]:
         ("Training", f"epochs: {report['training']['epochs']}, seed: {report['training']['seed']}"),
         ("Static MLPs", f"ranges by {calibration['method']} on {calibration['rows']:,} training examples"),
         ("QAT", f"epochs: {report['tuning']['epochs']}, labels: {report['tuning']['labels']}"),
+        (
+            "Pruned MLPs",
+            f"{pruning['sparsity']:.0%} of the weights, pattern: {pruning['pattern']}, epochs: {pruning['epochs']}, "
+            f"labels: {pruning['labels']}",
+        ),
         ("Timing", f"one process, forms in turn on the same batches, threads: {report['threads']}"),
         ("Machine", f"{machine['cpu']}, {machine['system']}, torch {machine['torch']}"),
         ("Kernels", f"recsys_kernels {machine['recsys_kernels']}, {machine['backend']}, ISA level {machine['isa']}"),

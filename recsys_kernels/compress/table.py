@@ -6,8 +6,9 @@ from rich.console import Group
 from rich.table import Table
 
 from .cost import Cost
-from .job import JobResult
+from .job import PRUNED_TOLERANCE, JobResult
 from .plots import change
+from .variants import share_of
 
 
 def summary(result: JobResult) -> Group:
@@ -17,7 +18,9 @@ def summary(result: JobResult) -> Group:
         title=f"{result.data.name}: quality on {len(rows):,} later examples, and size",
         caption="AUC: higher is better; log loss: lower is better\n"
         "MLP: 8-bit linear layers, activations quantized row by row (dynamic),\n"
-        "by ranges of training examples (static), or so after more training (QAT)\n"
+        "by ranges of training examples (static), or so after more training (QAT);\n"
+        "pruned: trained more while weights were dropped\n"
+        f"{_pruned(result)}\n"
         f"with every table zeroed the AUC is {result.without_tables.auc:.4f}: what the tables are worth",
     )
     for name in ("form of the model", "AUC", "change", "log loss", "tables, kB", "all, kB"):
@@ -39,6 +42,16 @@ def summary(result: JobResult) -> Group:
         title = f"cost only: every table grown to {result.settings.rows:,} random rows ({size:.2f} GB in 32-bit)"
         parts.append(_latency(result, result.grown, title, sizes=True))
     return Group(*parts)
+
+
+def _pruned(result: JobResult) -> str:
+    """Which pruned form to take."""
+    settings = result.settings
+    what = f"{share_of(settings.sparsity, settings.pattern):.0%} ({settings.pattern})"
+    if result.chosen_pruned is None:
+        return f"no form pruned by {what} keeps the validation AUC within {PRUNED_TOLERANCE}"
+    change_text = change(result.auc_change(result.chosen_pruned))
+    return f"of those pruned by {what} take {result.chosen_pruned}: the smallest; AUC {change_text}"
 
 
 def _latency(result: JobResult, costs: dict[str, Cost], title: str, sizes: bool = False) -> Table:

@@ -8,14 +8,20 @@ from typing import Any
 
 from torch import nn
 
-from recsys_kernels.models.dlrm import DLRM
+from recsys_kernels.models.dlrm import DLRM, layer_pattern
 from recsys_kernels.ops.int8_matmul import Int8MLP
+from recsys_kernels.ops.sparse_linear import SparseLinear
+from recsys_kernels.ops.sparse_linear.formats import stored_pattern
+from recsys_kernels.ops.sparse_linear.patterns import parse_pattern
 
 from .calibrate import observe
 from .linear import Range
+from .pruning import prune, remove_masks
 
 # How static ranges are found, see `rk.calibrate`.
 METHOD = "mse"
+# What is dropped of pruned MLPs. Blocks: one column index serves four weights, so that int8 ones get smaller, too.
+SPARSITY, PATTERN = 0.8, "block4x1"
 
 
 @dataclass(frozen=True)
@@ -26,10 +32,16 @@ class Material:
         inputs: arguments of calls of the model, to find the ranges of static layers on.
         tune: trains a model with MLPs in quantization-aware training in place, given the trained model, too; None
             leaves it as it is.
+        pruned: the trained model -> one with 8-bit tables and zeros in its MLPs, pruned while they were trained more;
+            None prunes at once and without training.
+        sparsity, pattern: what is dropped then, see `rk.prune`; None: what the pattern fixes, or `SPARSITY`.
     """
 
     inputs: Sequence[tuple[Any, ...]]
     tune: Callable[[DLRM, DLRM], None] | None = None
+    pruned: Callable[[DLRM], DLRM] | None = None
+    sparsity: float | None = None
+    pattern: str = PATTERN
 
 
 @dataclass(frozen=True)
@@ -41,12 +53,14 @@ class Variant:
         title: what a reader of the report sees.
         tables: type of the tables' rows: "float32", "int8" or "int4".
         make: the trained model and the material -> the form to measure; the model is left as it was.
+        pruned: whether weights of the MLPs were dropped.
     """
 
     name: str
     title: str
     tables: str
     make: Callable[[DLRM, Material], DLRM]
+    pruned: bool = False
 
 
 def _dynamic(model: DLRM, bits: int) -> DLRM:
@@ -77,6 +91,54 @@ def _trained(model: DLRM, material: Material) -> DLRM:
     return training.with_mlps([mlp.convert() for mlp in mlps], "int8-static")
 
 
+def _sparse(model: DLRM, material: Material, int8: bool) -> DLRM:
+    """Pruned MLPs, in 8 bits or not; the tables are 8-bit ones."""
+    if material.pruned is not None:
+        small = material.pruned(model)
+    else:
+        small = model.quantize(8)
+        prune(small.head, **prune_options(small, material.sparsity, material.pattern))
+        remove_masks(small.head)
+    mlps = [_sparse_mlp(mlp, material.pattern, int8) for mlp in _mlps(small)]
+    pattern = stored_pattern(parse_pattern(material.pattern)).name
+    return small.with_mlps(mlps, "int8+sparse" if int8 else "sparse", pattern)
+
+
+def _sparse_mlp(mlp: nn.Sequential, pattern: str, int8: bool) -> nn.Sequential:
+    modules = [module for module in mlp if not isinstance(module, nn.Dropout)]
+    layers = []
+    for module, after in zip(modules, [*modules[1:], None], strict=True):
+        if isinstance(module, nn.Linear):
+            stored_as = layer_pattern(module.out_features, pattern)
+            epilogue = "relu" if isinstance(after, nn.ReLU) else None
+            layer = SparseLinear.from_dense(module, None, stored_as, epilogue=epilogue)
+            layers.append(layer.quantize() if int8 else layer)
+    return nn.Sequential(*layers)
+
+
+def prune_options(model: DLRM, sparsity: float | None, pattern: str) -> dict[str, Any]:
+    """Arguments of `rk.prune` and `rk.Pruner` for the head of a model; layers of one output stay dense.
+
+    The share is that of all layers together, where the pattern leaves a choice: a layer of few inputs keeps more.
+    """
+    fixed = parse_pattern(pattern).sparsity
+    single = {name: 0.0 for name, m in model.head.named_modules() if isinstance(m, nn.Linear) and m.out_features == 1}
+    return {
+        "sparsity": share_of(sparsity, pattern),
+        "pattern": pattern,
+        "scope": "global" if fixed is None else "layer",
+        "amounts": single,
+    }
+
+
+def share_of(sparsity: float | None, pattern: str) -> float:
+    """The share of weights that is dropped."""
+    if sparsity is not None:
+        return sparsity
+    fixed = parse_pattern(pattern).sparsity
+    return SPARSITY if fixed is None else fixed
+
+
 def _mlps(model: DLRM) -> tuple[nn.Sequential, nn.Sequential]:
     bottom, top = model.head.bottom, model.head.top
     assert isinstance(bottom, nn.Sequential)
@@ -102,5 +164,9 @@ VARIANTS = (
     Variant("int8-mlp", "8-bit, MLP dynamic", "int8", lambda model, material: _dynamic(model, 8)),
     Variant("int8-mlp-static", "8-bit, MLP static", "int8", _static),
     Variant("int8-mlp-qat", "8-bit, MLP QAT", "int8", _trained),
+    Variant("pruned", "8-bit, MLP pruned", "int8", lambda model, material: _sparse(model, material, False), True),
+    Variant(
+        "int8-pruned", "8-bit, MLP pruned int8", "int8", lambda model, material: _sparse(model, material, True), True
+    ),
     Variant("int4-mlp", "4-bit, MLP dynamic", "int4", lambda model, material: _dynamic(model, 4)),
 )

@@ -17,9 +17,11 @@ from torch import nn
 from recsys_kernels.data.examples import Schema
 from recsys_kernels.ops.embedding_bag import EmbeddingBagCollection, EmbeddingBagConfig
 from recsys_kernels.ops.int8_matmul import Int8Linear, Int8MLP
+from recsys_kernels.ops.sparse_linear import SparseLinear
 
-# Forms of the MLPs, and what `Int8Linear` calls the treatment of activations.
+# Forms of the MLPs, and what `Int8Linear` calls the treatment of activations; the same of pruned ones, `SparseLinear`.
 MLP_FORMS = {"float32": None, "int8": "dynamic", "int8-static": "static", "int8-weight-only": "weight_only"}
+SPARSE_FORMS = {"sparse": None, "int8+sparse": "dynamic", "int8-static+sparse": "static"}
 
 
 @dataclass(frozen=True)
@@ -43,8 +45,10 @@ class DLRMConfig:
         bottom, top: hidden widths of the two MLPs.
         dropout: share of the top MLP's hidden units dropped in training.
         embedding: data type of the rows: "float32", "int8" or "int4".
-        mlp: form of the two MLPs: "float32", "int8" (activations quantized row by row), "int8-static" or
-            "int8-weight-only".
+        mlp: form of the two MLPs: "float32", "int8" (activations quantized row by row), "int8-static",
+            "int8-weight-only", or pruned: "sparse", "int8+sparse", "int8-static+sparse".
+        mlp_pattern: of pruned MLPs: how the layers are stored, see `SparseLinear`; those of one output as
+            "unstructured". Else None.
     """
 
     num_dense: int
@@ -55,6 +59,7 @@ class DLRMConfig:
     dropout: float = 0.4
     embedding: str = "float32"
     mlp: str = "float32"
+    mlp_pattern: str | None = None
 
     @classmethod
     def for_schema(cls, schema: Schema, dim: int = 64) -> DLRMConfig:
@@ -114,15 +119,15 @@ class DLRM(nn.Module):
         other.head = copy.deepcopy(self.head)
         return other.eval()
 
-    def with_mlps(self, mlps: Sequence[nn.Module], form: str) -> DLRM:
+    def with_mlps(self, mlps: Sequence[nn.Module], form: str, pattern: str | None = None) -> DLRM:
         """The same model with other MLPs of the same shape; the tables are the same ones, not copies.
 
         Args:
             mlps: what takes the place of `head.bottom` and `head.top`.
-            form: what `config.mlp` names them.
+            form, pattern: what `config.mlp` and `config.mlp_pattern` name them.
         """
-        other = DLRM(replace(self.config, mlp="float32"), self.embeddings)
-        other.config = replace(self.config, mlp=form)
+        other = DLRM(replace(self.config, mlp="float32", mlp_pattern=None), self.embeddings)
+        other.config = replace(self.config, mlp=form, mlp_pattern=pattern)
         other.head.bottom, other.head.top = mlps
         return other.train(self.training)
 
@@ -163,10 +168,13 @@ class Head(nn.Module):
         self.vectors = len(config.feature_names) + 1
         count = self.vectors * (self.vectors - 1) // 2
         bottom, top = (*config.bottom, config.dim), (*config.top, 1)
-        scheme = MLP_FORMS[config.mlp]
         self.bottom: nn.Module
         self.top: nn.Module
-        if scheme is None:
+        if config.mlp in SPARSE_FORMS:
+            activation, pattern = SPARSE_FORMS[config.mlp], config.mlp_pattern or "unstructured"
+            self.bottom = sparse_mlp(config.num_dense, bottom, activation, pattern)
+            self.top = sparse_mlp(config.dim + count, top, activation, pattern, last_relu=False)
+        elif (scheme := MLP_FORMS[config.mlp]) is None:
             self.bottom = mlp(config.num_dense, bottom)
             self.top = mlp(config.dim + count, top, dropout=config.dropout, last_relu=False)
         else:
@@ -203,3 +211,21 @@ def int8_mlp(width: int, widths: Sequence[int], scheme: str, *, last_relu: bool 
         layers.append(Int8Linear(width, out, activation=scheme, epilogue="relu" if relu else None))
         width = out
     return Int8MLP(*layers)
+
+
+def sparse_mlp(
+    width: int, widths: Sequence[int], activation: str | None, pattern: str, *, last_relu: bool = True
+) -> nn.Sequential:
+    """What `mlp` is pruned to, with values still to be loaded."""
+    layers = []
+    for position, out in enumerate(widths):
+        relu = last_relu or position + 1 < len(widths)
+        kinds = {"pattern": layer_pattern(out, pattern), "activation": activation, "epilogue": "relu" if relu else None}
+        layers.append(SparseLinear(width, out, **kinds))  # type: ignore[arg-type]
+        width = out
+    return nn.Sequential(*layers)
+
+
+def layer_pattern(out_features: int, pattern: str) -> str:
+    """How a layer of pruned MLPs is stored: one of a single output is not pruned, so that it has no pattern."""
+    return pattern if out_features > 1 else "unstructured"

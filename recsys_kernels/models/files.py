@@ -27,8 +27,9 @@ from recsys_kernels.data.checksum import sha256
 from recsys_kernels.data.examples import Schema
 from recsys_kernels.ops.embedding_bag import QuantizedEmbeddingBag
 from recsys_kernels.ops.int8_matmul import Int8Linear
+from recsys_kernels.ops.sparse_linear import SparseLinear
 
-from .dlrm import DLRM, MLP_FORMS, DLRMConfig, empty_tables
+from .dlrm import DLRM, MLP_FORMS, SPARSE_FORMS, DLRMConfig, empty_tables, layer_pattern
 from .requests import normalize
 
 FORMAT = 1
@@ -83,7 +84,9 @@ def save_model(model: DLRM, schema: Schema, folder: Path) -> None:
         ValueError: the tables are not all of one form (float32, int8 or int4), or the MLPs are not.
     """
     # What `rk.optimize` changed is not in `model.config`.
-    config = replace(model.config, embedding=_form(model), mlp=_mlp_form(model))
+    form = _mlp_form(model)
+    pattern = _mlp_pattern(model) if form in SPARSE_FORMS else None
+    config = replace(model.config, embedding=_form(model), mlp=form, mlp_pattern=pattern)
     state = {name: tensor.detach().contiguous() for name, tensor in model.state_dict().items()}
     safetensors = _safetensors()
     try:
@@ -124,20 +127,35 @@ def _form(model: DLRM) -> str:
 def _mlp_form(model: DLRM) -> str:
     """The one form that both MLPs of a model have, as `DLRMConfig.mlp` names it."""
     schemes = {scheme: form for form, scheme in MLP_FORMS.items() if scheme is not None}
+    sparse = {scheme: form for form, scheme in SPARSE_FORMS.items()}
     forms: dict[str, list[str]] = {}
     for name in ("bottom", "top"):
         for module in getattr(model.head, name):
             if isinstance(module, Int8Linear):
                 kind = "" if module.granularity == "channel" else f" with scales by {module.granularity}"
                 forms.setdefault(schemes[module.activation] + kind, []).append(name)
+            elif isinstance(module, SparseLinear):
+                forms.setdefault(sparse.get(module.activation, f"sparse {module.activation}"), []).append(name)
             elif isinstance(module, nn.Linear):
                 forms.setdefault(str(module.weight.dtype).removeprefix("torch."), []).append(name)
             elif not isinstance(module, nn.ReLU | nn.Dropout):
                 forms.setdefault(type(module).__name__, []).append(name)
-    if len(forms) == 1 and forms.keys() <= MLP_FORMS.keys():
+    known = {**MLP_FORMS, **SPARSE_FORMS}
+    if len(forms) == 1 and forms.keys() <= known.keys():
         return next(iter(forms))
     found = "; ".join(f"{form}: {', '.join(dict.fromkeys(names))}" for form, names in forms.items())
-    raise ValueError(f"a model is saved with MLPs of one form ({', '.join(MLP_FORMS)}), but has {found}")
+    raise ValueError(f"a model is saved with MLPs of one form ({', '.join(known)}), but has {found}")
+
+
+def _mlp_pattern(model: DLRM) -> str:
+    """The pattern of the pruned layers of a model, as `DLRMConfig.mlp_pattern` names it."""
+    layers = [m for m in (*model.head.bottom.modules(), *model.head.top.modules()) if isinstance(m, SparseLinear)]
+    found = {layer.pattern for layer in layers if layer.out_features > 1} or {"unstructured"}
+    pattern = min(found)
+    if all(layer.pattern == layer_pattern(layer.out_features, pattern) for layer in layers):
+        return pattern
+    found = {layer.pattern for layer in layers}
+    raise ValueError(f"a model is saved with pruned layers of one pattern, but has {', '.join(sorted(found))}")
 
 
 def load_model(folder: str | os.PathLike[str]) -> RankingModel:

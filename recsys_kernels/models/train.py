@@ -112,11 +112,12 @@ def imitate(
     data: Dataset,
     settings: TrainSettings,
     on_step: Callable[[int, int], None] | None = None,
+    after_update: Callable[[], object] | None = None,
 ) -> None:
     """Trains `model` in place, without its dropout, to predict what `teacher` predicts, and leaves it in eval mode.
 
     (Hinton et al., "Distilling the Knowledge in a Neural Network", 2015.) For a model that was trained already and then
-    quantized: labels would go on with its training, and fit it to them more and more.
+    quantized or pruned: labels would go on with its training, and fit it to them more and more.
 
     Args:
         model: `forward(dense, indices, offsets)` -> logits [B].
@@ -124,11 +125,11 @@ def imitate(
         data: examples; only the training part is read, and no labels.
         settings: see `TrainSettings`; there is no decay.
         on_step: called with (steps done, steps in all) after each step.
+        after_update: called after each update of the weights, as `Pruner.step` wants to be.
     """
     random = np.random.default_rng(settings.seed)
     rows = data.rows("train")
-    size = _batch_size(settings, len(rows))
-    steps = -(-len(rows) // size) * settings.epochs
+    size, steps = _batch_size(settings, len(rows)), imitation_steps(data, settings)
     weights = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.Adam(weights, lr=settings.learning_rate)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
@@ -144,8 +145,16 @@ def imitate(
         loss.backward()
         optimizer.step()
         schedule.step()
+        if after_update:
+            after_update()
         if on_step:
-            on_step(done, max(steps, done))
+            on_step(done, steps)
+
+
+def imitation_steps(data: Dataset, settings: TrainSettings) -> int:
+    """How many updates `imitate` makes."""
+    rows = len(data.rows("train"))
+    return -(-rows * settings.epochs // _batch_size(settings, rows))
 
 
 def _batch_size(settings: TrainSettings, rows: int) -> int:
