@@ -139,7 +139,9 @@ def small_checkout(folder: Path) -> Path:
     """The sources without kernels, which take long to compile, for one GPU architecture."""
     folder.mkdir()
     shutil.copytree(
-        ROOT / "csrc", folder / "csrc", ignore=shutil.ignore_patterns("kernel.cpp", "op_cuda.cu", "int8_matmul")
+        ROOT / "csrc",
+        folder / "csrc",
+        ignore=shutil.ignore_patterns("kernel.cpp", "op_cuda.cu", "int8_matmul", "sparse_linear"),
     )
     (folder / "recsys_kernels").mkdir()
     for name in ("pyproject.toml", "README.md", "LICENSE", "recsys_kernels/__init__.py"):

@@ -41,4 +41,23 @@ BUDGETS: dict[str, Budget] = {
     "tile_product_kernel": Budget(_everywhere(128), 34816, 8, needs={"IMMA": 32, "IDP": 32}),
     "group_product_kernel": Budget(_everywhere(128), 18432, 0, needs={"IMMA": 8, "IDP": 8}),
     "weight_only_kernel": Budget(_everywhere(128), 0, 3),
+    # sparse_linear, for one row of weights and for four that share their columns: of floats (Product 0), of bytes of
+    # one column (1) and of four (2). IDP is the product of four bytes: of what a lane reads at once, four units of one
+    # row or two of four, each with four rows of the input, and the sum of the weights.
+    "few_rows_kernel<1, (Product)0>": Budget(_everywhere(80), 2048, 0),
+    "few_rows_kernel<1, (Product)1>": Budget(_everywhere(64), 2048, 0, needs={"IDP": 20}),
+    "few_rows_kernel<1, (Product)2>": Budget(_everywhere(64), 2048, 0, needs={"IDP": 20}),
+    "few_rows_kernel<4, (Product)0>": Budget(_everywhere(80), 5120, 2),
+    "few_rows_kernel<4, (Product)1>": Budget(_everywhere(80), 5120, 0, needs={"IDP": 40}),
+    "few_rows_kernel<4, (Product)2>": Budget(_everywhere(80), 5120, 0, needs={"IDP": 40}),
+    # Of many rows a lane reads four at once, of as many columns as it has units.
+    "many_rows_kernel<1, (Product)0>": Budget(_everywhere(64), 5632, 4),
+    "many_rows_kernel<1, (Product)1>": Budget(_everywhere(64), 5632, 4, needs={"IDP": 20}),
+    "many_rows_kernel<1, (Product)2>": Budget(_everywhere(64), 5632, 4, needs={"IDP": 20}),
+    "many_rows_kernel<4, (Product)0>": Budget(_everywhere(80), 17920, 4),
+    "many_rows_kernel<4, (Product)1>": Budget(_everywhere(80), 17920, 2, needs={"IDP": 40}),
+    "many_rows_kernel<4, (Product)2>": Budget(_everywhere(80), 17920, 2, needs={"IDP": 40}),
+    "transpose_kernel": Budget(_everywhere(32), 5248, 0),
+    "weight_gradient_kernel<1>": Budget(_everywhere(48), 1024, 2),
+    "weight_gradient_kernel<4>": Budget(_everywhere(64), 1024, 2),
 }

@@ -28,7 +28,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
     backend = config.getoption("--backend", None)
-    emulated = ("test_operators.py", "test_faults.py", "test_int8.py")
+    emulated = ("test_operators.py", "test_faults.py", "test_int8.py", "test_sparse.py")
     unfit = backend == "emulated" and collection_path.suffix == ".py" and collection_path.name not in emulated
     return True if backend is None or unfit else None
 
