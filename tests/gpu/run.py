@@ -56,7 +56,8 @@ def _sanitizer(tool: str, *arguments: str) -> list[str]:
     return ["compute-sanitizer", *sanitizer_options(tool), PYTHON, f"{HERE}/small_set.py", *arguments]
 
 
-_SMALL = ("test_operators.py", "test_faults.py", "test_modules.py", "test_int8.py")
+_SMALL = ("test_operators.py", "test_faults.py", "test_modules.py", "test_int8.py", "test_sparse.py")
+_LARGE = ("test_streams.py", "test_large.py", "test_int8_large.py", "test_sparse_large.py")
 STEPS = [
     Step("prerequisites", [PYTHON, f"{HERE}/prerequisites.py"], 5),
     Step("build", [PYTHON, "setup.py", "build_ext", "--inplace"], 60),
@@ -64,15 +65,15 @@ STEPS = [
     Step("operators, CUDA C++", _tests("cuda", ""), 70),
     # Compiling takes nearly all of the time, and is work for several cores; the other files need the GPU alone.
     Step("operators, Triton", _tests("triton", *_SMALL, workers=min(8, os.cpu_count() or 1)), 90),
-    Step("streams and sizes, Triton", _tests("triton", "test_streams.py", "test_large.py", "test_int8_large.py"), 25),
+    Step("streams and sizes, Triton", _tests("triton", *_LARGE), 35),
     Step("assumptions", [PYTHON, f"{HERE}/assumptions.py"], 30),
     Step("sanitizer", [PYTHON, f"{HERE}/sanitizer.py", "memcheck", "racecheck", "initcheck"], 20),
     Step("memcheck", _sanitizer("memcheck"), 35),
-    # Of shared memory only, which int8 kernels have; it has nothing to see in lookups and their gradients.
+    # Of shared memory only, which kernels of linear layers have; it has nothing to see in lookups and their gradients.
     Step("racecheck", _sanitizer("racecheck"), 30),
     # What torch's kernels write would count as never written, so only what needs none of them.
-    Step("initcheck", _sanitizer("initcheck", "--lookups-only"), 30),
-    Step("benchmarks", [PYTHON, f"{HERE}/benchmark.py", "--until", "{deadline}"], 60, data="benchmarks"),
+    Step("initcheck", _sanitizer("initcheck", "--lookups-only"), 25),
+    Step("benchmarks", [PYTHON, f"{HERE}/benchmark.py", "--until", "{deadline}"], 55, data="benchmarks"),
 ]
 
 

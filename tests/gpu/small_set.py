@@ -18,13 +18,16 @@ sys.path[:0] = [str(TESTS.parent), str(TESTS / "triton_interpreter")]
 import test_bad_input  # noqa: E402
 import test_int8_kernels  # noqa: E402
 import test_kernels  # noqa: E402
+import test_sparse_kernels  # noqa: E402
 from on_device import OnDevice, moved  # noqa: E402
+from sparse_gpu_cases import WRONG_STRUCTURES, layer  # noqa: E402
 
 import recsys_kernels as rk  # noqa: E402
 from recsys_kernels import _backends  # noqa: E402
 from recsys_kernels._native import BOUNDS_CHECKS  # noqa: E402
 from recsys_kernels.ops.embedding_bag.reference import MAX  # noqa: E402
-from recsys_kernels.testing import FLOAT_DTYPES, collection_samples  # noqa: E402
+from recsys_kernels.ops.linear_layers import DYNAMIC, WEIGHT_ONLY  # noqa: E402
+from recsys_kernels.testing import FLOAT_DTYPES, SPARSE_PATTERNS, collection_samples  # noqa: E402
 
 KINDS = (
     "width-7",
@@ -62,11 +65,25 @@ def right_input(device: torch.device, lookups_only: bool) -> int:
             done += 1
     test_kernels.test_collection_of_every_type()
     test_int8_kernels.kernels = OnDevice(device)  # type: ignore[assignment]
-    for layer in test_int8_kernels.SAMPLES[::3]:
-        if layer.input.is_contiguous() and layer.weight.is_contiguous():  # others are copied by torch's kernels
-            test_int8_kernels.test_forward(layer)
+    for one in test_int8_kernels.SAMPLES[::3]:
+        if one.input.is_contiguous() and one.weight.is_contiguous():  # others are copied by torch's kernels
+            test_int8_kernels.test_forward(one)
             done += 1
+    if not lookups_only:
+        done += sparse_layers(device)
     return done
+
+
+def sparse_layers(device: torch.device) -> int:
+    """Every pattern with few and many rows of input; returns how many calls gave the right results."""
+    test_sparse_kernels.kernels = OnDevice(device)  # type: ignore[assignment]
+    for pattern in SPARSE_PATTERNS:
+        for rows in (3, 20):
+            for scheme in (None, DYNAMIC, WEIGHT_ONLY):
+                test_sparse_kernels.test_forward(layer(rows, 41, 21, pattern, scheme))
+    for case in test_sparse_kernels.GRADIENTS:
+        test_sparse_kernels.test_weight_gradient(case)
+    return 6 * len(SPARSE_PATTERNS) + len(test_sparse_kernels.GRADIENTS)
 
 
 def wrong_input(device: torch.device, lookups_only: bool, modes: tuple[str, ...]) -> int:
@@ -87,6 +104,13 @@ def wrong_input(device: torch.device, lookups_only: bool, modes: tuple[str, ...]
                 assert mode == "raise"
             else:
                 assert mode != "raise", f"{name} found nothing wrong"
+    if modes and not lookups_only:
+        # Nobody looks for what is wrong in these, and nothing outside of them is read.
+        values, rest = torch.ones(6), (3, 8, None, None, None, WEIGHT_ONLY, 0, torch.float32)
+        for crow, col in WRONG_STRUCTURES.values():
+            for rows in (2, 20):
+                OnDevice(device).sparse_linear(torch.ones(rows, 8), values, crow, col, *rest)
+                done += 1
     return done
 
 

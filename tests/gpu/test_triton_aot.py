@@ -25,11 +25,13 @@ from triton.runtime import driver  # noqa: E402
 from triton_budgets import BUDGETS, TARGETS  # noqa: E402
 
 import recsys_kernels as rk  # noqa: E402
+from recsys_kernels.ops import linear_triton  # noqa: E402
 from recsys_kernels.ops.embedding_bag import triton as operators  # noqa: E402
 from recsys_kernels.ops.embedding_bag import triton_kernels  # noqa: E402
 from recsys_kernels.ops.embedding_bag.reference import MAX, MEAN, SUM  # noqa: E402
 from recsys_kernels.ops.int8_matmul import triton as int8  # noqa: E402
-from recsys_kernels.ops.int8_matmul.reference import DYNAMIC, GELU, RELU, WEIGHT_ONLY  # noqa: E402
+from recsys_kernels.ops.linear_layers import DYNAMIC, GELU, RELU, WEIGHT_ONLY  # noqa: E402
+from recsys_kernels.ops.sparse_linear import triton as sparse  # noqa: E402
 
 _GPU_TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -135,6 +137,32 @@ def _int8(
     int8.int8_linear(torch.ones(rows, width, dtype=dtype), weight, scale, group, bias, None, scheme, activation, dtype)
 
 
+def _structure(columns: int, width: int, block: tuple[int, int], kept: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """With as many entries, or blocks, in each row; of 2:4 (block 0 x 0) what follows from the sizes."""
+    if block == (0, 0):
+        return torch.zeros(0, dtype=torch.int32), torch.zeros(columns, -(-width // 8), dtype=torch.uint8)
+    strips = -(-columns // block[0])
+    return torch.arange(strips + 1, dtype=torch.int32) * kept, torch.arange(kept, dtype=torch.int32).repeat(strips)
+
+
+def _sparse(
+    rows: int, block: tuple[int, int], dtype: torch.dtype = F32, scheme: int = WEIGHT_ONLY, size: int = 1024,
+    activation: int = RELU,
+) -> None:  # fmt: skip
+    """A layer with a tenth of the weights, but for 2:4; with a scheme for int8 values these are int8."""
+    crow, col = _structure(size, size, block, max(1, size // (10 * max(1, block[1]))))
+    shape = (size, size // 2) if block == (0, 0) else (col.shape[0], *(block if block != (1, 1) else ()))
+    integers = scheme != WEIGHT_ONLY
+    values = torch.ones(shape, dtype=torch.int8 if integers else dtype)
+    layer = (values, crow, col, size, size, torch.ones(size) if integers else None, torch.ones(size), None)
+    sparse.sparse_linear(torch.ones(rows, size, dtype=dtype), *layer, scheme, activation, dtype)
+
+
+def _sparse_gradient(block: tuple[int, int], dtype: torch.dtype = F32) -> None:
+    grad, x = torch.ones(512, 1024), torch.ones(512, 1024, dtype=dtype)
+    sparse.sparse_weight_gradient(grad, x, *_structure(1024, 1024, block, 64), *block, dtype)
+
+
 def _unraised(mode: str, case: Callable[[], None]) -> None:
     with rk.bounds_check(mode):
         case()
@@ -172,6 +200,20 @@ CASES: dict[str, Callable[[], None]] = {
     "layer of 512 x 1024 x 4096, groups of 128": lambda: _int8(512, 1024, 4096, DYNAMIC, 128),
     "weights only, 16 x 1024 x 4096, fp16": lambda: _int8(16, 1024, 4096, WEIGHT_ONLY, dtype=F16),
     "weights only, 512 x 1024 x 4096, bf16": lambda: _int8(512, 1024, 4096, WEIGHT_ONLY, 64, dtype=BF16),
+    "sparse, 1 row, fp32": lambda: _sparse(1, (1, 1), activation=GELU),
+    "sparse, 1 row, dynamic blocks of 4 x 1": lambda: _sparse(1, (4, 1), scheme=DYNAMIC),
+    "sparse, 8 rows, fp16 2:4": lambda: _sparse(8, (0, 0), F16),
+    "sparse, 512 rows, fp32": lambda: _sparse(512, (1, 1)),
+    "sparse, 512 rows, bf16": lambda: _sparse(512, (1, 1), BF16),
+    "sparse, 512 rows, dynamic": lambda: _sparse(512, (1, 1), scheme=DYNAMIC),
+    "sparse, 512 rows, blocks of 4 x 1": lambda: _sparse(512, (4, 1)),
+    "sparse, 512 rows, blocks of 16 x 1": lambda: _sparse(512, (16, 1)),
+    "sparse, 512 rows, blocks of 16 x 4, bf16": lambda: _sparse(512, (16, 4), BF16),
+    "sparse, 512 rows, dynamic blocks of 16 x 4": lambda: _sparse(512, (16, 4), scheme=DYNAMIC),
+    "sparse, 512 rows, dynamic 2:4": lambda: _sparse(512, (0, 0), scheme=DYNAMIC),
+    "sparse gradient, fp32": lambda: _sparse_gradient((1, 1)),
+    "sparse gradient, bf16 2:4": lambda: _sparse_gradient((0, 0), BF16),
+    "sparse gradient, blocks of 4 x 4": lambda: _sparse_gradient((4, 4)),
     "collection fp32 64 ignored": lambda: _unraised("ignore", lambda: _collection((F32, 64))),
 }
 
@@ -186,7 +228,7 @@ def _record(case: Callable[[], None], patch: pytest.MonkeyPatch) -> list[tuple[A
             flags[2:] = torch.tensor([0, N])  # the range it would have found, or nothing is left to sum
 
     patch.setattr(operators, "_launch", launch)
-    patch.setattr(int8, "_launch", launch)
+    patch.setattr(linear_triton, "launch", launch)
     case()
     return launches
 

@@ -135,4 +135,53 @@ BUDGETS: dict[str, dict[str, Budget]] = {
     "weights only, 512 x 1024 x 4096, bf16": {
         "weight_only_kernel": Budget((136, 168, 256, 128), 28672, (0, 0), "products of floats", 4),
     },
+    # sparse_linear, by Triton 3.8.0. Wide loads are of rows of transposed input, two or four columns at a time for each
+    # thread; kernels for few rows gather single numbers and have none. What is in shared memory are columns and values
+    # on their way to the threads that need them, and tiles for tensor cores, which blocks of 16 rows and int8 2:4 have.
+    "sparse, 1 row, fp32": {
+        "entries_kernel": Budget((40, 40, 40, 16), 0, (0, 0)),
+    },
+    "sparse, 1 row, dynamic blocks of 4 x 1": {
+        "quantize_kernel": Budget((40, 40, 40, 24), 16, (2, 2)),
+        "entries_kernel": Budget((64, 64, 64, 40), 16, (0, 0)),
+    },
+    "sparse, 8 rows, fp16 2:4": {
+        "entries_kernel": Budget((104, 104, 104, 72), 2048, (0, 0)),
+    },
+    "sparse, 512 rows, fp32": {
+        "entries_kernel": Budget((96, 80, 80, 48), 512, (4, 4)),
+    },
+    "sparse, 512 rows, bf16": {
+        "entries_kernel": Budget((72, 64, 72, 48), 512, (4, 2)),
+    },
+    "sparse, 512 rows, dynamic": {
+        "quantize_kernel": Budget((40, 40, 40, 24), 16, (2, 2)),
+        "entries_kernel": Budget((64, 64, 64, 64), 512, (2, 1)),
+    },
+    "sparse, 512 rows, blocks of 4 x 1": {
+        "entries_kernel": Budget((80, 72, 72, 56), 1024, (2, 1)),
+    },
+    "sparse, 512 rows, blocks of 16 x 1": {
+        "entries_kernel": Budget((88, 80, 80, 40), 4096, (0, 0)),
+    },
+    "sparse, 512 rows, blocks of 16 x 4, bf16": {
+        "entries_kernel": Budget((72, 72, 80, 56), 9344, (0, 6), "products of floats", 8),
+    },
+    "sparse, 512 rows, dynamic blocks of 16 x 4": {
+        "quantize_kernel": Budget((40, 40, 40, 24), 16, (2, 2)),
+        "entries_kernel": Budget((96, 96, 96, 72), 9472, (0, 6), "products of bytes"),
+    },
+    "sparse, 512 rows, dynamic 2:4": {
+        "quantize_kernel": Budget((40, 40, 40, 24), 16, (2, 2)),
+        "two_of_four_kernel": Budget((168, 128, 160, 120), 18944, (0, 2), "products of bytes", 6),
+    },
+    "sparse gradient, fp32": {
+        "gradient_kernel": Budget((56, 64, 56, 40), 64, (4, 4)),
+    },
+    "sparse gradient, bf16 2:4": {
+        "gradient_kernel": Budget((64, 64, 64, 40), 8192, (5, 3)),
+    },
+    "sparse gradient, blocks of 4 x 4": {
+        "block_gradient_kernel": Budget((72, 72, 72, 40), 2048, (4, 2)),
+    },
 }

@@ -124,7 +124,7 @@ _backends.define(
 _backends.define(
     f"sparse_layer(Tensor input, {_LAYER}, ScalarType dtype) -> Tensor", reference.sparse_linear, _fake_sparse_linear
 )
-_backends.register_triton(f"{__package__}.triton", ("sparse_linear", "sparse_weight_gradient"))
+_backends.register_triton(f"{__package__}.triton", ("sparse_linear", "sparse_layer", "sparse_weight_gradient"))
 
 
 class Transposed(NamedTuple):

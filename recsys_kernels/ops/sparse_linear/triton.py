@@ -198,6 +198,10 @@ def sparse_linear(
     return out
 
 
+# What a GPU reads is the canonical operands: nothing is kept between calls.
+sparse_layer = sparse_linear
+
+
 def _two_of_four(
     out: torch.Tensor,
     q: torch.Tensor,
@@ -217,8 +221,9 @@ def _two_of_four(
     grid = (triton.cdiv(rows, block_m) * triton.cdiv(columns, 64),)
     linear_triton.launch(
         kernels.two_of_four_kernel, grid, q.device, out, q, row_scale, row_zero, values, col_indices, weight_scale,
-        bias, rows, columns, in_features, q.stride(0), weight_scale.stride(0), ACTIVATION=activation,
-        HAS_BIAS=has_bias, BLOCK_M=block_m, BLOCK_N=64, BLOCK_K=64, num_warps=4, num_stages=2, enable_fp_fusion=False,
+        bias, rows, columns, in_features, q.stride(0), values.shape[1], col_indices.shape[1], weight_scale.stride(0),
+        ACTIVATION=activation, HAS_BIAS=has_bias, BLOCK_M=block_m, BLOCK_N=64, BLOCK_K=64, num_warps=4, num_stages=2,
+        enable_fp_fusion=False,
     )  # fmt: skip
 
 

@@ -135,10 +135,33 @@ def entries_kernel(out, x, row_scale, row_zero, values, crow, col, weight_scale,
              mask=stored[:, None] & inside_m[None, :])
 
 
+@triton.jit
+def _spread(values, codes, four_columns, bytes_of_codes, start, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
+    """[BLOCK_N, BLOCK_K] of rows of 2:4 weights, with zeros between them; pointers are to the rows' first ones."""
+    v = start // 2 + tl.arange(0, BLOCK_K // 2)
+    pairs = tl.load(values[:, None] + v[None, :], mask=(v < four_columns)[None, :], other=0)
+    first, second = tl.split(tl.reshape(pairs, [BLOCK_N, BLOCK_K // 4, 2]))
+    c = start // 8 + tl.arange(0, BLOCK_K // 8)
+    code = tl.load(codes[:, None] + c[None, :], mask=(c < bytes_of_codes)[None, :], other=0)
+    code = tl.reshape(tl.join(code & 15, code >> 4), [BLOCK_N, BLOCK_K // 4])
+    low = code & 3
+    high = code >> 2
+    # The four columns of each code; joined so that they come out in order.
+    even = tl.join(_at(0, low, high, first, second), _at(2, low, high, first, second))
+    odd = tl.join(_at(1, low, high, first, second), _at(3, low, high, first, second))
+    return tl.reshape(tl.join(even, odd), [BLOCK_N, BLOCK_K])
+
+
+@triton.jit
+def _at(place: tl.constexpr, low, high, first, second):
+    nothing = tl.zeros_like(first)
+    return tl.where(low == place, first, nothing) + tl.where(high == place, second, nothing)
+
+
 @_kernel
 def two_of_four_kernel(out, q, row_scale, row_zero, values, col, weight_scale, bias, num_rows, num_columns, width,
-                       q_stride, scale_stride, ACTIVATION: tl.constexpr, HAS_BIAS: tl.constexpr,
-                       BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
+                       q_stride, values_stride, codes_stride, scale_stride, ACTIVATION: tl.constexpr,
+                       HAS_BIAS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
     """A tile of the result from quantized rows and 2:4 weights, of which zeros are put in their places."""
     first_row, first_column = corner(num_rows, num_columns, BLOCK_M, BLOCK_N)
     r = tl.arange(0, BLOCK_M)
@@ -148,21 +171,18 @@ def two_of_four_kernel(out, q, row_scale, row_zero, values, col, weight_scale, b
     near_row = tl.where(r < num_rows - first_row, r, 0)
     near_column = first_column + tl.where(c < num_columns - first_column, c, 0)
     a = q + first_row.to(tl.int64) * q_stride + (near_row[:, None] * q_stride + k[None, :])
-    b = values + (near_column.to(tl.int64) * ((width + 3) // 4 * 2))[None, :]
-    code = col + (near_column.to(tl.int64) * ((width + 7) // 8))[None, :]
-    ones = tl.full([_ONES_ROWS, BLOCK_K], 1, tl.int8)
+    values += near_column.to(tl.int64) * values_stride
+    col += near_column.to(tl.int64) * codes_stride
     total = tl.zeros([BLOCK_M, BLOCK_N], tl.int32)
     sums = tl.zeros([_ONES_ROWS, BLOCK_N], tl.int32)
     for start in range(0, width, BLOCK_K):
         left = tl.load(a + start, mask=(k < q_stride - start)[None, :], other=0)
-        inside = (k < width - start)[:, None]
-        half = tl.load(code + ((start + k) // 8)[:, None], mask=inside, other=0).to(tl.int32) >> ((k & 4)[:, None])
-        second = (half >> 2 & 3) == (k & 3)[:, None]
-        kept = ((half & 3) == (k & 3)[:, None]) | second
-        place = ((start + k) // 4 * 2)[:, None] + second.to(tl.int32)
-        right = tl.load(b + place, mask=inside & kept, other=0)
+        right = tl.trans(_spread(values, col, values_stride, codes_stride, start, BLOCK_N, BLOCK_K))
+        # A place past the last column is no weight.
+        inside = (k < width - start).to(tl.int8)
+        right = right * inside[:, None]
         total = tl.dot(left, right, total, out_dtype=tl.int32)
-        sums = tl.dot(ones, right, sums, out_dtype=tl.int32)
+        sums = tl.dot(tl.full([_ONES_ROWS, BLOCK_K], 1, tl.int8), right, sums, out_dtype=tl.int32)
     shift = 128 - tl.load(row_zero + first_row + near_row)
     total += shift[:, None] * tl.max(sums, 0)[None, :]
     scale = tl.load(row_scale + first_row + near_row)
