@@ -1,4 +1,4 @@
-"""Times lookups and int8 layers on a GPU beside torch's and, where installed, FBGEMM's; prints one line of JSON.
+"""Times lookups and linear layers on a GPU beside torch's and, where installed, FBGEMM's; prints one line of JSON.
 
 All sides of a case are timed in one process in turn, a round each, by the GPU's own events over calls that are queued
 without waiting; every call has other indices, and tables are many times the cache. A copy of the same run says what the
@@ -27,6 +27,7 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path[:0] = [str(ROOT), str(Path(__file__).resolve().parent)]
 
 from layers import LayerCase, LayerWorkload, layer_cases  # noqa: E402
+from sparse_layers import SparseCase, SparseWorkload, sparse_cases  # noqa: E402
 
 import recsys_kernels as rk  # noqa: E402
 from bench.cases import BITS, Case  # noqa: E402
@@ -37,6 +38,7 @@ BATCHES = 16
 SAMPLE_SECONDS = 2e-3
 MOST_ROUNDS = 40
 CASE_SECONDS = 10.0
+AnyCase = Case | LayerCase | SparseCase
 MARGIN = 5.0  # for the process to end
 OURS = "recsys_kernels, CUDA C++"
 
@@ -204,17 +206,16 @@ def _fbgemm(work: Workload) -> Side:
     return Side("fbgemm_gpu", lambda batch: module(own[batch.data_ptr()], offsets))
 
 
-class _Layers(LayerWorkload):
-    def sides(self) -> tuple[list[Side], dict[str, str]]:
-        """Ours first; and those that cannot run here, with the reason."""
-        peers, absent = self.peers()
-        found = [Side(OURS, self.ours, lambda: rk.backend("cuda"))]
-        reason = rk._backends.why_not("triton")
-        if reason is None:
-            found.append(Side("recsys_kernels, Triton", self.ours, _triton))
-        else:
-            absent["recsys_kernels, Triton"] = reason
-        return found + [Side(name, run) for name, run in peers.items()], absent
+def _sides_of_layers(work: LayerWorkload | SparseWorkload) -> tuple[list[Side], dict[str, str]]:
+    """Ours first; and those that cannot run here, with the reason."""
+    peers, absent = work.peers()
+    found = [Side(OURS, work.ours, lambda: rk.backend("cuda"))]
+    reason = rk._backends.why_not("triton")
+    if reason is None:
+        found.append(Side("recsys_kernels, Triton", work.ours, _triton))
+    else:
+        absent["recsys_kernels, Triton"] = reason
+    return found + [Side(name, run) for name, run in peers.items()], absent
 
 
 def copy_rate(device: torch.device) -> tuple[int, float]:
@@ -231,7 +232,7 @@ def copy_rate(device: torch.device) -> tuple[int, float]:
     return source.nbytes, 2 * source.nbytes / best
 
 
-def sample(side: Side, work: Workload | _Layers, first: int, calls: int) -> float:
+def sample(side: Side, work: Workload | LayerWorkload | SparseWorkload, first: int, calls: int) -> float:
     """Seconds a call, over some calls in a row, by the GPU's clock."""
     begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     with side.context():
@@ -243,10 +244,15 @@ def sample(side: Side, work: Workload | _Layers, first: int, calls: int) -> floa
     return begin.elapsed_time(end) / 1e3 / calls
 
 
-def measure(case: Case | LayerCase, device: torch.device, until: float) -> dict[str, Any]:
+def measure(case: AnyCase, device: torch.device, until: float) -> dict[str, Any]:
     """All sides of a case, in turn, until a point in time."""
-    work = _Layers(case, device) if isinstance(case, LayerCase) else Workload(case, device)
-    sides, absent = work.sides()
+    work: Workload | LayerWorkload | SparseWorkload
+    if isinstance(case, Case):
+        work = Workload(case, device)
+        sides, absent = work.sides()
+    else:
+        work = LayerWorkload(case, device) if isinstance(case, LayerCase) else SparseWorkload(case, device)
+        sides, absent = _sides_of_layers(work)
     with sides[0].context():
         ours = sides[0].run(work.indices[0])
         rk.check_bounds(device)
@@ -288,12 +294,12 @@ def main() -> int:
     parser = argparse.ArgumentParser()
     parser.add_argument("--until", type=float, help="by time.monotonic(); cases for which no time is left are left out")
     until = parser.parse_args().until
-    lookups, layers = list(cases()), list(layer_cases())
-    everything = [*lookups[:8], *layers[:4], *lookups[8:], *layers[4:]]
+    lookups, layers, sparse = list(cases()), list(layer_cases()), list(sparse_cases())
+    everything = [*lookups[:8], *layers[:4], *sparse[:4], *lookups[8:], *layers[4:], *sparse[4:]]
     return run_cases(everything, math.inf if until is None else until - MARGIN)
 
 
-def run_cases(everything: list[Case | LayerCase], end: float) -> int:
+def run_cases(everything: list[AnyCase], end: float) -> int:
     """Measures until a point in time; prints the record after each case, so that nothing is lost at the end."""
     device = torch.device("cuda", torch.cuda.current_device())
     size, rate = copy_rate(device)

@@ -391,6 +391,31 @@ def test_benchmarks_measure_layers(monkeypatch: pytest.MonkeyPatch) -> None:
         )
 
 
+def test_benchmarks_measure_sparse_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    benchmark = load("benchmark")
+    backend: Callable[[str], Any] = rk.backend
+    monkeypatch.setattr(rk, "backend", lambda name: backend("cpu" if name == "cuda" else name))
+    monkeypatch.setattr(_backends, "why_not", lambda name: "there is no GPU" if name == "triton" else None)
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(benchmark, "SAMPLE_SECONDS", 1e-4)
+    kinds = set()
+    for case in benchmark.sparse_cases():
+        small = benchmark.replace(case, rows=min(case.rows, 17), width=32, columns=16)
+        found = benchmark.measure(small, torch.device("cpu"), until=0.0)
+        sides = found["sides"]
+        assert sides["torch, dense"]["low"] <= sides["torch, dense"]["high"]
+        assert sides["recsys_kernels, Triton"] == {"absent": "there is no GPU"}
+        assert ("absent" in sides["torch, CSR"]) == (small.kind != "fp32" or small.pattern != "unstructured")
+        kinds.add((small.pattern, small.kind))
+        if small.pattern == "2:4":
+            # Half of the weights and half a byte for four, a bias, halves in and out.
+            assert found["bytes"] == 16 * 16 * 2 + 16 * 4 + 16 * 2 + 2 * small.rows * (32 + 16)
+        elif small.pattern == "unstructured":
+            # 51 of 512 weights with their columns, the rows' starts, a bias, floats in and out.
+            assert found["bytes"] == 51 * 8 + 17 * 4 + 16 * 4 + 4 * small.rows * (32 + 16)
+    assert len(kinds) == 4
+
+
 def test_cases_for_which_no_time_is_left(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """They are left out, which is no failure."""
     benchmark = load("benchmark")
