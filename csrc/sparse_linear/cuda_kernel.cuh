@@ -93,6 +93,7 @@ struct UnitRow {
   int32_t rows;         // of the tile that exist
   int32_t begin, units;
   int32_t in_block;  // units of a block's row
+  int32_t shift;     // divides by it; negative: it is no power of two
   const unsigned char* codes;
 
   // Only which rows these are.
@@ -108,7 +109,7 @@ struct UnitRow {
     const int within = Rows * static_cast<int>(tile % w.tiles);
     if (w.two_of_four) {
       const int fours = (w.k + 3) / 4;
-      begin = 0, in_block = 1;
+      begin = 0, in_block = 1, shift = 0;
       units = Four ? fours : 2 * fours;
       codes = static_cast<const unsigned char*>(w.col) + row * ((w.k + 7) / 8);
       first_value = row * 2 * fours;
@@ -118,6 +119,7 @@ struct UnitRow {
       begin = static_cast<int32_t>(max(int64_t{0}, min(from, int64_t{w.count})));
       in_block = Four ? w.columns / 4 : w.columns;
       units = max(0, static_cast<int32_t>(min(to, int64_t{w.count})) - begin) * in_block;
+      shift = (in_block & (in_block - 1)) == 0 ? __ffs(in_block) - 1 : -1;
       codes = nullptr;
       first_value = (static_cast<int64_t>(begin) * w.rows + within) * w.columns;
     }
@@ -131,7 +133,7 @@ struct UnitRow {
       const int column = unit / 2 * 4 + code;
       return column < w.k ? column : -1;
     }
-    const int block = in_block == 1 ? unit : unit / in_block;
+    const int block = shift >= 0 ? unit >> shift : unit / in_block;
     const int within = (unit - block * in_block) * (Four ? 4 : 1);
     at = first_value + static_cast<int64_t>(block) * w.rows * w.columns + within;
     const int64_t column = load_integer(w.col, w.col_64, begin + block);

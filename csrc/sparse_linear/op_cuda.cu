@@ -164,8 +164,8 @@ class Layer {
           values_.size(0));
     kept.values = static_cast<const char*>(values_.data_ptr());
     kept.type = value_type(values_.scalar_type());
-    const uintptr_t at_once = kept.type == ValueType::i8 ? 4 : kept.type == ValueType::f32 ? 16 : 8;
-    kept.wide = reinterpret_cast<uintptr_t>(kept.values) % at_once == 0;
+    const uintptr_t alignment = kept.type == ValueType::i8 ? 4 : kept.type == ValueType::f32 ? 16 : 8;
+    kept.wide = reinterpret_cast<uintptr_t>(kept.values) % alignment == 0;
     check(scheme_arg >= 0 && scheme_arg <= 2,
           "scheme must be 0 (dynamic), 1 (static) or 2 (weight_only), but is ", scheme_arg);
     check(activation >= 0 && activation <= 4,
@@ -308,8 +308,9 @@ void launch(const Layer& layer, rk::SparseInput& a, bool few, const Device& devi
 
 // Up to here units are shared out among lanes. Beyond, a lane has rows of the input of its own.
 constexpr int64_t few_rows = 16;
-// Elements of the input that are transposed at a time: temporaries stay small, however many rows there are.
-constexpr int64_t at_once = int64_t{1} << 25;
+// Elements of the input that are transposed at a time, 16 MB, unless 128 rows are more: temporaries stay
+// small, however many rows there are.
+constexpr int64_t at_once = int64_t{1} << 22;
 
 // Rows [first, first + m) of the input.
 void run(const Layer& layer, const Rows& x, int64_t first, int64_t m, const rk::Finish& finish,

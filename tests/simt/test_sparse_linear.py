@@ -73,6 +73,17 @@ def test_every_kernel(kernels: Emulation, seed: int, pattern: str) -> None:
                 assert_matches(kernels.operator("sparse_linear")(*sample.args), expected_sparse_linear(sample))
 
 
+@pytest.mark.skipif(BUILD != "checked", reason="takes long, and shows nothing new in memory")
+@pytest.mark.parametrize("scheme", [None, STATIC])
+def test_rows_in_parts(kernels: Emulation, scheme: int | None) -> None:
+    """Of rows as long as these 128 are transposed at a time; here three are left, which are few."""
+    sample = layer(131, 32800, 3, "unstructured", scheme)
+    few = (torch.arange(32800) % 1000 == 7) & sample.kept
+    sample = replace(sample, weight=sample.weight * few, kept=few)
+    out = kernels.operator("sparse_linear")(*sample.args)
+    assert_matches(out, expected_sparse_linear(sample))
+
+
 def test_types_that_differ(kernels: Emulation) -> None:
     """Of input, values, bias and result; none is rounded to a narrower one."""
     for number, of_values in enumerate(FLOAT_DTYPES[:3]):
