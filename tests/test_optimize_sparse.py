@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import copy
 import json
+import pickle
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from linear_support import WIDTH, by_name, kinds, mlp, only_linear, rows, without_timing
+from small_data import tiny_dataset
 from torch import nn
 
 import recsys_kernels as rk
 from recsys_kernels.compress import linear as linear_module
 from recsys_kernels.compress import sparse as sparse_module
 from recsys_kernels.compress.optimize import optimize
+from recsys_kernels.models import DLRM, DLRMConfig, save_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 CHOICES = ("sparse", "int8+sparse", "int8-static+sparse")
@@ -306,3 +310,63 @@ def test_layers_left_alone() -> None:
 def test_wrong_arguments(options: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         optimize(mlp(), **options)
+
+
+def test_a_ranking_model_is_pruned_saved_and_loaded(never_dense: None, tmp_path: Path) -> None:
+    data = tiny_dataset()
+    torch.manual_seed(0)
+    model = DLRM(DLRMConfig.for_schema(data.schema, dim=16)).eval()
+    batch = data.batch(data.rows("test")[:50])[:3]
+    small, report = rk.optimize(model, linear="int8+sparse", sparsity=0.8, pattern="block4x1", skip="head.top.6")
+    assert {layer.action for layer in report.layers} == {"int8", "int8+sparse", "kept"}
+    with pytest.raises(ValueError, match=r"MLPs of one form \(.*\), but has int8\+sparse: bottom;.*float32: top"):
+        save_model(small, data.schema, tmp_path)
+    small, _ = rk.optimize(model, linear="sparse", sparsity=0.8, pattern="block4x1")
+    with pytest.raises(ValueError, match=r"pruned layers of one pattern, but has block4x1$"):
+        save_model(small, data.schema, tmp_path)  # layers of one output are stored as unstructured
+    small, _ = rk.optimize(model, linear="sparse", sparsity=0.8)
+    save_model(small, data.schema, tmp_path)
+    loaded = rk.load_model(tmp_path).model
+    assert loaded.config.mlp == "sparse"
+    assert loaded.config.mlp_pattern == "unstructured"
+    with torch.no_grad():
+        assert torch.equal(loaded(*batch), small(*batch))
+        assert not torch.equal(loaded(*batch), model(*batch))
+
+
+@pytest.mark.usefixtures("never_dense")
+@pytest.mark.parametrize("choice", ["sparse", "int8+sparse"])
+def test_the_new_model_compiles_and_copies(choice: str) -> None:
+    new, _ = only_linear(mlp().eval(), choice, sparsity=0.75)
+    compiled = torch.compile(new, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        wanted = new(rows())
+        torch.testing.assert_close(compiled(rows()), wanted)
+        for other in (copy.deepcopy(new), pickle.loads(pickle.dumps(new))):
+            assert torch.equal(other(rows()), wanted)
+
+
+def test_a_masked_layer_in_a_plain_attribute_and_hooks(never_dense: None) -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.mlp = nn.Sequential(nn.Linear(WIDTH, 16), nn.ReLU(), nn.Linear(16, 8))
+            self.first = [self.mlp[0]]
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.mlp(x) + self.first[0](x)[:, :8]
+
+    model = Model().eval()
+    rk.prune(model, 0.75)
+    new, report = only_linear(model, "sparse")
+    assert len(report.swapped) == 2
+    assert new.first[0] is new.mlp[0]
+    with torch.no_grad():
+        torch.testing.assert_close(new(rows()), model(rows()))
+    kept, report = only_linear(model, "sparse", skip="mlp")
+    assert not report.swapped
+    assert kept.first[0] is kept.mlp[0]
+    assert kept.mlp[0] is not model.mlp[0]
+    assert kept.mlp[0].weight.count_nonzero() == model.mlp[0].weight.count_nonzero()
+    assert report.bytes_after == report.bytes_before
