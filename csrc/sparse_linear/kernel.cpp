@@ -304,43 +304,6 @@ void few(const SparseLayer& layer, const FloatMatrix& in, const FloatMatrix& out
 
 // ---- panels of activations ----
 
-// Rows [row, row + rows) of `in`, of `count` words each, become the columns of x [count][columns]; the
-// columns that are left become zero.
-void transpose_rows(const FloatMatrix& in, int64_t row, int64_t rows, int64_t count, int64_t columns,
-                    float* floats, int32_t* x) {
-  for (int64_t c = 0; c < columns; c += lanes) {
-    const float* from[lanes];
-    for (int64_t i = 0; i < lanes; ++i) {
-      from[i] = nullptr;
-      if (c + i >= rows) continue;
-      from[i] = static_cast<const float*>(in.data) + (row + c + i) * in.stride;
-      if (in.type == FloatType::f32) continue;
-      to_floats(in, row + c + i, count, floats + i * count);
-      from[i] = floats + i * count;
-    }
-    float* to = reinterpret_cast<float*>(x) + c;
-    int64_t k = 0;
-    if (from[lanes - 1] != nullptr) {
-      for (; k + lanes <= count; k += lanes) {
-        vf square[lanes];
-#pragma GCC unroll 16
-        for (int i = 0; i < lanes; ++i) square[i] = simd::load_f32(from[i] + k);
-        simd::transpose(square);
-#pragma GCC unroll 16
-        for (int i = 0; i < lanes; ++i) simd::store_f32(to + (k + i) * columns, square[i]);
-      }
-    }
-    for (; k < count; k += lanes) {
-      const int n = static_cast<int>(count - k < lanes ? count - k : lanes);
-      vf square[lanes];
-      for (int i = 0; i < lanes; ++i)
-        square[i] = from[i] == nullptr ? simd::zero() : simd::load_f32(from[i] + k, n);
-      simd::transpose(square);
-      for (int i = 0; i < n; ++i) simd::store_f32(to + (k + i) * columns, square[i]);
-    }
-  }
-}
-
 void fill_panel(const SparseLayer& layer, const FloatMatrix& in, int64_t row, int64_t rows, int64_t columns,
                 const SparseScratch& scratch) {
   if (layer.type != CellType::i8x4)
