@@ -73,7 +73,6 @@ def test_every_kernel(kernels: Emulation, seed: int, pattern: str) -> None:
                 assert_matches(kernels.operator("sparse_linear")(*sample.args), expected_sparse_linear(sample))
 
 
-@pytest.mark.skipif(BUILD != "checked", reason="takes long, and shows nothing new in memory")
 @pytest.mark.parametrize("scheme", [None, STATIC])
 def test_rows_in_parts(kernels: Emulation, scheme: int | None) -> None:
     """Of rows as long as these 128 are transposed at a time; here three are left, which are few."""
