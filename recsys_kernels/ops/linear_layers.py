@@ -33,14 +33,16 @@ MIN_SCALE = 2.0**-100
 
 
 def check(good: bool, message: str) -> None:
+    """RuntimeError with this message, unless all is good."""
     if not good:
         raise RuntimeError(message)
 
 
 def check_qparams(scale: float, zero_point: float) -> tuple[float, float]:
+    """The scale and zero point of static activations, if they are possible ones; else RuntimeError that names them."""
     # Below, the reciprocal leaves float32; dynamic scales are never smaller either.
     check(
-        2.0**-100 <= scale < math.inf,
+        MIN_SCALE <= scale < math.inf,
         f"the scale of the activations (input_qparams[0]) must be finite and at least 2^-100, but is {scale}",
     )
     check(
@@ -51,6 +53,7 @@ def check_qparams(scale: float, zero_point: float) -> tuple[float, float]:
 
 
 def check_options(scheme: int, activation: int) -> None:
+    """RuntimeError where an operator's number for a scheme or an activation function is none of those above."""
     check(scheme in SCHEMES.values(), f"scheme must be 0 (dynamic), 1 (static) or 2 (weight_only), but is {scheme}")
     check(
         activation in EPILOGUES.values(),
@@ -72,11 +75,13 @@ def check_input_qparams(input_qparams: torch.Tensor | None, scheme: int) -> tupl
 
 
 def check_floats(input: torch.Tensor, dtype: torch.dtype) -> None:
+    """RuntimeError where the type of the input or of the result is none of FLOATS."""
     check(input.dtype in FLOATS, f"input must be float32, float16 or bfloat16, but is {input.dtype}")
     check(dtype in FLOATS, f"dtype must be float32, float16 or bfloat16, but is {dtype}")
 
 
 def check_width(input: torch.Tensor, in_features: int, out_features: int) -> None:
+    """RuntimeError where input [..., K] does not fit a weight [out_features, in_features]."""
     check(
         input.shape[-1] == in_features,
         f"input of shape {tuple(input.shape)} does not fit a weight of shape ({out_features}, {in_features}): "

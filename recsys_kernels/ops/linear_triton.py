@@ -150,6 +150,7 @@ def activated(y, ACTIVATION: tl.constexpr):
 @triton.jit
 def finish(out, y, bias, first_row, r, column, num_rows, num_columns, ACTIVATION: tl.constexpr,
             HAS_BIAS: tl.constexpr):
+    """Stores a tile [rows r, columns] of float32 sums y after bias and activation function, in the type of out."""
     inside = column < num_columns
     if HAS_BIAS:
         y = y + tl.load(bias + column, mask=inside, other=0.0)[None, :]
