@@ -28,14 +28,25 @@ class Prepared:
         runs_dense: whether the layer is faster as a dense one, for few and for many rows.
     """
 
-    __slots__ = ("_dense", "_few_kind", "packs", "runs_dense")
+    __slots__ = ("_dense", "_few_kind", "_in_features", "packs", "runs_dense")
 
     def __init__(self, layer: Operands) -> None:
         values, _, _, out_features, in_features, *_, scheme, _ = layer
         self.packs: list[torch.Tensor | None] = [None, None]
         self._dense: torch.Tensor | None = None
+        self._in_features = in_features
         self.runs_dense = runs_dense(values, out_features, in_features, scheme)
         self._few_kind = 0 if crossover.has_slabs(reference.block_shape(values)[0]) else 1
+
+    def pack(self, many: bool, input: torch.Tensor) -> torch.Tensor | None:
+        """What the kernels of a layer read for this 2-D input, if it has been made: of int8 layers that run dense, the
+        dense layer. None for a dense layer of floats, and where the input is wrong for one of int8."""
+        if not self.runs_dense[many]:
+            return self.packs[many]
+        dense = self._dense
+        if dense is None or dense.dtype != torch.uint8:
+            return None
+        return dense if input.shape[1] == self._in_features and input.dtype in FLOATS else None
 
     def run(self, input: torch.Tensor, layer: Operands, dtype: torch.dtype) -> torch.Tensor:
         """[..., K] to [..., N], without a gradient; the layer that this was made for."""

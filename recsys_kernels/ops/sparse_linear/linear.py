@@ -27,6 +27,7 @@ from .patterns import parse_pattern
 
 # What ``_backends.implementation`` gives unless another backend was asked for.
 PACKED = torch.ops.recsys_kernels.sparse_packed.default
+DENSE = torch.ops.recsys_kernels.int8_chain.default
 _STRUCTURE = ("values", "crow_indices", "col_indices")
 
 
@@ -470,10 +471,11 @@ class SparseLinear(FixedTypes):
             prepared = self._prepared
             if prepared is not None and input.dim() == 2 and self.is_as(self._seen) and not self.needs_grad(input):
                 many = input.shape[0] > op.FEW_ROWS
-                pack = prepared.packs[many]
-                if pack is not None and not prepared.runs_dense[many]:
-                    run = _backends.implementation("sparse_packed", input)
-                    if run is PACKED:
+                pack = prepared.pack(many, input)
+                if pack is not None:
+                    name = "int8_chain" if prepared.runs_dense[many] else "sparse_packed"
+                    run = _backends.implementation(name, input)
+                    if run is PACKED or run is DENSE:
                         return run(input, pack, self.out_features, _backends.dtype_argument(self.dtype))
         return self.run(input, self.dtype)
 
