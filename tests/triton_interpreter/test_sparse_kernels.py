@@ -117,6 +117,21 @@ def test_nan_and_infinity_go_through_kept_weights_only(pattern: str, dtype: torc
         assert_matches(out.where(finite, 0.0), expected.where(finite, 0.0), dtype)
 
 
+@pytest.mark.parametrize("rows", [2, 20])
+@pytest.mark.parametrize("scheme", [DYNAMIC, WEIGHT_ONLY])
+def test_int8_values_past_the_last_column_are_no_weights(scheme: int, rows: int) -> None:
+    """Of the second four of six columns positions 1 and 2 are kept: column 5, and one that does not exist."""
+    torch.manual_seed(0)
+    values = torch.tensor([[3, -5, 7, 100], [11, 2, -9, -100]], dtype=torch.int8)
+    col = torch.tensor([[0b1001_0100], [0b1001_0100]], dtype=torch.uint8)  # columns 0, 1, 5 (and 6)
+    dense = torch.tensor([[3, -5, 0, 0, 0, 7], [11, 2, 0, 0, 0, -9]], dtype=torch.int8)
+    scale, x = torch.tensor([0.5, 0.25]), torch.randn(rows, 6)
+    empty = torch.empty(0, dtype=torch.int32)
+    out = kernels.sparse_linear(x, values, empty, col, 2, 6, scale, None, None, scheme, 0, F32)
+    expected = torch.ops.recsys_kernels.int8_linear(x, dense, scale[:, None], 0, None, None, scheme, 0, F32)
+    assert_matches(out, expected)
+
+
 def test_longest_rows() -> None:
     assert_same_bits(longest_rows(1))
 
