@@ -390,10 +390,13 @@ void run_many(const SparseLayer& layer, int64_t entries, const FloatMatrix& in, 
   const int64_t all = static_cast<int64_t>(panels.size()) * layer.bands;
   const int64_t total = costs.back() * static_cast<int64_t>(panels.size());
   const int64_t pieces = pieces_of(costs.back() * m, all);
-  const auto bound = [&](int64_t p) {
-    const int64_t cost = total / pieces * p, panel = cost / costs.back();
-    const auto band = std::lower_bound(costs.begin(), costs.end(), cost % costs.back()) - costs.begin();
-    return p == pieces ? all : panel * layer.bands + band;
+  const auto bound = [&](int64_t p) -> int64_t {
+    if (p == pieces) return all;
+    const int64_t cost = total / pieces * p, panel = cost / costs.back(), part = cost % costs.back();
+    int64_t band = std::lower_bound(costs.begin(), costs.end(), part) - costs.begin();
+    // The nearest bound, not the next: two bands of nearly the same cost are one for each of two threads.
+    if (band > 0 && part - costs[band - 1] < costs[band] - part) --band;
+    return panel * layer.bands + band;
   };
   in_pieces(pieces, [&](int64_t p) {
     const SparseScratch scratch = scratch_for(layer, panels[0].columns, y_rows);
