@@ -197,7 +197,7 @@ def test_step_that_takes_too_long_is_stopped(fake: Fake, tmp_path: Path, stubbor
     assert slow["note"].startswith("stopped after ")
     assert slow["note"].endswith("; compiling")
     assert {step["result"] for step in outcomes.values()} == {"passed"}
-    assert not [number for number in children.read_text().split() if alive(int(number))]
+    assert not [number for number in children.read_text().split() if not ends(int(number))]
 
 
 def test_time_that_a_step_leaves_is_for_the_next_ones(fake: Fake) -> None:
