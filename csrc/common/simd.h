@@ -185,6 +185,8 @@ inline bool row_addresses(const Index* indices, uint64_t num_rows, int64_t exclu
 // pick           every lane takes one of 32 words that stand ready in registers where they fit; pick_shared:
 // four
 //                lanes take the same
+// load_columns   of `lanes` rows of words that stand `stride` apart, the first tile_columns columns, a vector
+//                each
 // transpose      rows of a square become columns
 
 #if defined(__AVX512F__)
@@ -196,6 +198,12 @@ inline bool row_addresses(const Index* indices, uint64_t num_rows, int64_t exclu
 #endif
 
 #if !defined(__AVX512F__)
+constexpr int tile_columns = lanes;
+inline void load_columns(const int32_t* p, int64_t stride, vf (&columns)[tile_columns]) {
+#pragma GCC unroll 8
+  for (int i = 0; i < lanes; ++i) columns[i] = float_i(load_i32(p + i * stride));
+  transpose(columns);
+}
 inline float smallest(vf x) {
   float least = x[0];
   for (int i = 1; i < lanes; ++i) least = x[i] < least ? x[i] : least;
@@ -305,6 +313,12 @@ inline Quad quad_i8(const void* p) {
 inline void add_sums(const vf (&x)[4], float* p) {
   _mm_storeu_ps(p, _mm_add_ps(_mm_loadu_ps(p), four_sums(x[0], x[1], x[2], x[3])));
 }
+// The first n of them.
+inline void add_sums(const vf (&x)[4], float* p, int n) {
+  const __m128i some = _mm_cmpgt_epi32(_mm_set1_epi32(n), _mm_setr_epi32(0, 1, 2, 3));
+  const __m128 sums = _mm_add_ps(_mm_maskload_ps(p, some), four_sums(x[0], x[1], x[2], x[3]));
+  _mm_maskstore_ps(p, some, sums);
+}
 #else
 inline Quad quad_words(const void* p) { return load_i32(static_cast<const int32_t*>(p)); }
 inline Quad quad_f16(const void* p) { return bits_i(load_f16(p)); }
@@ -312,6 +326,9 @@ inline Quad quad_bf16(const void* p) { return bits_i(load_bf16(p)); }
 inline Quad quad_i8(const void* p) { return bits_i(load_i8(p)); }
 inline void add_sums(const vf (&x)[4], float* p) {
   for (int i = 0; i < 4; ++i) p[i] += sum(x[i]);
+}
+inline void add_sums(const vf (&x)[4], float* p, int n) {
+  for (int i = 0; i < n; ++i) p[i] += sum(x[i]);
 }
 #endif
 template <int J>

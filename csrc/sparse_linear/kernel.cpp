@@ -15,11 +15,13 @@ using rk::cell_bytes;
 using rk::CellType;
 using rk::chunk_cells;
 using rk::slab_rows;
+using rk::SparseGradientScratch;
 using rk::SparseItem;
 using rk::SparseLayer;
 using rk::SparseScratch;
 using rk::SparseStream;
 using rk::SparseStructure;
+using simd::tile_columns;
 
 constexpr int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
 
@@ -353,7 +355,14 @@ void multiply_rows(const SparseLayer& layer, const SparseStream& s, bool first, 
       add(0, x + (cells >> 16 & 255) * W, C::template weight<2>(q));
       add(S - 1, x + (cells >> 24) * W, C::template weight<3>(q));
     }
-    for (; n > 0; --n, ++cell, value += bytes) add(0, x + *cell * W, C::template weight<0>(C::quad(value)));
+    if (n > 0) {
+      const uint32_t cells = static_cast<uint32_t>(simd::load_word(cell));
+      const simd::Quad q = C::quad(value);
+      add(0, x + (cells & 255) * W, C::template weight<0>(q));
+      if (n > 1) add(S - 1, x + (cells >> 8 & 255) * W, C::template weight<1>(q));
+      if (n > 2) add(0, x + (cells >> 16 & 255) * W, C::template weight<2>(q));
+      cell += n, value += n * bytes;
+    }
 #pragma GCC unroll 8
     for (int v = 0; v < V; ++v)
       C::store(sums + v * lanes, S == 2 ? C::add(sum[0][v], sum[S - 1][v]) : sum[0][v]);
@@ -414,16 +423,14 @@ void multiply_block(const SparseLayer& layer, const SparseStream& s, bool first,
   }
 }
 
-// A square of sums, to floats without an activation function or with relu. `value` makes a float of a sum and
+// A tile of sums, to floats without an activation function or with relu. `value` makes a float of a sum and
 // its column of the panel. Everything stays in registers: half the time of what serves all cases.
 template <typename F>
-inline void finish_square(const int32_t* y, int64_t columns, float* to, int64_t stride, const F& value) {
-  vf square[lanes];
-#pragma GCC unroll 16
-  for (int i = 0; i < lanes; ++i) square[i] = simd::float_i(simd::load_i32(y + i * columns));
-  simd::transpose(square);
-#pragma GCC unroll 16
-  for (int i = 0; i < lanes; ++i) simd::store_f32(to + i * stride, value(square[i], i));
+inline void finish_tile(const int32_t* y, int64_t columns, float* to, int64_t stride, const F& value) {
+  vf sums[tile_columns];
+  simd::load_columns(y, columns, sums);
+#pragma GCC unroll 8
+  for (int i = 0; i < tile_columns; ++i) simd::store_f32(to + i * stride, value(sums[i], i));
 }
 
 template <CellType T>
@@ -434,18 +441,18 @@ inline void finish_plain(const SparseLayer& layer, const int32_t* y, int64_t col
   if constexpr (T == CellType::i8x4) {
     const vf scale = simd::load_f32(layer.scales + column);
     const vi sums = simd::load_i32(layer.sums + column);
-    finish_square(y, columns, to, stride, [&](vf sum, int i) {
+    finish_tile(y, columns, to, stride, [&](vf sum, int i) {
       const vi exact = simd::sub_i(simd::bits_i(sum), simd::mul_i(simd::broadcast_i(x[i].zero_point), sums));
       const vf y = simd::mul(simd::to_float(exact), simd::mul(simd::broadcast(x[i].scale), scale));
       return simd::at_least(simd::add(y, bias), least);
     });
   } else if constexpr (T == CellType::i8) {
     const vf scale = simd::load_f32(layer.scales + column);
-    finish_square(y, columns, to, stride,
-                  [&](vf sum, int) { return simd::at_least(simd::add(simd::mul(sum, scale), bias), least); });
+    finish_tile(y, columns, to, stride,
+                [&](vf sum, int) { return simd::at_least(simd::add(simd::mul(sum, scale), bias), least); });
   } else {
-    finish_square(y, columns, to, stride,
-                  [&](vf sum, int) { return simd::at_least(simd::add(sum, bias), least); });
+    finish_tile(y, columns, to, stride,
+                [&](vf sum, int) { return simd::at_least(simd::add(sum, bias), least); });
   }
 }
 
@@ -459,22 +466,21 @@ __attribute__((noinline)) void finish_band(const SparseLayer& layer, int64_t ban
   const int64_t end = layer.band_groups[band + 1] * layer.group, to = end < layer.n ? end : layer.n;
   const bool plain =
       out.type == FloatType::f32 && (layer.epilogue == Epilogue::none || layer.epilogue == Epilogue::relu);
-  for (int64_t c = 0; c < rows; c += lanes) {
+  for (int64_t c = 0; c < rows; c += tile_columns) {
     const int32_t* y = scratch.y + c;
     const RowScale* x = scratch.scales + c;
     int64_t n = from;
-    if (plain && c + lanes <= rows) {
+    if (plain && c + tile_columns <= rows) {
       float* p = static_cast<float*>(out.data) + (row + c) * stride;
       for (; n + lanes <= to; n += lanes, y += lanes * columns)
         finish_plain<T>(layer, y, columns, p + n, stride, n, x);
     }
-    const int filled = static_cast<int>(rows - c < lanes ? rows - c : lanes);
+    const int filled = static_cast<int>(rows - c < tile_columns ? rows - c : tile_columns);
     for (; n < to; n += lanes, y += lanes * columns) {
-      vf square[lanes];
-      for (int i = 0; i < lanes; ++i) square[i] = simd::float_i(simd::load_i32(y + i * columns));
-      simd::transpose(square);
-      typename C::Sum sum[lanes];
-      for (int i = 0; i < lanes; ++i) sum[i] = C::picked(simd::bits_i(square[i]));
+      vf columns_of_sums[tile_columns];
+      simd::load_columns(y, columns, columns_of_sums);
+      typename C::Sum sum[tile_columns];
+      for (int i = 0; i < tile_columns; ++i) sum[i] = C::picked(simd::bits_i(columns_of_sums[i]));
       C::finish(layer, sum, out, row + c, filled, n, x);
     }
   }
@@ -514,49 +520,124 @@ void many(const SparseLayer& layer, const FloatMatrix& in, const FloatMatrix& ou
 
 // ---- the gradient of kept weights ----
 
-constexpr int64_t gradient_columns = rk::most_panel_columns;
-
-// out[at[i]] += the product of g with from[i], for the first n of four.
-inline void add_products(const vf (&g)[gradient_columns / lanes], const float* const (&from)[4],
-                         const int64_t (&at)[4], int n, float* out) {
-  vf sum[4];
+// x of some columns of `in`, V vectors each; g of rows of `grad`; col and out of some blocks of a row of
+// them. Adds the products of one row of g with what n <= 4 pointers show.
+template <int V>
+inline void products(const vf (&g)[V], const float* const (&x)[4], vf (&sum)[4]) {
 #pragma GCC unroll 4
   for (int i = 0; i < 4; ++i) {
-    sum[i] = simd::mul(g[0], simd::load_f32(from[i]));
-#pragma GCC unroll 16
-    for (int v = 1; v < gradient_columns / lanes; ++v)
-      sum[i] = simd::fma(g[v], simd::load_f32(from[i] + v * lanes), sum[i]);
+    sum[i] = simd::mul(g[0], simd::load_f32(x[i]));
+#pragma GCC unroll 8
+    for (int v = 1; v < V; ++v) sum[i] = simd::fma(g[v], simd::load_f32(x[i] + v * lanes), sum[i]);
   }
-  if (n == 4 && at[3] == at[0] + 3) return simd::add_sums(sum, out + at[0]);
-  float sums[4] = {};
-  simd::add_sums(sum, sums);
-  for (int i = 0; i < n; ++i) out[at[i]] += sums[i];
 }
 
-void gradient(const SparseStructure& s, const FloatMatrix& grad, const FloatMatrix& in, int64_t row,
-              int64_t rows, int64_t first, int64_t last, float* x, float* g, float* floats, float* out) {
-  transpose_rows(in, row, rows, s.k, gradient_columns, floats, reinterpret_cast<int32_t*>(x));
+// One row of `grad` with the blocks from `begin` on that start before column `limit`; row: its place in them.
+// Gives the first block behind these.
+template <int V>
+inline int64_t gradient_of_row(const SparseStructure& s, const float* x, const float* g, int64_t row,
+                               int64_t begin, int64_t end, int64_t limit, float* out) {
+  constexpr int64_t W = V * lanes;
+  vf of_row[V], sum[4];
+#pragma GCC unroll 8
+  for (int v = 0; v < V; ++v) of_row[v] = simd::load_f32(g + v * lanes);
+  const int32_t* const col = s.col;
+  int64_t b = begin;
+  if (s.columns == 1 && s.rows == 1) {
+    for (; b + 4 <= end && col[b + 3] < limit; b += 4) {
+      const float* from[4] = {x + col[b] * W, x + col[b + 1] * W, x + col[b + 2] * W, x + col[b + 3] * W};
+      products(of_row, from, sum);
+      simd::add_sums(sum, out + b);
+    }
+    const float* from[4] = {x, x, x, x};
+    int n = 0;
+    for (; n < 3 && b + n < end && col[b + n] < limit; ++n) from[n] = x + col[b + n] * W;
+    if (n > 0) {
+      products(of_row, from, sum);
+      simd::add_sums(sum, out + b, n);
+    }
+    return b + n;
+  }
+  for (; b < end && col[b] * s.columns < limit; ++b) {
+    const int64_t column = col[b] * s.columns, left = s.k - column;
+    const int64_t columns = s.columns < left ? s.columns : left;
+    for (int64_t j = 0; j < columns; j += 4) {
+      const int n = static_cast<int>(columns - j < 4 ? columns - j : 4);
+      const float* at = x + (column + j) * W;
+      const float* from[4] = {at, n > 1 ? at + W : at, n > 2 ? at + 2 * W : at, n > 3 ? at + 3 * W : at};
+      products(of_row, from, sum);
+      simd::add_sums(sum, out + (b * s.rows + row) * s.columns + j, n);
+    }
+  }
+  return b;
+}
+
+// The same for four rows and blocks of one column.
+template <int V>
+inline int64_t gradient_of_four(const SparseStructure& s, const float* x, const float* g, int64_t row,
+                                int64_t begin, int64_t end, int64_t limit, float* out) {
+  constexpr int64_t W = V * lanes;
+  vf of_rows[4][V];
+#pragma GCC unroll 4
+  for (int r = 0; r < 4; ++r) {
+#pragma GCC unroll 8
+    for (int v = 0; v < V; ++v) of_rows[r][v] = simd::load_f32(g + r * W + v * lanes);
+  }
+  int64_t b = begin;
+  for (; b < end && s.col[b] < limit; ++b) {
+    const float* from = x + s.col[b] * W;
+    vf sum[4];
+#pragma GCC unroll 8
+    for (int v = 0; v < V; ++v) {
+      const vf loaded = simd::load_f32(from + v * lanes);
+#pragma GCC unroll 4
+      for (int r = 0; r < 4; ++r)
+        sum[r] = v == 0 ? simd::mul(of_rows[r][0], loaded) : simd::fma(of_rows[r][v], loaded, sum[r]);
+    }
+    simd::add_sums(sum, out + b * s.rows + row);
+  }
+  return b;
+}
+
+template <int V>
+void gradient_of(const SparseStructure& s, const FloatMatrix& grad, const FloatMatrix& in, int64_t row,
+                 int64_t rows, int64_t first, int64_t last, const SparseGradientScratch& scratch,
+                 float* out) {
+  constexpr int64_t W = V * lanes, fit = rk::block_cells * 32 / W;
+  float *const x = scratch.x, *const g = scratch.g;
+  transpose_rows(in, row, rows, s.k, W, scratch.floats, reinterpret_cast<int32_t*>(x));
   const int64_t begin = first * s.rows, end = last * s.rows < s.n ? last * s.rows : s.n;
   const int64_t size = grad.type == FloatType::f32 ? 4 : 2;
   const FloatMatrix part{static_cast<uint8_t*>(grad.data) + begin * size, grad.stride, grad.type};
-  transpose_rows(part, row, rows, end - begin, gradient_columns, floats, reinterpret_cast<int32_t*>(g));
-  for (int64_t n = begin; n < end; ++n) {
-    vf of_row[gradient_columns / lanes];
-    for (int v = 0; v < gradient_columns / lanes; ++v)
-      of_row[v] = simd::load_f32(g + (n - begin) * gradient_columns + v * lanes);
-    const float* from[4] = {x, x, x, x};
-    int64_t at[4];
-    int waiting = 0;
-    for (int64_t b = s.crow[n / s.rows]; b < s.crow[n / s.rows + 1]; ++b) {
-      const int64_t column = s.col[b] * s.columns, to = (b * s.rows + n % s.rows) * s.columns;
-      for (int64_t j = 0; j < s.columns && column + j < s.k; ++j) {
-        from[waiting] = x + (column + j) * gradient_columns;
-        at[waiting] = to + j;
-        if (++waiting == 4) add_products(of_row, from, at, waiting, out), waiting = 0;
+  transpose_rows(part, row, rows, end - begin, W, scratch.floats, reinterpret_cast<int32_t*>(g));
+  // What lies past the last row is no weight.
+  std::memset(g + (end - begin) * W, 0,
+              sizeof(float) * static_cast<size_t>((last - first) * s.rows - (end - begin)) * W);
+  for (int64_t r = first; r < last; ++r) scratch.next[r - first] = s.crow[r];
+  const bool four = s.columns == 1 && s.rows % 4 == 0;
+  // Columns of `in` that stay in L1 with all rows of weights; twice as many where a row has few weights in
+  // them, and its start and end would take longer than reads from L2.
+  const int64_t kept = (s.crow[last] - s.crow[first]) * s.columns;
+  const int64_t cells = kept * fit < 32 * (last - first) * s.k ? 2 * fit : fit;
+  for (int64_t limit = cells; limit < s.k + cells; limit += cells) {
+    for (int64_t r = first; r < last; ++r) {
+      const int64_t from = scratch.next[r - first], stop = s.crow[r + 1];
+      const float* of_rows = g + (r - first) * s.rows * W;
+      int64_t to = from;
+      for (int64_t i = 0; i < s.rows; i += four ? 4 : 1) {
+        to = four ? gradient_of_four<V>(s, x, of_rows + i * W, i, from, stop, limit, out)
+                  : gradient_of_row<V>(s, x, of_rows + i * W, i, from, stop, limit, out);
       }
+      scratch.next[r - first] = static_cast<int32_t>(to);
     }
-    if (waiting > 0) add_products(of_row, from, at, waiting, out);
   }
+}
+
+void gradient(const SparseStructure& s, const FloatMatrix& grad, const FloatMatrix& in, int64_t row,
+              int64_t rows, int64_t first, int64_t last, const SparseGradientScratch& scratch, float* out) {
+  if (rows <= 16) return gradient_of<16 / lanes>(s, grad, in, row, rows, first, last, scratch, out);
+  if (rows <= 32) return gradient_of<32 / lanes>(s, grad, in, row, rows, first, last, scratch, out);
+  gradient_of<64 / lanes>(s, grad, in, row, rows, first, last, scratch, out);
 }
 
 void all_to_floats(const FloatMatrix& m, int64_t count, float* out) {

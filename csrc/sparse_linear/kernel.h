@@ -83,6 +83,13 @@ struct SparseStructure {
   const int32_t* col;
 };
 
+struct SparseGradientScratch {
+  float* x;       // [k rounded up to 16][64]
+  float* g;       // [rows of weights rounded up to 16 and to whole blocks][64]
+  float* floats;  // [16][k, or rows of weights]
+  int32_t* next;  // [rows of blocks]
+};
+
 struct SparseLinearKernels {
   // Up to few_rows rows of `in`, slabs [first, last) of the output.
   void (*few)(const SparseLayer&, const FloatMatrix& in, const FloatMatrix& out, int64_t rows, int64_t first,
@@ -91,9 +98,9 @@ struct SparseLinearKernels {
   void (*many)(const SparseLayer&, const FloatMatrix& in, const FloatMatrix& out, int64_t row, int64_t rows,
                int64_t columns, int64_t first, int64_t last, const SparseScratch&);
   // Adds to `out` [blocks][rows][columns] the products of `rows` (up to 64) rows of `grad` [n] and `in` [k],
-  // for the block rows [first, last). x: [k][64] and g: [n][64].
+  // for the block rows [first, last).
   void (*gradient)(const SparseStructure&, const FloatMatrix& grad, const FloatMatrix& in, int64_t row,
-                   int64_t rows, int64_t first, int64_t last, float* x, float* g, float* floats, float* out);
+                   int64_t rows, int64_t first, int64_t last, const SparseGradientScratch&, float* out);
   // `count` values of 16 or 32 bits to floats, and back.
   void (*to_floats)(const FloatMatrix&, int64_t count, float* out);
   void (*from_floats)(const float*, int64_t count, const FloatMatrix& out);

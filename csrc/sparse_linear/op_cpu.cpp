@@ -360,11 +360,12 @@ struct Panel {
   int64_t row, rows, columns;
 };
 
-// Panels of 32 columns, of 64 where four rows share what is loaded; for what is left the narrowest that hold
-// it.
-std::vector<Panel> panels_of(const SparseLayer& layer, int64_t m) {
+// Panels of 32 columns, of 64 where four rows share what is loaded and there are enough for all threads
+// (those that share one fill it each); for what is left the narrowest that hold it.
+std::vector<Panel> panels_of(const SparseLayer& layer, int64_t m, int64_t threads) {
   std::vector<Panel> panels;
-  const int64_t most = layer.group == 4 ? rk::most_panel_columns : 32;
+  const bool wide = layer.group == 4 && m > rk::most_panel_columns * (threads - 1);
+  const int64_t most = wide ? rk::most_panel_columns : 32;
   for (int64_t row = 0; row < m;) {
     int64_t columns = most;
     while (columns > 16 && m - row <= columns / 2) columns /= 2;
@@ -376,7 +377,6 @@ std::vector<Panel> panels_of(const SparseLayer& layer, int64_t m) {
 
 void run_many(const SparseLayer& layer, int64_t entries, const FloatMatrix& in, const FloatMatrix& out,
               int64_t m) {
-  const std::vector<Panel> panels = panels_of(layer, m);
   // What the bands up to each one cost.
   std::vector<int64_t> costs{0};
   int64_t y_rows = 0;
@@ -387,9 +387,11 @@ void run_many(const SparseLayer& layer, int64_t entries, const FloatMatrix& in, 
                     8 * rows);
     y_rows = std::max(y_rows, round_up(rows, rk::slab_rows));
   }
+  const int64_t work = costs.back() * m;
+  const std::vector<Panel> panels = panels_of(layer, m, pieces_of(work, INT64_MAX));
   const int64_t all = static_cast<int64_t>(panels.size()) * layer.bands;
   const int64_t total = costs.back() * static_cast<int64_t>(panels.size());
-  const int64_t pieces = pieces_of(costs.back() * m, all);
+  const int64_t pieces = pieces_of(work, all);
   const auto bound = [&](int64_t p) -> int64_t {
     if (p == pieces) return all;
     const int64_t cost = total / pieces * p, panel = cost / costs.back(), part = cost % costs.back();
@@ -480,10 +482,10 @@ Tensor sparse_weight_gradient(const Tensor& grad_arg, const Tensor& input_arg, c
   const int64_t m = input.size(0), n = grad.size(1), k = input.size(1);
   check(grad.size(0) == m, "grad_output must have as many rows as input, ", m, ", but has ", grad.size(0));
   const Structure s(crow, col, n, k, block_rows, block_columns);
-  const FloatMatrix g{grad.data_ptr(), m > 1 ? grad.stride(0) : n,
-                      float_type(grad.scalar_type(), "grad_output")};
-  const FloatMatrix x{input.data_ptr(), m > 1 ? input.stride(0) : k,
-                      float_type(input.scalar_type(), "input")};
+  const FloatMatrix g_rows{grad.data_ptr(), m > 1 ? grad.stride(0) : n,
+                           float_type(grad.scalar_type(), "grad_output")};
+  const FloatMatrix x_rows{input.data_ptr(), m > 1 ? input.stride(0) : k,
+                           float_type(input.scalar_type(), "input")};
   const FloatType type = float_type(dtype, "dtype");
   std::vector<int64_t> sizes{s.blocks()};
   if (block_rows == 0) sizes = {n, (k + 3) / 4 * 2};
@@ -502,13 +504,16 @@ Tensor sparse_weight_gradient(const Tensor& grad_arg, const Tensor& input_arg, c
   };
   constexpr int64_t columns = rk::most_panel_columns;
   in_pieces(pieces, [&](int64_t p) {
-    const int64_t first = bound(p), last = bound(p + 1), own = std::min(n, last * s.rows) - first * s.rows;
+    const int64_t first = bound(p), last = bound(p + 1), own = (last - first) * s.rows;
     if (own <= 0) return;
-    const int64_t size = columns * (k + own), floats = 16 * std::max(k, own);
-    float* memory = reinterpret_cast<float*>(rk::ThreadMemory::get(4 * (size + floats)));
+    const int64_t x = columns * round_up(k, 16), g = columns * round_up(own, 16);
+    const int64_t floats = 16 * std::max(k, own);
+    float* memory = reinterpret_cast<float*>(rk::ThreadMemory::get(4 * (x + g + floats + last - first)));
+    const rk::SparseGradientScratch scratch{memory, memory + x, memory + x + g,
+                                            reinterpret_cast<int32_t*>(memory + x + g + floats)};
     for (int64_t row = 0; row < m; row += columns) {
-      kernels().gradient(structure, g, x, row, std::min(columns, m - row), first, last, memory,
-                         memory + columns * k, memory + size, to);
+      kernels().gradient(structure, g_rows, x_rows, row, std::min(columns, m - row), first, last, scratch,
+                         to);
     }
   });
   if (!direct) kernels().from_floats(to, values, {out.data_ptr(), values, type});
