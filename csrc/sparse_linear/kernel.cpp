@@ -572,10 +572,10 @@ inline int64_t gradient_of_row(const SparseStructure& s, const float* x, const f
   return b;
 }
 
-// The same for four rows and blocks of one column.
+// The same for four rows, of which n are in the matrix, and blocks of one column.
 template <int V>
 inline int64_t gradient_of_four(const SparseStructure& s, const float* x, const float* g, int64_t row,
-                                int64_t begin, int64_t end, int64_t limit, float* out) {
+                                int64_t begin, int64_t end, int64_t limit, int n, float* out) {
   constexpr int64_t W = V * lanes;
   vf of_rows[4][V];
 #pragma GCC unroll 4
@@ -594,7 +594,8 @@ inline int64_t gradient_of_four(const SparseStructure& s, const float* x, const 
       for (int r = 0; r < 4; ++r)
         sum[r] = v == 0 ? simd::mul(of_rows[r][0], loaded) : simd::fma(of_rows[r][v], loaded, sum[r]);
     }
-    simd::add_sums(sum, out + b * s.rows + row);
+    float* const to = out + b * s.rows + row;
+    n == 4 ? simd::add_sums(sum, to) : simd::add_sums(sum, to, n);
   }
   return b;
 }
@@ -610,22 +611,22 @@ void gradient_of(const SparseStructure& s, const FloatMatrix& grad, const FloatM
   const int64_t size = grad.type == FloatType::f32 ? 4 : 2;
   const FloatMatrix part{static_cast<uint8_t*>(grad.data) + begin * size, grad.stride, grad.type};
   transpose_rows(part, row, rows, end - begin, W, scratch.floats, reinterpret_cast<int32_t*>(g));
-  // What lies past the last row is no weight.
-  std::memset(g + (end - begin) * W, 0,
-              sizeof(float) * static_cast<size_t>((last - first) * s.rows - (end - begin)) * W);
   for (int64_t r = first; r < last; ++r) scratch.next[r - first] = s.crow[r];
   const bool four = s.columns == 1 && s.rows % 4 == 0;
   // Columns of `in` that stay in L1 with all rows of weights; twice as many where a row has few weights in
   // them, and its start and end would take longer than reads from L2.
   const int64_t kept = (s.crow[last] - s.crow[first]) * s.columns;
   const int64_t cells = kept * fit < 32 * (last - first) * s.k ? 2 * fit : fit;
-  for (int64_t limit = cells; limit < s.k + cells; limit += cells) {
+  for (int64_t at = cells; at < s.k + cells; at += cells) {
+    // Columns past k, as 2:4 can have them, hold no weights, as rows past n.
+    const int64_t limit = at < s.k ? at : s.k;
     for (int64_t r = first; r < last; ++r) {
-      const int64_t from = scratch.next[r - first], stop = s.crow[r + 1];
+      const int64_t from = scratch.next[r - first], stop = s.crow[r + 1], left = s.n - r * s.rows;
       const float* of_rows = g + (r - first) * s.rows * W;
       int64_t to = from;
-      for (int64_t i = 0; i < s.rows; i += four ? 4 : 1) {
-        to = four ? gradient_of_four<V>(s, x, of_rows + i * W, i, from, stop, limit, out)
+      for (int64_t i = 0; i < s.rows && i < left; i += four ? 4 : 1) {
+        const int n = static_cast<int>(left - i < 4 ? left - i : 4);
+        to = four ? gradient_of_four<V>(s, x, of_rows + i * W, i, from, stop, limit, n, out)
                   : gradient_of_row<V>(s, x, of_rows + i * W, i, from, stop, limit, out);
       }
       scratch.next[r - first] = static_cast<int32_t>(to);
