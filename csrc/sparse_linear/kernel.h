@@ -21,7 +21,8 @@ constexpr int64_t cell_bytes(CellType t) {
 
 // For few rows of activations: 16 rows of weights lie together, each in a lane of its own, and a chunk of
 // cells stays in registers, from which every lane picks its cell.
-constexpr int64_t slab_rows = 16, chunk_cells = 32, few_rows = 4;
+// few_rows at a time; up to most_few_rows that is faster than a panel.
+constexpr int64_t slab_rows = 16, chunk_cells = 32, few_rows = 4, most_few_rows = 8;
 // For many: a block of cells times the columns of a panel of activations stays in L1 (32 KB for 32 columns).
 constexpr int64_t block_cells = 256;
 constexpr int64_t most_panel_columns = 64;

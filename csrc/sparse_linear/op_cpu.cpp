@@ -63,7 +63,8 @@ class Structure {
     if (rows == 0) {
       two_of_four(crow_arg, col_arg);
     } else {
-      check(columns >= 1, "blocks must have at least one column, but have ", columns);
+      check(rows >= 1 && columns >= 1, "blocks must have at least one row and one column, but have ", rows,
+            " and ", columns);
       blocks_of(rk::Integers(crow_arg, "crow_indices"), rk::Integers(col_arg, "col_indices"));
     }
   }
@@ -76,6 +77,7 @@ class Structure {
     check(col_arg.scalar_type() == ScalarType::Byte && col_arg.dim() == 2,
           "col_indices of a 2:4 layer must be a uint8 matrix");
     const int64_t fours = (k + 3) / 4, bytes = (k + 7) / 8;
+    check(2 * n * fours <= INT32_MAX, "a layer can keep at most ", INT32_MAX, " weights");
     check(col_arg.size(0) == n && col_arg.size(1) == bytes, "col_indices of a 2:4 layer must have shape [", n,
           ", ", bytes, "], but has [", col_arg.size(0), ", ", col_arg.size(1), "]");
     const Tensor kept = col_arg.is_contiguous() ? col_arg : torch::stable::contiguous(col_arg);
@@ -231,8 +233,12 @@ class Operands {
   int64_t k() const { return header_.k; }
 
   // Below AVX-512 activations would have to be gathered, which takes longer than a panel of which little is
-  // used.
-  bool has_slabs() const { return structure_.rows % 4 == 0 || rk::isa() >= rk::Isa::avx512; }
+  // used; and where nearly nothing is kept, slabs would be mostly counts of no entries.
+  bool has_slabs() const {
+    const int64_t parts =
+        (n() + rk::slab_rows - 1) / rk::slab_rows * ((k() + rk::chunk_cells - 1) / rk::chunk_cells);
+    return parts <= values_.numel() && (structure_.rows % 4 == 0 || rk::isa() >= rk::Isa::avx512);
+  }
 
   Tensor pack(bool few) {
     header_.few = few;
@@ -423,7 +429,8 @@ Tensor run(const Tensor& packed, const FloatMatrix& in, int64_t m, const std::ve
   return out;
 }
 
-Tensor sparse_packed(const Tensor& input_arg, const Tensor& packed, int64_t out_features, ScalarType dtype) {
+// The header of a packed layer, checked.
+SparseHeader header_of(const Tensor& packed) {
   rk::check_cpu(packed, "packed");
   check(packed.scalar_type() == ScalarType::Byte && packed.dim() == 1 && packed.is_contiguous() &&
             reinterpret_cast<uintptr_t>(packed.data_ptr()) % 8 == 0,
@@ -434,6 +441,11 @@ Tensor sparse_packed(const Tensor& input_arg, const Tensor& packed, int64_t out_
   check(h.magic == rk::sparse_magic && h.version == rk::sparse_version &&
             rk::SparseParts(h).end == packed.numel(),
         "packed holds no layer of this version");
+  return h;
+}
+
+Tensor sparse_packed(const Tensor& input_arg, const Tensor& packed, int64_t out_features, ScalarType dtype) {
+  const SparseHeader h = header_of(packed);
   const Tensor input = rk::with_contiguous_rows(input_arg, "input");
   check(input.size(1) == h.k, "input must have ", h.k, " columns, but has ", input.size(1));
   check(out_features == h.n, "the layer has ", h.n, " outputs, not ", out_features);
@@ -441,6 +453,37 @@ Tensor sparse_packed(const Tensor& input_arg, const Tensor& packed, int64_t out_
   const FloatMatrix in{input.data_ptr(), m > 1 ? input.stride(0) : h.k,
                        float_type(input.scalar_type(), "input")};
   return run(packed, in, m, {m, out_features}, dtype);
+}
+
+// What stands at the places of weights in `places` is the number of the value that belongs there, from 1 on.
+Tensor sparse_repack(const Tensor& places, const Tensor& values_arg, const std::optional<Tensor>& bias) {
+  const SparseHeader h = header_of(places);
+  check(h.type == CellType::f32, "places must be packed from float32 values");
+  const Tensor values = contiguous_cpu(values_arg, "values");
+  check(values.scalar_type() == ScalarType::Float, "values must be float32, but is ",
+        rk::type_name(values.scalar_type()));
+  const rk::SparseParts at(h);
+  const Tensor out = rk::empty_tensor({at.end}, ScalarType::Byte);
+  const uint8_t* from = static_cast<const uint8_t*>(places.data_ptr());
+  uint8_t* data = static_cast<uint8_t*>(out.data_ptr());
+  rk::advise_huge_pages(data, at.end);
+  std::memcpy(data, from, static_cast<size_t>(at.value));
+  float* to_bias = reinterpret_cast<float*>(data + at.bias);
+  std::fill(to_bias, to_bias + at.padded_n, 0.0f);
+  if (bias.has_value()) {
+    const std::vector<float> floats = floats_of(*bias, "bias", h.n);
+    std::copy(floats.begin(), floats.end(), to_bias);
+  }
+  const int64_t count = values.numel(), slots = (at.end - at.value) / 4;
+  const int32_t* numbers = reinterpret_cast<const int32_t*>(from + at.value);
+  const float* value = static_cast<const float*>(values.data_ptr());
+  float* to = reinterpret_cast<float*>(data + at.value);
+  for (int64_t i = 0; i < slots; ++i) {
+    const uint32_t number = static_cast<uint32_t>(numbers[i]);
+    check(number <= count, "places name value ", number, ", but there are ", count);
+    to[i] = number == 0 ? 0.0f : value[number - 1];
+  }
+  return out;
 }
 
 Tensor sparse_pack(const Tensor& values, const Tensor& crow, const Tensor& col, int64_t out_features,
@@ -469,7 +512,7 @@ Tensor sparse_linear(const Tensor& input_arg, const Tensor& values, const Tensor
   sizes.push_back(operands.n());
   const int64_t m = input.numel() / k;
   const FloatMatrix in{input.data_ptr(), k, float_type(input.scalar_type(), "input")};
-  return run(operands.pack(m <= rk::few_rows && operands.has_slabs()), in, m, sizes, dtype);
+  return run(operands.pack(m <= rk::most_few_rows && operands.has_slabs()), in, m, sizes, dtype);
 }
 
 // ---- the gradient of kept weights ----
@@ -526,5 +569,6 @@ STABLE_TORCH_LIBRARY_IMPL(recsys_kernels, CPU, m) {
   m.impl("sparse_linear", TORCH_BOX(&sparse_linear));
   m.impl("sparse_pack", TORCH_BOX(&sparse_pack));
   m.impl("sparse_packed", TORCH_BOX(&sparse_packed));
+  m.impl("sparse_repack", TORCH_BOX(&sparse_repack));
   m.impl("sparse_weight_gradient", TORCH_BOX(&sparse_weight_gradient));
 }

@@ -67,7 +67,7 @@ Operands = tuple[
 ]
 
 # Up to this many rows of input the pack of kind 0 is the faster one.
-FEW_ROWS = 4
+FEW_ROWS = 8
 
 
 # Shape functions: they name only the arguments that decide the result. The schemas below name all of them.
@@ -82,6 +82,10 @@ def _fake_sparse_linear(
 def _fake_sparse_pack(values: torch.Tensor, *rest: Any) -> torch.Tensor:
     # How large a pack is depends on where the weights are.
     return values.new_empty(torch.library.get_ctx().new_dynamic_size(), dtype=torch.uint8)
+
+
+def _fake_sparse_repack(places: torch.Tensor, values: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    return torch.empty_like(places)
 
 
 def _fake_sparse_packed(
@@ -110,6 +114,9 @@ _backends.define(
     f"sparse_linear(Tensor input, {_LAYER}, ScalarType dtype) -> Tensor", reference.sparse_linear, _fake_sparse_linear
 )
 _backends.define(f"sparse_pack({_LAYER}, int kind) -> Tensor", reference.sparse_pack, _fake_sparse_pack)
+_backends.define(
+    "sparse_repack(Tensor places, Tensor values, Tensor? bias) -> Tensor", reference.sparse_repack, _fake_sparse_repack
+)
 _backends.define(
     "sparse_packed(Tensor input, Tensor packed, int out_features, ScalarType dtype) -> Tensor",
     reference.sparse_packed,

@@ -460,6 +460,19 @@ def sparse_pack(
     return torch.cat([part.detach().contiguous().reshape(-1).view(torch.uint8) for part in parts])
 
 
+def sparse_repack(places: torch.Tensor, values: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """What :func:`sparse_pack` gave for a layer whose values are numbers, with the values that they name, from 1 on."""
+    check(values.dtype == torch.float32, f"values must be float32, but is {values.dtype}")
+    named = _unpack(places)
+    check(named.values.dtype == torch.float32, "places must be packed from float32 values")
+    numbers = named.values.contiguous().view(torch.int32).long()
+    most = int(numbers.max()) if numbers.numel() else 0
+    check(most <= values.numel(), f"places name value {most}, but there are {values.numel()}")
+    # A number of 0 stands where no value belongs.
+    given = torch.cat([values.new_zeros(1), values.detach().reshape(-1)])[numbers]
+    return sparse_pack(given, *named[1:5], None, bias, None, named.scheme, named.activation, 0)
+
+
 def _unpack(packed: torch.Tensor) -> Layer:
     check(
         packed.dtype == torch.uint8 and packed.dim() == 1,
