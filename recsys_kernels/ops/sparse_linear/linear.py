@@ -54,8 +54,8 @@ class SparseLinear(FixedTypes):
     """``torch.nn.Linear`` with pruned weights: only those that are kept are stored, read, multiplied and trained.
 
     Weights are floats, or int8 with the arithmetic of :class:`~recsys_kernels.Int8Linear`. Sums are taken in float32
-    (int8 with one scale a row: exactly). NaN and infinity of the input go through kept weights only, but where a layer runs dense, which is
-    as ``torch.nn.Linear`` with zeros in place.
+    (int8 with one scale a row: exactly). NaN and infinity of the input go through kept weights only, but where a layer
+    runs dense, which is as ``torch.nn.Linear`` with zeros in place.
 
     State (``state_dict``): ``values`` of the kept weights, a parameter if they are floats; ``crow_indices`` and
     ``col_indices``, where they are:
@@ -67,8 +67,9 @@ class SparseLinear(FixedTypes):
 
     and ``bias`` [out_features]; of int8 layers ``weight_scale`` float32 [out_features], or [out_features, groups] of
     32, 64 or 128 columns each, and (``"static"``) ``input_qparams`` float32 [2]. What is loaded may keep any number of
-    weights, with scales of either kind; it is checked first. On the CPU the kernels read a packed copy, which is made at the first call and again when one of these was replaced or written to.
-    A layer that is being trained is compared with what was packed at every call: ``requires_grad_(False)`` ends that.
+    weights, with scales of either kind; it is checked first. On the CPU the kernels read a packed copy, which is made
+    at the first call and again when one of these was replaced or written to. A layer that is being trained is compared
+    with what was packed at every call: ``requires_grad_(False)`` ends that.
 
     Gradients go to the input, float values (at kept places only, no dense gradient exists) and bias. ``.half()`` and
     the like convert float layers; of int8 layers they choose the type of the output.

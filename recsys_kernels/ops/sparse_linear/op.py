@@ -6,8 +6,8 @@ gives the gradient of the kept weights only. ``sparse_layer`` is for compiled co
 keeps what the CPU reads instead of them from one call to the next.
 
 In every operator: ``input`` float32, float16 or bfloat16; ``values`` of the kept weights, float32, float16, bfloat16 or
-int8 (with ``weight_scale`` float32 [N], or [N, ceil(K / group)] where groups of 32, 64 or 128 columns of a row have scales
-of their own), in the order of their rows and columns. Their dimensions say what they are:
+int8 (with ``weight_scale`` float32 [N], or [N, ceil(K / group)] where groups of 32, 64 or 128 columns of a row have
+scales of their own), in the order of their rows and columns. Their dimensions say what they are:
 
 - [nnz], unstructured: ``crow_indices`` [N + 1], where each row begins, and ``col_indices`` [nnz].
 - [blocks, r, c], blocks of r rows and c columns: the same of blocks, [ceil(N / r) + 1] and [blocks]. What lies past N
@@ -16,11 +16,11 @@ of their own), in the order of their rows and columns. Their dimensions say what
   fours in the lower half of a byte: the position of the first weight in the two lower bits, that of the second, which
   is above it, in the others. ``crow_indices`` is empty. A position past K is no weight, and its value should be zero.
 
-``bias`` a float type [N]; ``input_qparams`` float32 [2], scale and zero point, for scheme 1. ``scheme``: 0 dynamic,
-1 static, 2 weight_only, which float values take; ``activation``: 0 none, 1 relu, 2 gelu, 3 sigmoid, 4 silu; ``dtype``:
-of the output. Sums are taken in float32 (schemes 0 and 1: exactly, in int32; where groups have scales, the rounded input
-and the weights are multiplied as the floats that they stand for, and summed in float32). NaN and infinity of the input reach what
-is computed from them, through kept weights (schemes 0 and 1: their row becomes NaN).
+``bias`` a float type [N]; ``input_qparams`` float32 [2], scale and zero point, for scheme 1. ``scheme``: 0 dynamic, 1
+static, 2 weight_only, which float values take; ``activation``: 0 none, 1 relu, 2 gelu, 3 sigmoid, 4 silu; ``dtype``: of
+the output. Sums are taken in float32 (schemes 0 and 1: exactly, in int32; where groups have scales, the rounded input
+and the weights are multiplied as the floats that they stand for, and summed in float32). NaN and infinity of the input
+reach what is computed from them, through kept weights (schemes 0 and 1: their row becomes NaN).
 
 Structures are checked on the CPU at every call but ``sparse_packed``. On a GPU they are not, as nobody waits for one:
 what :class:`~recsys_kernels.SparseLinear` makes or loads is checked before it gets there.
