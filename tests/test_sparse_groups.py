@@ -103,6 +103,20 @@ def test_odd_rows(implementation: str, pattern: str, scheme: int) -> None:
                 assert not out[9:12].isnan().any() or dtype == torch.float16  # 1e30 is infinite there
 
 
+def test_threads(threads: None) -> None:
+    """Each quantizes the rows for its own part of the output, and spoils that part only."""
+    torch.set_num_threads(2)
+    for pattern in ("unstructured", "block16x4", "2:4"):
+        for count, width, columns in ((4, 1500, 2000), (150, 300, 500)):
+            sample = layer(count, width, columns, pattern, DYNAMIC, 64)
+            wanted = expected_sparse_linear(sample)
+            sample.input[2, 7] = float("inf")
+            out = linear(*sample.args)
+            assert out[2].isnan().all()
+            others = torch.arange(count) != 2
+            assert_matches(out[others], wanted[others])
+
+
 @pytest.mark.parametrize("pattern", ["unstructured", "block4x4", "2:4"])
 def test_weights_only_spread_nan_where_they_are_kept(implementation: str, pattern: str) -> None:
     module, x = grouped(pattern, "weight_only"), rows(9, 150)

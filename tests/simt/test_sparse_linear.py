@@ -281,15 +281,16 @@ def test_wrong_arguments_of_gradients(kernels: Emulation) -> None:
 def test_modules(kernels: Emulation, pattern: str) -> None:
     """Layers and their gradients, which go through the transposed structure."""
     torch.manual_seed(0)
-    linear = torch.nn.Linear(30, 21)
+    linear = torch.nn.Linear(40, 21)
     module = rk.SparseLinear.from_dense(linear, 0.5 if pattern == "2:4" else 0.7, pattern, epilogue="gelu")
     integers = module.quantize("dynamic")
-    x = torch.randn(2, 5, 30, requires_grad=True)
+    groups = module.quantize("dynamic", granularity=32)
+    x = torch.randn(2, 5, 40, requires_grad=True)
 
     def results() -> list[torch.Tensor]:
         out = module(x)
         found = [module(x.detach()), out, *torch.autograd.grad(out.square().sum(), [x, *module.parameters()])]
-        return [*found, integers(x.detach())]
+        return [*found, integers(x.detach()), *torch.autograd.grad(groups(x).square().sum(), x)]
 
     # Not on packed layers, which only the CPU has: as on a GPU.
     with rk.backend("reference"):

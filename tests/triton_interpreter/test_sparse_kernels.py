@@ -278,15 +278,16 @@ def test_default_tiles() -> None:
 def test_modules(pattern: str) -> None:
     """Layers and their gradients, which go through the transposed structure."""
     torch.manual_seed(0)
-    linear = torch.nn.Linear(30, 21)
+    linear = torch.nn.Linear(40, 21)
     module = rk.SparseLinear.from_dense(linear, 0.5 if pattern == "2:4" else 0.7, pattern, epilogue="gelu")
     integers = module.quantize("dynamic")
-    x = torch.randn(2, 5, 30, requires_grad=True)
+    groups = module.quantize("dynamic", granularity=32)
+    x = torch.randn(2, 5, 40, requires_grad=True)
     results = []
     for backend in ("reference", "triton"):
         with rk.backend(backend):
             out = module(x)
             found = [module(x.detach()), out, *torch.autograd.grad(out.square().sum(), [x, *module.parameters()])]
-            results.append([*found, integers(x.detach())])
+            results.append([*found, integers(x.detach()), *torch.autograd.grad(groups(x).square().sum(), x)])
     for ours, theirs in zip(*results, strict=True):
         assert_matches(ours, theirs)
