@@ -237,6 +237,16 @@ class SparseSample:
         return values.reshape(-1) if r == c == 1 else values, crow, found.nonzero()[:, 1].int()
 
     @property
+    def scales(self) -> torch.Tensor:
+        """float64 [N, K]: of every weight its scale, 1 of floats."""
+        n, k = self.weight.shape
+        if self.weight_scale is None:
+            return torch.ones(n, k, dtype=torch.float64)
+        scale = self.weight_scale.double().reshape(n, -1)
+        group = k if scale.shape[1] == 1 else next(g for g in GROUPS if num_groups(k, g) == scale.shape[1])
+        return scale.repeat_interleave(group, 1)[:, :k]
+
+    @property
     def layer(self) -> tuple[object, ...]:
         """The arguments that sparse_pack takes before `kind`, in order."""
         options = (self.weight_scale, self.bias, self.input_qparams, self.scheme, self.activation)
@@ -296,6 +306,13 @@ def sparse_linear_samples(dtype: torch.dtype = torch.float32, small: bool = Fals
         for pattern, scheme in (("unstructured", None), ("block4x1", DYNAMIC), ("2:4", WEIGHT_ONLY)):
             samples.append(_sparse_sample(part, 19, pattern, scheme, 0.4, 1, rng, f"strided-{number}-"))
     base = samples[-2]
+    # Scales by groups of columns, some of them not whole, with few rows of input and many.
+    for number, pattern in enumerate(SPARSE_PATTERNS):
+        for at, scheme in enumerate(SCHEMES.values()):
+            width, group = ((65, 32), (130, 64), (300, 128))[(number + at) % 3]
+            x = (torch.randn((3, 19)[number % 2], width, generator=rng, dtype=torch.float64) * 2 + 0.3).to(dtype)
+            density, name = (0.3, 0.05, 1.0)[at], f"groups-of-{group}-"
+            samples.append(_sparse_sample(x, 22 - number % 2, pattern, scheme, density, number % 5, rng, name, group))
     return [*samples, *(replace(base, name=f"to-{other}", dtype=other) for other in FLOATS)]
 
 
@@ -308,6 +325,7 @@ def _sparse_sample(
     activation: int,
     rng: torch.Generator,
     name: str = "",
+    group: int = 0,
 ) -> SparseSample:
     width, shape, units = x.shape[-1], (channels, x.shape[-1]), parse_pattern(pattern)
     kept = torch.rand(-(-channels // units.rows), -(-width // units.columns), generator=rng) < density
@@ -318,13 +336,14 @@ def _sparse_sample(
     weight = torch.randint(-127, 128, shape, generator=rng, dtype=torch.int8) * kept
     if scheme is None:
         weight = (weight.double() / (50.0 * width**0.5)).to(x.dtype)
+    scales = (channels, num_groups(width, group)) if group else (channels,)
     return SparseSample(
         f"{name}{'x'.join(map(str, x.shape))}x{channels}-{pattern}-{scheme}-{density}-{activation}",
         x,
         weight,
         kept,
         pattern,
-        None if scheme is None else (torch.rand(channels, generator=rng) + 0.5) / (50.0 * width**0.5),
+        None if scheme is None else (torch.rand(scales, generator=rng) + 0.5) / (50.0 * width**0.5),
         None if channels % 4 == 0 else torch.randn(channels, generator=rng),
         torch.tensor([0.03, 117.0]) if scheme == STATIC else None,
         WEIGHT_ONLY if scheme is None else scheme,
@@ -339,13 +358,11 @@ def expected_sparse_linear(sample: SparseSample) -> torch.Tensor:
     Returns:
         float64 [..., N].
     """
-    weight = sample.weight.double().numpy()
+    weight = (sample.weight.double() * sample.scales).numpy()
     x = sample.input.float().reshape(-1, weight.shape[1]).numpy()
     out = np.zeros((x.shape[0], weight.shape[0]))
     for row, values in enumerate(x):
         integers = sample.scheme != WEIGHT_ONLY
         q, step = _quantized_by_numpy(values, sample.input_qparams) if integers else (values.astype(np.float64), 1.0)
         out[row] = weight @ q * step
-    if sample.weight_scale is not None:
-        out *= sample.weight_scale.double().numpy()
     return _finished(out, sample)

@@ -11,14 +11,20 @@ import torch
 
 from recsys_kernels.ops.linear_layers import DYNAMIC, STATIC, WEIGHT_ONLY
 from recsys_kernels.ops.sparse_linear.patterns import parse_pattern
-from recsys_kernels.testing import SparseSample
+from recsys_kernels.testing import SparseSample, assert_matches
 
 
 def layer(
-    rows: int, width: int, columns: int, pattern: str = "unstructured", scheme: int | None = None, **options: Any
+    rows: int,
+    width: int,
+    columns: int,
+    pattern: str = "unstructured",
+    scheme: int | None = None,
+    group: int = 0,
+    **options: Any,
 ) -> SparseSample:
     """A third of the blocks are kept. Without a scheme values are float32, else int8 and integers come out as they are:
-    scales are 1."""
+    scales are 1. With a group so many columns share a scale, all of which are small."""
     rng, units = torch.Generator().manual_seed(width + 3 * columns), parse_pattern(pattern)
     if units.of:
         scores = torch.rand(columns, -(-width // 4) * 4, generator=rng)
@@ -28,13 +34,16 @@ def layer(
         kept = torch.rand(-(-columns // units.rows), -(-width // units.columns), generator=rng) < 0.35
         kept = kept.repeat_interleave(units.rows, 0).repeat_interleave(units.columns, 1)[:columns, :width]
     weight = torch.randint(-128, 128, (columns, width), generator=rng, dtype=torch.int8) * kept
+    scale = torch.ones(columns)
+    if group:
+        scale = (torch.rand(columns, -(-width // group), generator=rng) + 0.5) / 128
     sample = SparseSample(
-        f"{rows}x{width}x{columns}-{pattern}-{scheme}",
+        f"{rows}x{width}x{columns}-{pattern}-{scheme}-{group}",
         torch.randn(rows, width, generator=rng),
         weight / 64.0 if scheme is None else weight,
         kept,
         pattern,
-        None if scheme is None else torch.ones(columns),
+        None if scheme is None else scale,
         None,
         torch.tensor([0.03, 117.0]) if scheme == STATIC else None,
         WEIGHT_ONLY if scheme is None else scheme,
@@ -42,11 +51,20 @@ def layer(
     return replace(sample, **options)
 
 
-def odd_rows(scheme: int, pattern: str, copies: int = 1) -> SparseSample:
+def odd_rows(scheme: int, pattern: str, copies: int = 1, group: int = 0) -> SparseSample:
     """The rows of the int8 operator's, of which SPOILED_ROWS of each dozen hold NaN and infinity."""
     rows = int8_gpu_cases.odd_rows(scheme)
     options = {"input": rows.input.repeat(copies, 1), "input_qparams": rows.input_qparams}
-    return layer(12 * copies, 40, 20, pattern, scheme, **options)
+    return layer(12 * copies, 40, 20, pattern, scheme, group, **options)
+
+
+def assert_odd_rows(out: torch.Tensor, expected: torch.Tensor) -> None:
+    """Each row by its own size; of those with NaN all is NaN, also where no weight is kept."""
+    assert out.isnan().all(1).equal(expected.isnan().all(1))
+    finite = ~expected.isnan().all(1)
+    assert not out[finite].isnan().any()
+    size = expected[finite].abs().amax(1, keepdim=True).clamp(min=2.0**-126)
+    assert_matches(out[finite] / size, (expected[finite] / size).double())
 
 
 def longest_rows(rows: int) -> SparseSample:
@@ -155,6 +173,7 @@ WRONG: list[tuple[str, Callable[[tuple[Any, ...]], tuple[Any, ...]], str]] = [
     ("too many columns", _with(k=lambda k: 65537), "at most 65536 inputs"),
     ("no scales", _with(scale=lambda s: None), "weight_scale belongs to int8 values"),
     ("scales", _with(scale=lambda s: torch.ones(4)), "weight_scale must have 5"),
+    ("groups of scales", _with(scale=lambda s: torch.ones(5, 2)), "weight_scale must have 5 values, but has shape"),
     ("type of scales", _with(scale=lambda s: s.double()), "weight_scale must be float32"),
     ("bias", _with(bias=lambda b: torch.ones(4)), "bias must have 5"),
     ("type of bias", _with(bias=lambda b: torch.ones(5, dtype=torch.int32)), "bias must be float32"),

@@ -43,14 +43,16 @@ def dense_of(module: rk.SparseLinear) -> torch.Tensor:
     state, (n, k) = module.state_dict(), (module.out_features, module.in_features)
     dense = torch.zeros(n, k, dtype=torch.float64)
     values, crow, col = (state[name].tolist() for name in ("values", "crow_indices", "col_indices"))
-    scale = state["weight_scale"].double().tolist() if "weight_scale" in state else [1.0] * n
+    scale = state["weight_scale"].double().reshape(n, -1).tolist() if "weight_scale" in state else [[1.0]] * n
+    count = len(scale[0])
+    group = k if count == 1 else next(size for size in (32, 64, 128) if -(-k // size) == count)
     if state["values"].dim() == 2:
         for row in range(n):
             for number, value in enumerate(values[row]):
                 four, second = divmod(number, 2)
                 column = 4 * four + (col[row][four // 2] >> (four % 2 * 4 + 2 * second) & 3)
                 if column < k:
-                    dense[row, column] = value * scale[row]
+                    dense[row, column] = value * scale[row][column // group]
         return dense
     for block_row in range(len(crow) - 1):
         for at in range(crow[block_row], crow[block_row + 1]):
@@ -59,5 +61,5 @@ def dense_of(module: rk.SparseLinear) -> torch.Tensor:
                 for j, value in enumerate(line):
                     row, column = block_row * len(block) + i, col[at] * len(line) + j
                     if row < n and column < k:
-                        dense[row, column] = value * scale[row]
+                        dense[row, column] = value * scale[row][column // group]
     return dense

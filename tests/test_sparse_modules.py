@@ -141,7 +141,7 @@ def test_wrong_options() -> None:
     for options, message in (
         ({"activation": "static"}, "needs input_range"),
         ({"activation": "int8"}, "activation must be 'dynamic'"),
-        ({"granularity": 32}, "granularity must be 'channel' or 'tensor', but is 32"),
+        ({"granularity": 16}, "granularity must be 'channel', 'tensor', 32, 64 or 128, but is 16"),
         ({"activation": "static", "input_range": (1.0, 1.0)}, "low < high"),
     ):
         with pytest.raises(ValueError, match=message):

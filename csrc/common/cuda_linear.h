@@ -23,12 +23,6 @@ inline void check_device(const Tensor& t, const Tensor& first, const char* name,
   }
 }
 
-inline std::string shape_of(const Tensor& t) {
-  std::string text = "(";
-  for (int64_t d = 0; d < t.dim(); ++d) text += (d > 0 ? ", " : "") + std::to_string(t.size(d));
-  return text + ")";
-}
-
 // The device of a call is the current one while it lasts, and its stream torch's current one.
 struct LinearDevice {
   int32_t index;

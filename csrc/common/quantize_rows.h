@@ -113,6 +113,39 @@ inline void from_floats(const float* x, int64_t count, const FloatMatrix& m, int
   }
 }
 
+// A row of activations as the floats that it stands for when it is quantized; zeros, and the scale NaN, if it
+// has NaN or infinity. `memory` is for 2 * k floats.
+inline RowScale quantize_floats(Scheme scheme, const RowScale& fixed, const FloatMatrix& in, int64_t row,
+                                int64_t k, float* memory, float* out) {
+  const float* floats = static_cast<const float*>(in.data) + row * in.stride;
+  if (in.type != FloatType::f32) to_floats(in, row, k, memory), floats = memory;
+  uint8_t* const q = reinterpret_cast<uint8_t*>(memory + k);
+  const RowScale of = quantize_row(scheme, fixed, floats, k, k, q);
+  const vf zero = simd::broadcast(static_cast<float>(of.zero_point));
+  const vf step = simd::broadcast(of.scale == of.scale ? of.scale : 0.0f);
+  for (int64_t i = 0; i < k; i += lanes) {
+    const int n = k - i < lanes ? static_cast<int>(k - i) : lanes;
+    simd::store_f32(out + i, simd::mul(simd::sub(simd::load_u8(q + i, n), zero), step), n);
+  }
+  return of;
+}
+
+// NaN in the columns [from, to), as far as there are `n`, of the rows whose scale is NaN.
+inline void spoil_rows(const RowScale* scales, const FloatMatrix& out, int64_t row, int64_t rows, int64_t n,
+                       int64_t from, int64_t to) {
+  for (int64_t r = 0; r < rows; ++r) {
+    if (scales[r].scale == scales[r].scale) continue;
+    for (int64_t c = from; c < to && c < n; ++c) {
+      const int64_t at = (row + r) * out.stride + c;
+      if (out.type == FloatType::f32) {
+        static_cast<float*>(out.data)[at] = scales[r].scale;
+      } else {
+        static_cast<uint16_t*>(out.data)[at] = out.type == FloatType::f16 ? 0x7e00 : 0x7fc0;
+      }
+    }
+  }
+}
+
 // Rows [row, row + rows) of `in`, of `count` words each, become the columns of x [count][columns]; the
 // columns that are left become zero.
 inline void transpose_rows(const FloatMatrix& in, int64_t row, int64_t rows, int64_t count, int64_t columns,

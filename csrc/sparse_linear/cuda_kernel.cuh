@@ -200,7 +200,7 @@ struct SparseInput {
   int32_t across;          // blocks next to each other have the same rows of input
   int32_t lanes;           // of a group
   const float* scales;     // [n] of the weights, or null
-  const float* row_scale;  // [m] of bytes
+  const float* row_scale;  // [m] of bytes, or null; NaN where a row has NaN or infinity
   const int32_t* row_zero;
   Finish finish;
 
@@ -209,8 +209,10 @@ struct SparseInput {
     if (integers) {
       const float scale = __fmul_rn(row_scale[row], load_constant<float>(scales + column));
       y = __fmul_rn(static_cast<float>(bits_as<int32_t>(y)), scale);
-    } else if (scales != nullptr) {
-      y *= load_constant<float>(scales + column);
+    } else {
+      if (scales != nullptr) y *= load_constant<float>(scales + column);
+      // Also where nothing is kept that could spread it.
+      if (row_scale != nullptr && row_scale[row] != row_scale[row]) y = NAN;
     }
     finish(row, column, y);
   }
@@ -465,6 +467,56 @@ __global__ void __launch_bounds__(sparse_lanes, Rows == 1 ? 4 : 3)
     if (r < row.rows) {
       a.store(first_row + m, row.first_row + r, results[m * (columns + 1) + c], P != Product::floats);
     }
+  }
+}
+
+// ---- scales of groups of columns ----
+
+// Weights and quantized rows become the floats that they stand for, and are multiplied as such.
+
+struct ScaleArguments {
+  const float* scales;    // [n][groups]
+  int32_t groups, shift;  // of a column, to its group
+  int64_t tiles;          // rows of weights, also those past the last one
+  float* out;             // like the values
+};
+
+// A warp takes a row of weights. Those past the end become zero.
+__global__ void __launch_bounds__(sparse_lanes)
+    scale_values_kernel(const __grid_constant__ Kept w, const __grid_constant__ ScaleArguments a) {
+  const int lane = static_cast<int>(threadIdx.x) % warp_lanes;
+  const int64_t tile = int64_t{sparse_warps} * blockIdx.x + static_cast<int>(threadIdx.x) / warp_lanes;
+  if (tile >= a.tiles) return;
+  UnitRow<1, false> row;
+  row.start(w, tile);
+  const float* const scales = a.scales + static_cast<int64_t>(row.first_row) * a.groups;
+  for (int unit = lane; unit < row.units; unit += warp_lanes) {
+    int64_t at;
+    const int column = row.column(w, unit, at);
+    const bool there = column >= 0 && row.rows > 0;
+    a.out[at] =
+        there ? static_cast<float>(w.byte(at)) * load_constant<float>(scales + (column >> a.shift)) : 0.0f;
+  }
+}
+
+struct DequantizeArguments {
+  const int8_t* q;  // [m][stride], less 128
+  int64_t stride;
+  const float* scale;  // [m]
+  const int32_t* zero;
+  float* out;  // [m][k]
+  int32_t k;
+};
+
+// A block takes a row.
+__global__ void __launch_bounds__(sparse_lanes)
+    dequantize_rows_kernel(const __grid_constant__ DequantizeArguments a) {
+  const int64_t row = blockIdx.x;
+  const float scale = load_constant<float>(a.scale + row);
+  const int shift = 128 - a.zero[row];
+  for (int k = static_cast<int>(threadIdx.x); k < a.k; k += sparse_lanes) {
+    const int q = load_constant<signed char>(reinterpret_cast<const signed char*>(a.q) + row * a.stride + k);
+    a.out[row * a.k + k] = __fmul_rn(static_cast<float>(q + shift), scale);
   }
 }
 

@@ -271,12 +271,22 @@ void few_of(const SparseLayer& layer, const FloatMatrix& out, int64_t rows, int6
   multiply_few<T, 4>(layer, x, stride, out, 0, first, last, scales);
 }
 
+// Whether rows are quantized and multiplied as floats.
+bool quantizes_floats(const SparseLayer& layer) {
+  return layer.type == CellType::f32 && layer.scheme != Scheme::weight_only;
+}
+
 void few(const SparseLayer& layer, const FloatMatrix& in, const FloatMatrix& out, int64_t rows, int64_t first,
          int64_t last, const SparseScratch& scratch) {
   const int64_t stride = layer.chunks * chunk_cells;
   for (int64_t r = 0; r < rows; ++r) {
     float* x = reinterpret_cast<float*>(scratch.x + r * stride);
     const float* floats = static_cast<const float*>(in.data) + r * in.stride;
+    if (quantizes_floats(layer)) {
+      scratch.scales[r] = quantize_floats(layer.scheme, layer.input, in, r, layer.k, scratch.floats, x);
+      std::memset(x + layer.k, 0, sizeof(float) * static_cast<size_t>(stride - layer.k));
+      continue;
+    }
     if (in.type != FloatType::f32) {
       float* converted = layer.type == CellType::i8x4 ? scratch.floats : x;
       to_floats(in, r, layer.k, converted);
@@ -292,7 +302,10 @@ void few(const SparseLayer& layer, const FloatMatrix& in, const FloatMatrix& out
   }
   switch (layer.type) {
     case CellType::f32:
-      return few_of<CellType::f32>(layer, out, rows, first, last, scratch);
+      few_of<CellType::f32>(layer, out, rows, first, last, scratch);
+      if (quantizes_floats(layer))
+        spoil_rows(scratch.scales, out, 0, rows, layer.n, first * slab_rows, last * slab_rows);
+      return;
     case CellType::f16:
       return few_of<CellType::f16>(layer, out, rows, first, last, scratch);
     case CellType::bf16:
@@ -308,6 +321,13 @@ void few(const SparseLayer& layer, const FloatMatrix& in, const FloatMatrix& out
 
 void fill_panel(const SparseLayer& layer, const FloatMatrix& in, int64_t row, int64_t rows, int64_t columns,
                 const SparseScratch& scratch) {
+  if (quantizes_floats(layer)) {
+    float* const x = reinterpret_cast<float*>(scratch.bytes);
+    for (int64_t r = 0; r < rows; ++r)
+      scratch.scales[r] =
+          quantize_floats(layer.scheme, layer.input, in, row + r, layer.k, scratch.floats, x + r * layer.k);
+    return transpose_rows({x, layer.k, FloatType::f32}, 0, rows, layer.k, columns, nullptr, scratch.x);
+  }
   if (layer.type != CellType::i8x4)
     return transpose_rows(in, row, rows, layer.k, columns, scratch.floats, scratch.x);
   const int64_t stride = 4 * layer.cells;
@@ -506,7 +526,11 @@ void many(const SparseLayer& layer, const FloatMatrix& in, const FloatMatrix& ou
   fill_panel(layer, in, row, rows, columns, scratch);
   switch (layer.type) {
     case CellType::f32:
-      return many_of<CellType::f32>(layer, out, row, rows, columns, first, last, scratch);
+      many_of<CellType::f32>(layer, out, row, rows, columns, first, last, scratch);
+      if (quantizes_floats(layer))
+        spoil_rows(scratch.scales, out, row, rows, layer.n, layer.band_groups[first] * layer.group,
+                   layer.band_groups[last] * layer.group);
+      return;
     case CellType::f16:
       return many_of<CellType::f16>(layer, out, row, rows, columns, first, last, scratch);
     case CellType::bf16:

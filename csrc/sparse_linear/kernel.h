@@ -42,7 +42,9 @@ struct SparseStream {
 struct SparseLayer {
   int64_t n, k, cells, group;
   CellType type;
-  Scheme scheme;  // of i8x4; weight_only for all other types
+  // Of f32: how rows are quantized before they are taken as floats again; weight_only for other types of
+  // floats.
+  Scheme scheme;
   Epilogue epilogue;
   RowScale input;       // of a static scheme
   const float* scales;  // [padded n], or null
@@ -72,8 +74,8 @@ struct SparseLayer {
 struct SparseScratch {
   int32_t* x;        // [cells rounded up to chunk_cells][panel columns, or few_rows]
   int32_t* y;        // [rows of the largest band, a multiple of 16][panel columns]; many
-  float* floats;     // [16][k]: activations of another float type
-  uint8_t* bytes;    // [panel columns][4 * cells]: quantized activations
+  float* floats;     // [16][k]: activations of another float type, or bytes that become floats again
+  uint8_t* bytes;    // [panel columns][4 * cells]: quantized activations, of f32 as floats
   RowScale* scales;  // [panel columns]
 };
 

@@ -216,12 +216,7 @@ class Operands {
             in_features);
       header_.type = CellType::i8x4;
     }
-    header_.has_scales = quantized;
-    if (quantized) {
-      check(weight_scale->scalar_type() == ScalarType::Float, "weight_scale must be float32, but is ",
-            rk::type_name(weight_scale->scalar_type()));
-      scales_ = floats_of(*weight_scale, "weight_scale", out_features);
-    }
+    if (quantized) take_scales(*weight_scale);
     if (bias.has_value()) bias_ = floats_of(*bias, "bias", out_features);
     check((scheme == 1) == input_qparams.has_value(),
           "input_qparams belong to scheme 1 (static), and to no other");
@@ -242,9 +237,15 @@ class Operands {
 
   Tensor pack(bool few) {
     header_.few = few;
-    const rk::SparseWeights weights{
-        structure_.n,           structure_.k,          structure_.rows,    structure_.columns,
-        structure_.crow.data(), structure_.col.data(), values_.data_ptr(), cell_type(values_.scalar_type())};
+    const std::vector<float> floats = group_ > 0 ? scaled_values() : std::vector<float>();
+    const rk::SparseWeights weights{structure_.n,
+                                    structure_.k,
+                                    structure_.rows,
+                                    structure_.columns,
+                                    structure_.crow.data(),
+                                    structure_.col.data(),
+                                    group_ > 0 ? floats.data() : values_.data_ptr(),
+                                    group_ > 0 ? CellType::f32 : cell_type(values_.scalar_type())};
     const rk::SparseEntries entries(weights, header_.type == CellType::i8x4);
     header_.group = static_cast<int32_t>(entries.group);
     return few ? written(rk::FewPacker(entries, header_), entries)
@@ -264,6 +265,38 @@ class Operands {
             values_.dim() == 3 ? "blocks" : "elements", " as col_indices, ", entries, ", but has ",
             values_.size(0));
     }
+  }
+
+  void take_scales(const Tensor& scale) {
+    check(scale.scalar_type() == ScalarType::Float, "weight_scale must be float32, but is ",
+          rk::type_name(scale.scalar_type()));
+    group_ = rk::scale_group(scale, structure_.n, structure_.k);
+    const Tensor given = contiguous_cpu(scale, "weight_scale");
+    const float* data = static_cast<const float*>(given.data_ptr());
+    scales_.assign(data, data + given.numel());
+    header_.has_scales = group_ == 0;
+    // One sum of integers would not do: they are multiplied as the floats that they stand for.
+    if (group_ > 0) header_.type = CellType::f32;
+  }
+
+  // The values times the scales of their groups of columns.
+  std::vector<float> scaled_values() const {
+    const Structure& s = structure_;
+    const int8_t* values = static_cast<const int8_t*>(values_.data_ptr());
+    std::vector<float> out(static_cast<size_t>(values_.numel()));
+    const int64_t groups = (s.k + group_ - 1) / group_;
+    float* to = out.data();
+    for (int64_t row = 0; row + 1 < static_cast<int64_t>(s.crow.size()); ++row) {
+      for (int64_t b = s.crow[row]; b < s.crow[row + 1]; ++b) {
+        for (int64_t r = 0; r < s.rows; ++r) {
+          // What lies past the end is no weight.
+          const float* scales = scales_.data() + std::min(s.n - 1, row * s.rows + r) * groups;
+          for (int64_t c = 0, column = s.col[b] * s.columns; c < s.columns; ++c, ++column)
+            *to++ = static_cast<float>(*values++) * scales[std::min(s.k - 1, column) / group_];
+        }
+      }
+    }
+    return out;
   }
 
   void set_input(const std::vector<float>& pair) {
@@ -303,6 +336,7 @@ class Operands {
   Tensor values_;
   Structure structure_;
   SparseHeader header_{};
+  int64_t group_ = 0;  // of columns that share a scale; 0: each row has one
   std::vector<float> scales_, bias_;
 };
 

@@ -162,10 +162,7 @@ class Layer {
     check(values_.dim() == 2 || values_.size(0) == kept.count, "values must have as many ",
           values_.dim() == 1 ? "elements" : "blocks", " as col_indices, ", kept.count, ", but has ",
           values_.size(0));
-    kept.values = static_cast<const char*>(values_.data_ptr());
-    kept.type = value_type(values_.scalar_type());
-    const uintptr_t alignment = kept.type == ValueType::i8 ? 4 : kept.type == ValueType::f32 ? 16 : 8;
-    kept.wide = reinterpret_cast<uintptr_t>(kept.values) % alignment == 0;
+    set_values(values_);
     check(scheme_arg >= 0 && scheme_arg <= 2,
           "scheme must be 0 (dynamic), 1 (static) or 2 (weight_only), but is ", scheme_arg);
     check(activation >= 0 && activation <= 4,
@@ -175,21 +172,46 @@ class Layer {
     check(quantized == weight_scale.has_value(), "weight_scale belongs to int8 values, and to no other");
     check(quantized || scheme == Scheme::weight_only,
           "float values take scheme 2 (weight only), but scheme is ", scheme_arg);
-    check(!integers() || kept.k <= max_k, "int8 products take at most ", max_k,
+    check(!quantizes() || kept.k <= max_k, "int8 products take at most ", max_k,
           " inputs (beyond, sums overflow int32), but in_features is ", kept.k);
-    if (weight_scale.has_value()) scales_ = vector(*weight_scale, "weight_scale", kept.n, true);
+    if (weight_scale.has_value()) {
+      check(weight_scale->scalar_type() == ScalarType::Float, "weight_scale must be float32, but is ",
+            rk::type_name(weight_scale->scalar_type()));
+      rk::check_device(*weight_scale, values_, "weight_scale", "values");
+      group = rk::scale_group(*weight_scale, kept.n, kept.k);
+      scales_ = contiguous_of(*weight_scale);
+    }
     if (bias.has_value()) bias_ = vector(*bias, "bias", kept.n, false);
     check((scheme == Scheme::fixed) == input_qparams.has_value(),
           "input_qparams (scale and zero point) belong to scheme 1 (static), and to no other");
     if (input_qparams.has_value()) qparams_ = vector(*input_qparams, "input_qparams", 2, true);
   }
 
-  bool integers() const { return scheme != Scheme::weight_only; }
+  // Makes floats of values whose groups of columns have scales of their own.
+  void scale_values(const Device& device) {
+    Kept of_rows = structure.kept;
+    of_rows.tiles = of_rows.rows;
+    const Tensor out = device.empty(structure.value_shape(), ScalarType::Float);
+    const int64_t tiles = ceil_divide(of_rows.n, of_rows.rows) * of_rows.rows;
+    const rk::ScaleArguments a{data(scales_), static_cast<int32_t>(ceil_divide(of_rows.k, group)),
+                               group == 32   ? 5
+                               : group == 64 ? 6
+                                             : 7,
+                               tiles, static_cast<float*>(out.data_ptr())};
+    RK_LAUNCH(rk::scale_values_kernel, grid_of(ceil_divide(tiles, rk::sparse_warps), 1),
+              dim3(rk::sparse_lanes), 0, device.stream, of_rows, a);
+    set_values(out);
+    values_ = out;
+  }
+
+  // Whether rows are quantized, and whether they are multiplied as bytes.
+  bool quantizes() const { return scheme != Scheme::weight_only; }
+  bool integers() const { return quantizes() && group == 0; }
   Product product() const {
     if (!integers()) return Product::floats;
     return structure.kept.two_of_four || structure.kept.columns % 4 == 0 ? Product::fours : Product::bytes;
   }
-  const float* scales() const { return data(scales_); }
+  const float* scales() const { return group == 0 ? data(scales_) : nullptr; }
   const float* qparams() const { return data(qparams_); }
   rk::Finish finish(const Tensor& out, FloatType type) const {
     return {bias_.has_value() ? bias_->data_ptr() : nullptr,
@@ -215,6 +237,14 @@ class Layer {
     return contiguous_of(values);
   }
 
+  void set_values(const Tensor& values) {
+    Kept& kept = structure.kept;
+    kept.values = static_cast<const char*>(values.data_ptr());
+    kept.type = value_type(values.scalar_type());
+    const uintptr_t alignment = kept.type == ValueType::i8 ? 4 : kept.type == ValueType::f32 ? 16 : 8;
+    kept.wide = reinterpret_cast<uintptr_t>(kept.values) % alignment == 0;
+  }
+
   Tensor vector(const Tensor& t, const char* name, int64_t count, bool only_float32) const {
     if (only_float32) {
       check(t.scalar_type() == ScalarType::Float, name, " must be float32, but is ",
@@ -238,6 +268,7 @@ class Layer {
   Structure structure;
   Scheme scheme;
   rk::Epilogue epilogue;
+  int64_t group = 0;  // of columns that share a scale; 0: a row has one
 };
 
 // As many lanes as there is work for, a power of two.
@@ -330,11 +361,25 @@ void run(const Layer& layer, const Rows& x, int64_t first, int64_t m, const rk::
   std::optional<rk::QuantizedRows> quantized;
   std::optional<Transposed> transposed;
   int64_t size = size_of(x.type), columns = k;
-  if (layer.integers()) {
+  std::optional<Tensor> floats;
+  if (layer.quantizes()) {
     quantized.emplace(x, first, m, k, layer.qparams(), device);
-    a.x = reinterpret_cast<const char*>(quantized->q), a.stride = quantized->stride;
     a.row_scale = quantized->scale, a.row_zero = quantized->zero;
-    size = 4, columns = ceil_divide(k, 4);
+    size = 4;
+  }
+  if (layer.integers()) {
+    a.x = reinterpret_cast<const char*>(quantized->q), a.stride = quantized->stride;
+    columns = ceil_divide(k, 4);
+  } else if (layer.quantizes()) {
+    floats = device.empty({m * k}, ScalarType::Float);
+    a.x = static_cast<const char*>(floats->data_ptr()), a.stride = 4 * k, a.type = FloatType::f32;
+    const rk::DequantizeArguments of{quantized->q,
+                                     quantized->stride,
+                                     quantized->scale,
+                                     quantized->zero,
+                                     static_cast<float*>(floats->data_ptr()),
+                                     static_cast<int32_t>(k)};
+    RK_LAUNCH(rk::dequantize_rows_kernel, grid_of(m, 1), dim3(rk::sparse_lanes), 0, device.stream, of);
   }
   if (!few) {
     transposed.emplace(a.x, a.stride, size, m, columns, device);
@@ -349,8 +394,8 @@ Tensor sparse_linear(const Tensor& input, const Tensor& values, const Tensor& cr
                      int64_t scheme, int64_t activation, ScalarType dtype) {
   float_type(input.scalar_type(), "input");
   const FloatType out_type = float_type(dtype, "dtype");
-  const Layer layer(values, crow, col, out_features, in_features, weight_scale, bias, input_qparams, scheme,
-                    activation);
+  Layer layer(values, crow, col, out_features, in_features, weight_scale, bias, input_qparams, scheme,
+              activation);
   const int64_t dim = input.dim(), n = out_features, k = in_features;
   check(dim >= 1, "input must have at least 1 dimension, but has 0");
   rk::check_device(input, values, "input", "values");
@@ -362,6 +407,7 @@ Tensor sparse_linear(const Tensor& input, const Tensor& values, const Tensor& cr
   sizes.push_back(n);
   const Tensor out = device.empty(sizes, dtype);
   if (out.numel() == 0) return out;
+  if (layer.group > 0) layer.scale_values(device);
   const Rows x(input, k, "input");
   const int64_t step = std::max<int64_t>(128, at_once / k / 128 * 128);
   for (int64_t first = 0; first < x.m; first += step) {

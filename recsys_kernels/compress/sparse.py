@@ -123,8 +123,7 @@ def leave_dense(plan: Plan, batch_size: int | None, timed: bool) -> None:
 def _is_faster_dense(new: SparseLinear, count: int | None) -> bool:
     if not runs_packed(new.values):
         return False
-    values, *_, out_features, in_features, _, _, _, scheme, _ = new.operands()
-    few, many = runs_dense(values, out_features, in_features, scheme)
+    few, many = runs_dense(new.operands())
     if count is None:
         return few and many
     return many if count > FEW_ROWS else few

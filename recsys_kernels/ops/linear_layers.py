@@ -23,6 +23,8 @@ MODULES: dict[str, type[torch.nn.Module]] = {
     "silu": torch.nn.SiLU,
 }
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+# Columns of K that can share a scale.
+GROUPS = (32, 64, 128)
 # 255 * 128 * 65536 < 2^31: no sum of a row overflows int32.
 MAX_IN_FEATURES = 1 << 16
 # Below it the reciprocal of a scale, or a product of two scales, would leave float32's range.

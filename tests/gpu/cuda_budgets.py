@@ -58,6 +58,9 @@ BUDGETS: dict[str, Budget] = {
     "many_rows_kernel<4, (Product)1>": Budget(_everywhere(80), 17920, 2, needs={"IDP": 40}),
     "many_rows_kernel<4, (Product)2>": Budget(_everywhere(80), 17920, 2, needs={"IDP": 40}),
     "transpose_kernel": Budget(_everywhere(32), 5248, 0),
+    # Where groups of columns have scales of their own: weights, and quantized rows, to floats.
+    "scale_values_kernel": Budget(_everywhere(32), 0, 0),
+    "dequantize_rows_kernel": Budget(_everywhere(32), 0, 0),
     "weight_gradient_kernel<1>": Budget(_everywhere(48), 1024, 2),
     "weight_gradient_kernel<4>": Budget(_everywhere(64), 1024, 2),
 }

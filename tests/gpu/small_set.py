@@ -81,9 +81,10 @@ def sparse_layers(device: torch.device) -> int:
         for rows in (3, 20):
             for scheme in (None, DYNAMIC, WEIGHT_ONLY):
                 test_sparse_kernels.test_forward(layer(rows, 41, 21, pattern, scheme))
+            test_sparse_kernels.test_forward(layer(rows, 41, 21, pattern, DYNAMIC, 32))
     for case in test_sparse_kernels.GRADIENTS:
         test_sparse_kernels.test_weight_gradient(case)
-    return 6 * len(SPARSE_PATTERNS) + len(test_sparse_kernels.GRADIENTS)
+    return 8 * len(SPARSE_PATTERNS) + len(test_sparse_kernels.GRADIENTS)
 
 
 def wrong_input(device: torch.device, lookups_only: bool, modes: tuple[str, ...]) -> int:

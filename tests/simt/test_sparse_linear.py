@@ -10,6 +10,7 @@ from int8_gpu_cases import NOT_VALID, SPOILED_ROWS
 from sparse_gpu_cases import (
     WRONG,
     WRONG_STRUCTURES,
+    assert_odd_rows,
     expected_spoiled,
     gradient_case,
     int32,
@@ -118,6 +119,24 @@ def test_odd_rows(kernels: Emulation, seed: int, scheme: int) -> None:
             assert not out[[0, 5, 9]].isnan().any()
 
 
+@pytest.mark.parametrize("pattern", SPARSE_PATTERNS)
+def test_groups(kernels: Emulation, seed: int, pattern: str) -> None:
+    """Scales by groups of columns, of which the last is not whole, and blocks lie in two; and rows with NaN."""
+    kernels.seed(seed)
+    run = kernels.operator("sparse_linear")
+    for number, (rows, width, columns) in enumerate(((3, 72, 21), (18, 150, 5), (2, 257, 5))):
+        for scheme in (DYNAMIC, STATIC, WEIGHT_ONLY):
+            sample = layer(rows, width, columns, pattern, scheme, (32, 64, 128)[number], bias=torch.ones(columns))
+            with named(sample):
+                assert_matches(run(*sample.args), expected_sparse_linear(sample))
+    for scheme in (DYNAMIC, STATIC):
+        for copies in (1, 2):
+            sample = odd_rows(scheme, pattern, copies, 32)
+            sparser = torch.arange(20).unsqueeze(1) % 16 < 9  # some rows of weights keep nothing
+            sample = replace(sample, weight=sample.weight * sparser, kept=sample.kept & sparser)
+            assert_odd_rows(run(*sample.args), reference.sparse_linear(*sample.args))
+
+
 @pytest.mark.parametrize("rows", [1, 17])
 def test_longest_rows(kernels: Emulation, rows: int) -> None:
     if rows == 1 or BUILD == "checked":
@@ -171,6 +190,8 @@ def test_alignments(kernels: Emulation, dtype: torch.dtype) -> None:
 def test_static_numbers_that_are_not_valid(kernels: Emulation) -> None:
     for numbers in NOT_VALID:
         sample = replace(layer(3, 20, 5, scheme=STATIC), input_qparams=torch.tensor(numbers))
+        grouped = replace(layer(3, 40, 5, scheme=STATIC, group=32), input_qparams=torch.tensor(numbers))
+        assert kernels.operator("sparse_linear")(*grouped.args).isnan().all()
         assert kernels.operator("sparse_linear")(*sample.args).isnan().all()
 
 
@@ -204,6 +225,9 @@ def test_wrong_structures_read_nothing_outside(kernels: Emulation, name: str) ->
         assert ((out >= 0) & (out <= 25)).all()
         if BUILD == "checked" and "columns" not in name:
             continue  # rows that overlap are written twice, and that would be reported
+        x = torch.ones(rows, 40)
+        out = run(x, of_bytes, crow, col, 12, 40, torch.ones(12, 2), None, None, DYNAMIC, 0, F32)
+        assert ((out >= 0) & (out <= 25)).all()
         gradient(torch.ones(rows, 3), x, crow, col, 1, 1, F32)
         gradient(torch.ones(rows, 12), x, crow, col, 4, 4, F32)
 
@@ -257,15 +281,16 @@ def test_wrong_arguments_of_gradients(kernels: Emulation) -> None:
 def test_modules(kernels: Emulation, pattern: str) -> None:
     """Layers and their gradients, which go through the transposed structure."""
     torch.manual_seed(0)
-    linear = torch.nn.Linear(30, 21)
+    linear = torch.nn.Linear(40, 21)
     module = rk.SparseLinear.from_dense(linear, 0.5 if pattern == "2:4" else 0.7, pattern, epilogue="gelu")
     integers = module.quantize("dynamic")
-    x = torch.randn(2, 5, 30, requires_grad=True)
+    groups = module.quantize("dynamic", granularity=32)
+    x = torch.randn(2, 5, 40, requires_grad=True)
 
     def results() -> list[torch.Tensor]:
         out = module(x)
         found = [module(x.detach()), out, *torch.autograd.grad(out.square().sum(), [x, *module.parameters()])]
-        return [*found, integers(x.detach())]
+        return [*found, integers(x.detach()), *torch.autograd.grad(groups(x).square().sum(), x)]
 
     # Not on packed layers, which only the CPU has: as on a GPU.
     with rk.backend("reference"):

@@ -13,6 +13,7 @@ from sparse_gpu_cases import (
     WRONG,
     WRONG_STRUCTURES,
     GradientCase,
+    assert_odd_rows,
     expected_spoiled,
     gradient_case,
     int32,
@@ -103,6 +104,29 @@ def test_odd_rows(pattern: str, scheme: int) -> None:
     assert not many[[0, 5, 9]].isnan().any()
 
 
+@pytest.mark.parametrize("pattern", SPARSE_PATTERNS)
+def test_groups(pattern: str) -> None:
+    """Scales by groups of columns, of which the last is not whole, and blocks lie in two."""
+    for number, (rows, width, columns) in enumerate(((3, 72, 21), (18, 150, 5), (2, 257, 5))):
+        for scheme in (DYNAMIC, STATIC, WEIGHT_ONLY):
+            sample = layer(rows, width, columns, pattern, scheme, (32, 64, 128)[number], bias=torch.ones(columns))
+            sample = replace(sample, input=sample.input.to((F32, F16, BF16)[number]))
+            assert_matches(kernels.sparse_linear(*sample.args), expected_sparse_linear(sample))
+
+
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # numpy's, of the interpreter
+@pytest.mark.parametrize("scheme", [DYNAMIC, STATIC])
+@pytest.mark.parametrize("pattern", ["unstructured", "block16x4", "2:4"])
+def test_odd_rows_of_groups(pattern: str, scheme: int) -> None:
+    sample = odd_rows(scheme, pattern, group=32)
+    sparser = torch.arange(20).unsqueeze(1) % 16 < 9  # some rows of weights keep nothing
+    sample = replace(sample, weight=sample.weight * sparser, kept=sample.kept & sparser)
+    assert_odd_rows(kernels.sparse_linear(*sample.args), reference.sparse_linear(*sample.args))
+    few = replace(sample, input=sample.input[4:9])
+    assert_odd_rows(kernels.sparse_linear(*few.args), reference.sparse_linear(*few.args))
+    assert kernels.sparse_linear(*replace(sample, input=sample.input[:0]).args).shape == (0, 20)
+
+
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # numpy's, of the interpreter
 @pytest.mark.parametrize("dtype", [F32, F16], ids=str)
 @pytest.mark.parametrize("pattern", ["unstructured", "block4x1", "block16x4", "2:4"])
@@ -170,6 +194,8 @@ def test_static_numbers_that_are_not_valid(scale: float, zero: float) -> None:
     sample = replace(layer(3, 20, 5, scheme=STATIC), input_qparams=torch.tensor([scale, zero]))
     with pytest.raises(RuntimeError, match="input_qparams"):
         reference.sparse_linear(*sample.args)
+    assert kernels.sparse_linear(*sample.args).isnan().all()
+    sample = replace(layer(3, 40, 5, scheme=STATIC, group=32), input_qparams=torch.tensor([scale, zero]))
     assert kernels.sparse_linear(*sample.args).isnan().all()
 
 
@@ -252,15 +278,16 @@ def test_default_tiles() -> None:
 def test_modules(pattern: str) -> None:
     """Layers and their gradients, which go through the transposed structure."""
     torch.manual_seed(0)
-    linear = torch.nn.Linear(30, 21)
+    linear = torch.nn.Linear(40, 21)
     module = rk.SparseLinear.from_dense(linear, 0.5 if pattern == "2:4" else 0.7, pattern, epilogue="gelu")
     integers = module.quantize("dynamic")
-    x = torch.randn(2, 5, 30, requires_grad=True)
+    groups = module.quantize("dynamic", granularity=32)
+    x = torch.randn(2, 5, 40, requires_grad=True)
     results = []
     for backend in ("reference", "triton"):
         with rk.backend(backend):
             out = module(x)
             found = [module(x.detach()), out, *torch.autograd.grad(out.square().sum(), [x, *module.parameters()])]
-            results.append([*found, integers(x.detach())])
+            results.append([*found, integers(x.detach()), *torch.autograd.grad(groups(x).square().sum(), x)])
     for ours, theirs in zip(*results, strict=True):
         assert_matches(ours, theirs)

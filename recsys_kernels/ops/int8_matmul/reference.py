@@ -18,6 +18,7 @@ from ..linear_layers import (  # noqa: F401  (named here by what runs these oper
     EPILOGUES,
     FLOATS,
     GELU,
+    GROUPS,
     MAX_IN_FEATURES,
     MIN_SCALE,
     NONE,
@@ -37,8 +38,6 @@ from ..linear_layers import (  # noqa: F401  (named here by what runs these oper
 from ..linear_layers import check as _check
 from ..linear_layers import check_floats as _check_floats
 from ..linear_layers import check_width as _check_width
-
-GROUPS = (32, 64, 128)
 
 # A packed layer: "RCK8", and the number of output channels that lie side by side.
 _MAGIC, _VERSION, _LANES = 0x384B4352, 1, 16

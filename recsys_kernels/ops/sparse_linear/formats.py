@@ -90,36 +90,38 @@ def to_dense(stored: Stored, out_features: int, in_features: int) -> torch.Tenso
     return reference.to_dense(Layer(*stored, out_features, in_features, None, None, None, 0, 0))
 
 
-def rows_of(stored: Stored, out_features: int) -> torch.Tensor:
-    """The output row of each value, int64 in the shape of the values; the last one's of those that lie past it."""
-    values, crow, _ = stored
-    if values.dim() == 2:
-        return torch.arange(values.shape[0], device=values.device).unsqueeze(1).expand_as(values)
-    rows = block_shape(values)[0]
-    numbers = torch.arange(crow.shape[0] - 1, device=values.device) * rows
-    first = torch.repeat_interleave(numbers, crow.long().diff(), output_size=values.shape[0])
-    if values.dim() == 1:
-        return first
-    inner = torch.arange(rows, device=values.device).unsqueeze(1)
-    return (first.reshape(-1, 1, 1) + inner).clamp(max=out_features - 1).expand_as(values)
+def quantize(
+    stored: Stored, out_features: int, in_features: int, granularity: str | int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Symmetric int8 values in [-127, 127] and their float32 scales: max|w| / 127.
 
+    Args:
+        granularity: ``"channel"``, ``"tensor"`` or how many columns share a scale.
 
-def quantize(stored: Stored, out_features: int, granularity: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Symmetric int8 values in [-127, 127] and their float32 scales [N]: max|w| / 127.
+    Returns:
+        int8 like the values, and [N], or [N, groups] where a row has more than one group of columns.
 
     Raises:
         ValueError: a row holds NaN or infinity (named).
     """
-    values, rows = stored.values.detach().float(), rows_of(stored, out_features)
+    values = stored.values.detach().float()
+    rows, columns = reference.places(*stored, out_features, in_features)
     bad = ~torch.isfinite(values)
     if bad.any():
-        raise ValueError(f"row {int(rows[bad].min())} of values holds NaN or infinity and can't be quantized")
-    largest = values.new_zeros(out_features)
-    largest.scatter_reduce_(0, rows.reshape(-1), values.abs().reshape(-1), "amax")
+        row = int(rows.expand_as(values)[bad].min())
+        raise ValueError(f"row {row} of values holds NaN or infinity and can't be quantized")
+    groups, at = 1, rows
+    if isinstance(granularity, int) and in_features > granularity:
+        groups = -(-in_features // granularity)
+        at = rows * groups + columns // granularity
+    at = at.expand_as(values)
+    largest = values.new_zeros(out_features * groups)
+    largest.scatter_reduce_(0, at.reshape(-1), values.abs().reshape(-1), "amax")
     if granularity == "tensor":
         largest = largest.amax().expand(out_features)
     scale = (largest / 127.0).clamp(min=MIN_SCALE)
-    return torch.round(values / scale[rows]).clamp(-127.0, 127.0).to(torch.int8), scale
+    q = torch.round(values / scale[at]).clamp(-127.0, 127.0).to(torch.int8)
+    return q, scale.reshape(out_features, groups) if groups > 1 else scale
 
 
 def kept_weights(weight: torch.Tensor, sparsity: float | None, pattern: Pattern) -> torch.Tensor:

@@ -31,12 +31,11 @@ class Prepared:
     __slots__ = ("_dense", "_few_kind", "_in_features", "packs", "runs_dense")
 
     def __init__(self, layer: Operands) -> None:
-        values, _, _, out_features, in_features, *_, scheme, _ = layer
         self.packs: list[torch.Tensor | None] = [None, None]
         self._dense: torch.Tensor | None = None
-        self._in_features = in_features
-        self.runs_dense = runs_dense(values, out_features, in_features, scheme)
-        self._few_kind = 0 if crossover.has_slabs(reference.block_shape(values)[0]) else 1
+        self._in_features = layer[4]
+        self.runs_dense = runs_dense(layer)
+        self._few_kind = 0 if crossover.has_slabs(reference.block_shape(layer[0])[0]) else 1
 
     def pack(self, many: bool, input: torch.Tensor) -> torch.Tensor | None:
         """What the kernels of a layer read for this 2-D input, if it has been made: of int8 layers that run dense, the
@@ -74,7 +73,9 @@ class Prepared:
                 if scale is None:
                     dense = dense.float()
                 else:
-                    parts = (dense, scale.unsqueeze(1), 0, None if bias is None else bias.float(), qparams)
+                    group = reference.scale_group(out_features, in_features, scale.shape)
+                    scales = scale.reshape(out_features, -1)
+                    parts = (dense, scales, group, None if bias is None else bias.float(), qparams)
                     dense = _backends.implementation("int8_pack", dense)(*parts, scheme, activation)
             self._dense = dense
         if scale is None:
@@ -87,12 +88,22 @@ class Prepared:
         return out.reshape(*input.shape[:-1], out_features)
 
 
-def runs_dense(values: torch.Tensor, out_features: int, in_features: int, scheme: int) -> tuple[bool, bool]:
+def limits(layer: Operands) -> tuple[float, float]:
+    """The densities above which such layers run dense at present, for few and for many rows of input."""
+    values, _, _, out_features, in_features, scale, _, _, scheme, _ = layer
+    grouped = scale is not None and reference.scale_group(out_features, in_features, scale.shape) > 0
+    # Those with scales of groups are packed as floats.
+    dtype = torch.float32 if grouped else values.dtype
+    return crossover.limits(dtype, scheme, reference.block_shape(values)[0])
+
+
+def runs_dense(layer: Operands) -> tuple[bool, bool]:
     """Whether a layer is faster as a dense one on this machine, for few and for many rows of input."""
+    values, _, _, out_features, in_features, *_ = layer
     if values.dtype == torch.int8 and in_features > MAX_IN_FEATURES:
         return False, False
     density = values.numel() / (out_features * in_features)
-    few, many = crossover.limits(values.dtype, scheme, reference.block_shape(values)[0])
+    few, many = limits(layer)
     return density > few, density > many
 
 

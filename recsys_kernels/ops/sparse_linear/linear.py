@@ -11,6 +11,7 @@ import torch
 from ... import _backends
 from ..linear_layers import (
     FLOATS,
+    GROUPS,
     MAX_IN_FEATURES,
     MIN_SCALE,
     MODULES,
@@ -53,8 +54,8 @@ class SparseLinear(FixedTypes):
     """``torch.nn.Linear`` with pruned weights: only those that are kept are stored, read, multiplied and trained.
 
     Weights are floats, or int8 with the arithmetic of :class:`~recsys_kernels.Int8Linear`. Sums are taken in float32
-    (int8: exactly). NaN and infinity of the input go through kept weights only, but where a layer runs dense, which is
-    as ``torch.nn.Linear`` with zeros in place.
+    (int8 with one scale a row: exactly). NaN and infinity of the input go through kept weights only, but where a layer
+    runs dense, which is as ``torch.nn.Linear`` with zeros in place.
 
     State (``state_dict``): ``values`` of the kept weights, a parameter if they are floats; ``crow_indices`` and
     ``col_indices``, where they are:
@@ -64,10 +65,11 @@ class SparseLinear(FixedTypes):
     - ``"2:4"``: values [out_features, ceil(in_features / 4) * 2], crow_indices empty, col_indices uint8
       [out_features, ceil(in_features / 8)], 4 bits for every four columns, see ``functional.sparse_linear``
 
-    and ``bias`` [out_features]; of int8 layers ``weight_scale`` float32 [out_features] and (``"static"``)
-    ``input_qparams`` float32 [2]. What is loaded may keep any number of weights; it is checked first. On the CPU the
-    kernels read a packed copy, which is made at the first call and again when one of these was replaced or written to.
-    A layer that is being trained is compared with what was packed at every call: ``requires_grad_(False)`` ends that.
+    and ``bias`` [out_features]; of int8 layers ``weight_scale`` float32 [out_features], or [out_features, groups] of
+    32, 64 or 128 columns each, and (``"static"``) ``input_qparams`` float32 [2]. What is loaded may keep any number of
+    weights, with scales of either kind; it is checked first. On the CPU the kernels read a packed copy, which is made
+    at the first call and again when one of these was replaced or written to. A layer that is being trained is compared
+    with what was packed at every call: ``requires_grad_(False)`` ends that.
 
     Gradients go to the input, float values (at kept places only, no dense gradient exists) and bias. ``.half()`` and
     the like convert float layers; of int8 layers they choose the type of the output.
@@ -259,14 +261,16 @@ class SparseLinear(FixedTypes):
         activation: str = "dynamic",
         *,
         input_range: tuple[float, float] | None = None,
-        granularity: str = "channel",
+        granularity: str | int = "channel",
     ) -> SparseLinear:
-        """A layer with the same weights in int8: symmetric, by the largest of each output row or of all.
+        """A layer with the same weights in int8: symmetric, by the largest of those that share a scale.
 
         Args:
             activation: how it takes its input: ``"dynamic"``, ``"static"`` or ``"weight_only"``, see the class.
             input_range: (low, high) of the input, for ``"static"``.
-            granularity: what shares a scale: ``"channel"`` (an output channel) or ``"tensor"``.
+            granularity: what shares a scale: ``"channel"`` (an output channel), ``"tensor"``, or 32, 64 or 128 columns
+                of a channel. With these weights, and quantized inputs, are multiplied as the floats that they stand
+                for, and on the CPU packed as such.
 
         Raises:
             ValueError: an unknown option, ``"static"`` without a range, NaN or infinity among the weights or biases
@@ -277,8 +281,8 @@ class SparseLinear(FixedTypes):
             raise RuntimeError("the layer has int8 weights already")
         if activation == "static" and input_range is None:
             raise ValueError("activation='static' needs input_range=(low, high), the range of the layer's input")
-        if granularity not in ("channel", "tensor"):
-            raise ValueError(f"granularity must be 'channel' or 'tensor', but is {granularity!r}")
+        if granularity not in ("channel", "tensor", *GROUPS):
+            raise ValueError(f"granularity must be 'channel', 'tensor', 32, 64 or 128, but is {granularity!r}")
         scheme_number(activation)  # which None is not
         new = SparseLinear(
             self.in_features,
@@ -292,7 +296,8 @@ class SparseLinear(FixedTypes):
             device=self.values.device,
         )
         with torch.inference_mode(False), torch.no_grad():
-            values, new.weight_scale = formats.quantize(self._stored(), self.out_features, granularity)
+            sizes = self.out_features, self.in_features
+            values, new.weight_scale = formats.quantize(self._stored(), *sizes, granularity)
             new._set(Stored(values, self.crow_indices.clone(), self.col_indices.clone()))
             if self.bias is not None and not torch.isfinite(self.bias).all():
                 at = int((~torch.isfinite(self.bias)).nonzero()[0])
@@ -302,12 +307,10 @@ class SparseLinear(FixedTypes):
 
     def dequantize(self) -> torch.Tensor:
         """The weights as a matrix of floats with zeros in place, [out_features, in_features] of type ``self.dtype``."""
-        dense = formats.to_dense(self._stored(), self.out_features, self.in_features).detach()
-        return (
-            dense.to(self.dtype)
-            if self.weight_scale is None
-            else (dense * self.weight_scale.unsqueeze(1)).to(self.dtype)
-        )
+        stored, sizes = self._stored(), (self.out_features, self.in_features)
+        if self.weight_scale is not None:
+            stored = stored._replace(values=reference.dequantized(*stored, *sizes, self.weight_scale))
+        return formats.to_dense(stored, *sizes).detach().to(self.dtype)
 
     @torch.no_grad()
     def to_dense(self) -> torch.nn.Module:
@@ -346,15 +349,21 @@ class SparseLinear(FixedTypes):
         for name in ("activation", "epilogue"):
             if getattr(self, name) is not None:
                 parts.append(f"{name}={getattr(self, name)!r}")
+        if self._group():
+            parts.append(f"granularity={self._group()}")
         if self.dtype != torch.float32:
             parts.append(f"dtype={self.dtype}")
         if runs_packed(self.values):
             parts.append(f"runs: {self._how_it_runs()}")
         return ", ".join(parts)
 
+    def _group(self) -> int:
+        scale = self.weight_scale
+        return 0 if scale is None else reference.scale_group(self.out_features, self.in_features, scale.shape)
+
     def _how_it_runs(self) -> str:
-        few, many = kept.runs_dense(self.values, self.out_features, self.in_features, self._scheme)
-        limits = kept.crossover.limits(self.values.dtype, self._scheme, self._pattern.rows)
+        few, many = kept.runs_dense(self.operands())
+        limits = kept.limits(self.operands())
         if not few and not many:
             return "sparse"
         if few and many:
@@ -535,7 +544,8 @@ class SparseLinear(FixedTypes):
         wrong = [
             reason
             for name, tensor in found.items()
-            if (own := getattr(self, name)) is not None and (reason := state.wrong_tensor(name, tensor, own))
+            if (own := getattr(self, name)) is not None
+            and (reason := state.wrong_tensor(name, tensor, own, self.in_features))
         ]
         if not wrong and any(name in found for name in _STRUCTURE):
             stored = Stored(*(found.get(name, getattr(self, name)) for name in _STRUCTURE))
@@ -543,9 +553,9 @@ class SparseLinear(FixedTypes):
         errors.extend(f"{prefix}{reason} in the state_dict" for reason in wrong)
         if wrong:
             return
-        for name in _STRUCTURE:
+        for name in (*_STRUCTURE, "weight_scale"):
             own, new = getattr(self, name), found.get(name)
-            if new is not None and new.shape != own.shape:
+            if own is not None and new is not None and new.shape != own.shape:
                 # The parameter stays the one that an optimizer knows.
                 own.data = torch.empty(new.shape, dtype=own.dtype, device=own.device)
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)

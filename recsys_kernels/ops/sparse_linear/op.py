@@ -6,7 +6,8 @@ gives the gradient of the kept weights only. ``sparse_layer`` is for compiled co
 keeps what the CPU reads instead of them from one call to the next.
 
 In every operator: ``input`` float32, float16 or bfloat16; ``values`` of the kept weights, float32, float16, bfloat16 or
-int8 (with ``weight_scale`` float32 [N]), in the order of their rows and columns. Their dimensions say what they are:
+int8 (with ``weight_scale`` float32 [N], or [N, ceil(K / group)] where groups of 32, 64 or 128 columns of a row have
+scales of their own), in the order of their rows and columns. Their dimensions say what they are:
 
 - [nnz], unstructured: ``crow_indices`` [N + 1], where each row begins, and ``col_indices`` [nnz].
 - [blocks, r, c], blocks of r rows and c columns: the same of blocks, [ceil(N / r) + 1] and [blocks]. What lies past N
@@ -15,10 +16,11 @@ int8 (with ``weight_scale`` float32 [N]), in the order of their rows and columns
   fours in the lower half of a byte: the position of the first weight in the two lower bits, that of the second, which
   is above it, in the others. ``crow_indices`` is empty. A position past K is no weight, and its value should be zero.
 
-``bias`` a float type [N]; ``input_qparams`` float32 [2], scale and zero point, for scheme 1. ``scheme``: 0 dynamic,
-1 static, 2 weight_only, which float values take; ``activation``: 0 none, 1 relu, 2 gelu, 3 sigmoid, 4 silu; ``dtype``:
-of the output. Sums are taken in float32 (schemes 0 and 1: exactly, in int32). NaN and infinity of the input reach what
-is computed from them, through kept weights (schemes 0 and 1: their row becomes NaN).
+``bias`` a float type [N]; ``input_qparams`` float32 [2], scale and zero point, for scheme 1. ``scheme``: 0 dynamic, 1
+static, 2 weight_only, which float values take; ``activation``: 0 none, 1 relu, 2 gelu, 3 sigmoid, 4 silu; ``dtype``: of
+the output. Sums are taken in float32 (schemes 0 and 1: exactly, in int32; where groups have scales, the rounded input
+and the weights are multiplied as the floats that they stand for, and summed in float32). NaN and infinity of the input
+reach what is computed from them, through kept weights (schemes 0 and 1: their row becomes NaN).
 
 Structures are checked on the CPU at every call but ``sparse_packed``. On a GPU they are not, as nobody waits for one:
 what :class:`~recsys_kernels.SparseLinear` makes or loads is checked before it gets there.
@@ -207,9 +209,12 @@ def _input_gradient(grad: torch.Tensor, layer: Operands, transposed: Transposed 
     if transposed is None:
         transposed = transpose_structure(crow, col, *block_shape(values), out_features, in_features)
     scale = None
-    if weight_scale is not None:
+    if weight_scale is not None and reference.scale_group(out_features, in_features, weight_scale.shape):
+        # There a group is of rows.
+        values = reference.dequantized(values, crow, col, out_features, in_features, weight_scale)
+    elif weight_scale is not None:
         # Of what are columns there.
-        grad = grad * weight_scale
+        grad = grad * weight_scale.reshape(-1)
         scale = weight_scale.new_ones(transposed.out_features)
     run = _backends.implementation("sparse_linear", grad)
     sizes = (transposed.out_features, out_features)
@@ -342,9 +347,10 @@ def _of_values(
         hint = f" (a function to apply is epilogue={activation!r})" if activation in EPILOGUES else ""
         raise ValueError(f"activation={activation!r} is for int8 values, but values are {values.dtype}{hint}")
     if weight_scale is not None:
-        weight_scale = weight_scale.reshape(-1)
         if weight_scale.numel() == 1:
-            weight_scale = weight_scale.expand(out_features)
+            weight_scale = weight_scale.reshape(1).expand(out_features)
+        elif weight_scale.shape[1:] == (1,):
+            weight_scale = weight_scale.reshape(-1)
     return activation, weight_scale
 
 
@@ -377,7 +383,9 @@ def sparse_linear(
         out_features: N; default: what the others say, with whole blocks.
         bias: [N], a float type. Has a gradient.
         in_features: K; default: that of ``input``.
-        weight_scale: float32 of int8 values: [N], [N, 1] or one number for all.
+        weight_scale: float32 of int8 values: [N], [N, 1], one number for all, or [N, ceil(K / group)] where groups of
+            32, 64 or 128 columns share one. Which of these follows from its shape; sums are then taken in float32, of
+            what the quantized numbers stand for.
         activation: how int8 layers take the input: ``"dynamic"`` (the default; quantized to 8 bits by the range of each
             row), ``"static"`` (by ``input_qparams``) or ``"weight_only"`` (in float). None with float values.
         input_qparams: float32 [2], scale and zero point (an integer from 0 to 255), for ``"static"``.

@@ -7,7 +7,7 @@ sums of up to 2^53 are exact.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -15,6 +15,7 @@ import torch.nn.functional as F
 
 from ..linear_layers import (
     FLOATS,
+    GROUPS,
     MAX_IN_FEATURES,
     STATIC,
     WEIGHT_ONLY,
@@ -45,7 +46,7 @@ class Layer(NamedTuple):
         crow_indices: where each row of blocks begins, int32 or int64; of 2:4 empty.
         col_indices: the column of each block; of 2:4 uint8 [N, ceil(K / 8)], 4 bits for four columns.
         out_features, in_features: N and K.
-        weight_scale: float32 [N] of int8 values, else None.
+        weight_scale: float32 [N], or [N, groups], of int8 values; else None.
         bias: float32 [N] or None.
         input_qparams: scale and zero point of the activations (scheme static) or None.
         scheme: DYNAMIC, STATIC or WEIGHT_ONLY.
@@ -69,6 +70,23 @@ def block_shape(values: torch.Tensor) -> tuple[int, int]:
     if values.dim() == 3:
         return values.shape[1], values.shape[2]
     return (1, 1) if values.dim() == 1 else (0, 0)
+
+
+def scale_group(out_features: int, in_features: int, shape: Sequence[int]) -> int:
+    """How many columns of a row share a scale, where weight_scale has this shape: 32, 64 or 128; 0: all of them.
+
+    Raises:
+        RuntimeError: it is no shape of scales.
+    """
+    counts = {-(-in_features // group): group for group in reversed(GROUPS)}
+    given = tuple(shape)
+    if given in ((out_features,), (out_features, 1)):
+        return 0
+    if len(given) == 2 and given[0] == out_features and given[1] in counts:
+        return counts[given[1]]
+    groups = [f"{out_features} x {count}" for count in sorted(counts, reverse=True) if count > 1]
+    more = f", or {' or '.join(groups)} of groups of columns" if groups else ""
+    raise RuntimeError(f"weight_scale must have {out_features} values{more}, but has shape {list(given)}")
 
 
 # ---- checks ---------------------------------------------------------------------------------------------------------
@@ -222,12 +240,13 @@ def check_layer(
     )
     if weight_scale is not None:
         check(weight_scale.dtype == torch.float32, f"weight_scale must be float32, but is {weight_scale.dtype}")
+        if scale_group(out_features, in_features, weight_scale.shape) == 0:
+            weight_scale = weight_scale.reshape(-1)
     if bias is not None:
         check(bias.dtype in FLOATS, f"bias must be float32, float16 or bfloat16, but is {bias.dtype}")
         bias = bias.float()
-    for name, tensor in (("weight_scale", weight_scale), ("bias", bias)):
-        given = [out_features] if tensor is None else list(tensor.shape)
-        check(given == [out_features], f"{name} must have {out_features} values, but has shape {given}")
+        given = list(bias.shape)
+        check(given == [out_features], f"bias must have {out_features} values, but has shape {given}")
     qparams = check_input_qparams(input_qparams, scheme)
     return Layer(
         values, crow_indices, col_indices, out_features, in_features, weight_scale, bias, qparams, scheme, activation
@@ -290,6 +309,46 @@ def to_dense(layer: Layer) -> torch.Tensor:
     return torch.cat([dense for _, dense in _dense_parts(layer, layer.values.dtype)])
 
 
+def block_rows_of(crow_indices: torch.Tensor, count: int) -> torch.Tensor:
+    """The row of each of ``count`` blocks, int32. Waits for no GPU; -1, or past the last, in a wrong structure."""
+    numbers = torch.arange(count, dtype=crow_indices.dtype, device=crow_indices.device)
+    return torch.searchsorted(crow_indices.contiguous(), numbers, right=True, out_int32=True) - 1
+
+
+def places(
+    values: torch.Tensor, crow_indices: torch.Tensor, col_indices: torch.Tensor, out_features: int, in_features: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The row and the column of each stored value, int64, of shapes that broadcast to that of ``values``.
+
+    Of what lies past N and K the last ones, so that they are places in a matrix whatever the structure holds.
+    """
+    if values.dim() == 2:
+        rows = torch.arange(values.shape[0], device=values.device).unsqueeze(1)
+        columns = two_of_four_columns(col_indices, in_features)
+    else:
+        rows, columns = block_rows_of(crow_indices, values.shape[0]).long(), col_indices.long()
+    if values.dim() == 3:
+        inner = (torch.arange(size, device=values.device) for size in values.shape[1:])
+        rows = rows.reshape(-1, 1, 1) * values.shape[1] + next(inner).unsqueeze(1)
+        columns = columns.reshape(-1, 1, 1) * values.shape[2] + next(inner)
+    return rows.clamp(0, out_features - 1), columns.clamp(0, in_features - 1)
+
+
+def dequantized(
+    values: torch.Tensor,
+    crow_indices: torch.Tensor,
+    col_indices: torch.Tensor,
+    out_features: int,
+    in_features: int,
+    weight_scale: torch.Tensor,
+) -> torch.Tensor:
+    """int8 values times their scales, float32. Waits for no GPU."""
+    rows, columns = places(values, crow_indices, col_indices, out_features, in_features)
+    group = scale_group(out_features, in_features, weight_scale.shape)
+    scale = weight_scale[rows, columns // group] if group else weight_scale.reshape(-1)[rows]
+    return values.float() * scale
+
+
 # ---- one layer ------------------------------------------------------------------------------------------------------
 
 
@@ -328,9 +387,24 @@ def _integers(x: torch.Tensor, layer: Layer) -> torch.Tensor:
     return torch.where(finite, out * (scale * layer.weight_scale), torch.nan)
 
 
+def _grouped(x: torch.Tensor, layer: Layer) -> torch.Tensor:
+    """Where groups of columns have scales of their own: weights, and quantized rows, are taken as floats again."""
+    structure = (layer.crow_indices, layer.col_indices, layer.out_features, layer.in_features)
+    assert layer.weight_scale is not None
+    floats = layer._replace(values=dequantized(layer.values, *structure, layer.weight_scale), weight_scale=None)
+    if layer.scheme == WEIGHT_ONLY:
+        return _floats(x, floats)
+    finite = torch.isfinite(x).all(1, keepdim=True)
+    q, scale, zero_point = quantize_rows(torch.where(finite, x, 0.0), layer.input_qparams)
+    return torch.where(finite, _floats((q - zero_point) * scale, floats), torch.nan)
+
+
 def _run(x: torch.Tensor, layer: Layer) -> torch.Tensor:
     """One layer on float32 rows [M, K]."""
-    out = (_floats if layer.scheme == WEIGHT_ONLY else _integers)(x, layer)
+    if layer.weight_scale is not None and layer.weight_scale.dim() == 2:
+        out = _grouped(x, layer)
+    else:
+        out = (_floats if layer.scheme == WEIGHT_ONLY else _integers)(x, layer)
     if layer.bias is not None:
         out = out + layer.bias
     return activate(out, layer.activation)
@@ -452,7 +526,8 @@ def sparse_pack(
     block_rows, block_columns = block_shape(values)
     header = [_MAGIC, _VERSION, kind, out_features, in_features, scheme, activation, _TYPES.index(values.dtype)]
     header += [block_rows, block_columns, crow_indices.numel(), col_indices.numel()]
-    header += [part is not None for part in (weight_scale, bias, input_qparams)]
+    groups = 0 if weight_scale is None else weight_scale.numel() // out_features
+    header += [groups, bias is not None, input_qparams is not None]
     indices = col_indices if col_indices.dtype == torch.uint8 else col_indices.long()
     parts = [torch.tensor(header, dtype=torch.int64, device=values.device), crow_indices.long(), indices]
     parts += [part for part in (layer.weight_scale, layer.bias, input_qparams) if part is not None]
@@ -491,10 +566,10 @@ def _unpack(packed: torch.Tensor) -> Layer:
 
     magic, version, *rest = take(_HEADER, torch.int64).tolist()
     check(magic == _MAGIC and version == _VERSION, "packed holds no layer of this version")
-    _, n, k, scheme, activation, kind, rows, columns, crow_count, col_count, has_scale, has_bias, has_qparams = rest
+    _, n, k, scheme, activation, kind, rows, columns, crow_count, col_count, groups, has_bias, has_qparams = rest
     crow = take(crow_count, torch.int64)
     col = take(col_count, torch.int64 if rows else torch.uint8)
-    scale = take(n, torch.float32) if has_scale else None
+    scale = take(n * groups, torch.float32).reshape((n, groups) if groups > 1 else (n,)) if groups else None
     bias = take(n, torch.float32) if has_bias else None
     qparams = take(2, torch.float32).tolist() if has_qparams else None
     if rows == 0:

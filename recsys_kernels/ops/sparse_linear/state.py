@@ -10,12 +10,17 @@ from ..linear_layers import FLOATS
 from . import formats, reference
 
 
-def wrong_tensor(name: str, given: torch.Tensor, own: torch.Tensor) -> str | None:
+def wrong_tensor(name: str, given: torch.Tensor, own: torch.Tensor, in_features: int) -> str | None:
     """What is wrong with a tensor, taken alone, or None. Most shapes are checked by torch."""
     if own.is_floating_point() and name in ("values", "bias"):
         return None if given.dtype in FLOATS else f"{name} must be float32, float16 or bfloat16, but is {given.dtype}"
     if given.dtype != own.dtype:  # torch would cast floats to meaningless integers
         return f"{name} must be {own.dtype}, but is {given.dtype}"
+    if name == "weight_scale":  # of any granularity
+        try:
+            reference.scale_group(own.shape[0], in_features, given.shape)
+        except RuntimeError as error:
+            return str(error)
     if given.is_meta or name not in ("weight_scale", "input_qparams"):
         return None
     if not torch.isfinite(given).all():

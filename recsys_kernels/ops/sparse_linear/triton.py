@@ -10,7 +10,7 @@ quantized), so that the numbers of a column lie side by side: a kept weight then
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -157,6 +157,8 @@ def sparse_linear(
         return out
     x = input.reshape(-1, in_features)
     rows = x.shape[0]
+    if weight_scale is not None and reference.scale_group(out_features, in_features, weight_scale.shape):
+        return _grouped(out, x, layer, scheme, activation)
     if weight_scale is not None and weight_scale.stride(0) != 0:
         weight_scale = weight_scale.contiguous()
     bias = out if bias is None else bias.float().contiguous()
@@ -202,6 +204,22 @@ def sparse_linear(
 sparse_layer = sparse_linear
 
 
+def _grouped(out: torch.Tensor, x: torch.Tensor, layer: tuple[Any, ...], scheme: int, activation: int) -> torch.Tensor:
+    """Where groups of columns have scales of their own: a layer of the floats that its numbers stand for."""
+    values, crow, col, n, k, weight_scale, bias, qparams = layer
+    row_scale = None
+    if scheme != WEIGHT_ONLY:
+        x = x if x.stride(1) == 1 or k == 1 else x.contiguous()
+        q, row_scale, zero = linear_triton.quantized(x, None if qparams is None else qparams.contiguous())
+        x = (q[:, :k].float() + (128 - zero).unsqueeze(1)) * row_scale.unsqueeze(1)
+    floats = reference.dequantized(values, crow, col, n, k, weight_scale)
+    result = sparse_linear(x, floats, crow, col, n, k, None, bias, None, WEIGHT_ONLY, activation, out.dtype)
+    if row_scale is not None:
+        # Also where nothing is kept that could spread it.
+        result.masked_fill_(row_scale.isnan().unsqueeze(1), float("nan"))
+    return result.reshape(out.shape)
+
+
 def _two_of_four(
     out: torch.Tensor,
     q: torch.Tensor,
@@ -228,12 +246,6 @@ def _two_of_four(
 
 
 # ---- the gradient of kept weights --------------------------------------------------------------------------------
-
-
-def _rows_of(crow_indices: torch.Tensor, count: int) -> torch.Tensor:
-    """The row of each entry of a structure, int32."""
-    numbers = torch.arange(count, dtype=crow_indices.dtype, device=crow_indices.device)
-    return torch.searchsorted(crow_indices.contiguous(), numbers, right=True, out_int32=True) - 1
 
 
 def _check_gradient(
@@ -283,7 +295,7 @@ def sparse_weight_gradient(
     depth = min(128, max(16, triton.next_power_of_2(max(1, input.shape[0]))))
     grad, x = _columns_first(grad_output, depth), _columns_first(input, depth)
     sizes = (columns, width, x.shape[1])
-    rows = col_indices if block_rows == 0 else _rows_of(crow_indices, count)
+    rows = col_indices if block_rows == 0 else reference.block_rows_of(crow_indices, count)
     if len(shape) < 3:
         grid = (triton.cdiv(out.numel(), _GRADIENT_ENTRIES),)
         linear_triton.launch(

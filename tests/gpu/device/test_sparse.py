@@ -12,9 +12,11 @@ from test_sparse_kernels import (  # noqa: F401
     test_blocks_of_any_shape,
     test_every_pattern,
     test_forward,
+    test_groups,
     test_longest_rows,
     test_nan_and_infinity_go_through_kept_weights_only,
     test_odd_rows,
+    test_odd_rows_of_groups,
     test_static_numbers_that_are_not_valid,
     test_types_that_differ,
     test_weight_gradient,
@@ -52,13 +54,15 @@ def test_modules(device: torch.device, pattern: str) -> None:
     linear = torch.nn.Linear(48, 32)
     module = rk.SparseLinear.from_dense(linear, 0.5 if pattern == "2:4" else 0.7, pattern, epilogue="gelu")
     integers = module.quantize("dynamic")
+    groups = module.quantize("dynamic", granularity=32)
     x = torch.randn(2, 5, 48, requires_grad=True)
 
     def results(there: torch.device) -> list[torch.Tensor]:
-        module.to(there), integers.to(there)
+        module.to(there), integers.to(there), groups.to(there)
         on_it = x.detach().to(there).requires_grad_()
         out = module(on_it)
         found = [module(on_it.detach()), out, *torch.autograd.grad(out.square().sum(), [on_it, *module.parameters()])]
+        found += torch.autograd.grad(groups(on_it).square().sum(), on_it)
         return [*found, integers(on_it.detach())]
 
     with rk.backend("reference"):
