@@ -378,16 +378,16 @@ def carry_over(old: torch.nn.Module, new: torch.nn.Module, memo: dict[int, Any])
 
 def _rebuild(sequential: torch.nn.Module, runs: Sequence[Run], memo: dict[int, Any]) -> None:
     """Puts the new form of a Sequential into the memo of a copy: one call for each run in it."""
-    first = {run.keys[0]: run for run in runs}
+    places = {key: module for run in runs for key, module in run.places().items()}
     inside = {key for run in runs for key in run.keys}
     if len(runs) == 1 and inside == sequential._modules.keys():
-        new: torch.nn.Module = runs[0].module(whole=True)
+        new: torch.nn.Module = runs[0].module()
         memo[id(sequential)] = new
     else:
         memo[id(sequential)] = new = torch.nn.Sequential()
         for key, child in sequential._modules.items():
-            if key in first:
-                new.add_module(key, first[key].module())
+            if key in places:
+                new.add_module(key, places[key])
             elif key not in inside:
                 new.add_module(key, copy.deepcopy(child, memo))
     new.training = sequential.training
