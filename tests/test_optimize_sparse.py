@@ -56,7 +56,7 @@ def test_an_mlp_is_pruned(choice: str, trains: bool) -> None:
     ranges = {"top.0": (-3.0, 3.0), "top.3": (0.0, 2.0), "top.6": (-0.2, 1.0)} if "static" in choice else None
     new, report = only_linear(model, choice, sparsity=0.75, ranges=ranges)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-    assert kinds(new) == {"top": "Sequential", **dict.fromkeys(("top.0", "top.1", "top.2"), "SparseLinear")}
+    assert kinds(new) == {"top": "SparseMLP", **dict.fromkeys(("top.0", "top.1", "top.2"), "SparseLinear")}
     assert {module.training for module in new["top"].modules()} == {trains}
     assert [layer.epilogue for layer in new["top"]] == ["relu", "gelu", None]
     assert [layer.activation for layer in new["top"]] == [

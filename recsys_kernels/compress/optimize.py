@@ -56,7 +56,8 @@ def optimize(
     ReLU, GELU, Sigmoid or SiLU after each folded in and Dropout left out; that takes the place of the Sequential, or of
     these modules in it. Where hooks, other code (``for layer in self.mlp:``) or other places need the modules one by
     one, each linear layer is swapped for an :class:`~recsys_kernels.Int8Linear` by itself. With ``linear="sparse"``
-    each becomes a :class:`~recsys_kernels.SparseLinear` with the function after it folded in. Layers that were pruned
+    each becomes a :class:`~recsys_kernels.SparseLinear` with the function after it folded in, at its place in the
+    Sequential; if nothing else is in that, it becomes a :class:`~recsys_kernels.SparseMLP`. Layers that were pruned
     (:func:`~recsys_kernels.prune`, :class:`~recsys_kernels.Pruner`), with a mask or without one, are taken as they are.
 
     Args:

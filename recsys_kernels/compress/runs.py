@@ -11,7 +11,7 @@ import torch
 
 from ..ops.int8_matmul import Int8Linear, Int8MLP
 from ..ops.int8_matmul.mlp import EPILOGUES
-from ..ops.sparse_linear import SparseLinear
+from ..ops.sparse_linear import SparseLinear, SparseMLP
 
 if TYPE_CHECKING:
     from .plan import Layer, Plan
@@ -25,7 +25,7 @@ _OTHER_HOOKS = tuple(name for name in _HOOKS if not name.startswith("_forward_")
 
 @dataclass(eq=False)
 class Run:
-    """Neighbours in a Sequential that run together: int8 layers in one call, sparse layers one after the other.
+    """Neighbours in a Sequential: int8 layers that become one call, and sparse layers.
 
     Attributes:
         sequential: where they are.
@@ -56,7 +56,7 @@ class Run:
         calls = [[layer.new for layer, _ in call] for call in self.calls()]
         if len(calls) == 1 and isinstance(calls[0][0], Int8Linear):
             return Int8MLP(*calls[0])
-        return torch.nn.Sequential(*map(joined, calls))
+        return SparseMLP(*map(joined, calls))
 
     def places(self) -> dict[str, torch.nn.Module]:
         """The same for a run that is a part of the Sequential: what stands at which key, each call where it begins."""
