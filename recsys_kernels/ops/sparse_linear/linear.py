@@ -477,6 +477,8 @@ class SparseLinear(FixedTypes):
                     run = _backends.implementation(name, input)
                     if run is PACKED or run is DENSE:
                         return run(input, pack, self.out_features, _backends.dtype_argument(self.dtype))
+                elif prepared.runs_dense[many] and runs_packed(self.values):
+                    return prepared.run(input, self.operands(), self.dtype)
         return self.run(input, self.dtype)
 
     def run(self, input: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -159,13 +159,21 @@ def _step(member: torch.nn.Module, input: torch.Tensor, many: bool) -> _Step | N
     if not isinstance(member, SparseLinear):
         return _called, member, 0, None
     prepared = member._prepared
-    if prepared is None or not member.is_as(member._seen):
+    if prepared is None or input.dim() != 2 or not member.is_as(member._seen):
         return None
-    pack = prepared.pack(many, input) if input.dim() == 2 else None
-    if pack is None:  # a float layer that is faster dense
-        return (_called, member, 0, None) if prepared.runs_dense[many] else None
-    number = _backends.dtype_argument(member.dtype)
-    return DENSE if prepared.runs_dense[many] else PACKED, pack, member.out_features, number
+    is_dense, pack = prepared.runs_dense[many], prepared.pack(many, input)
+    if pack is not None:
+        number = _backends.dtype_argument(member.dtype)
+        return DENSE if is_dense else PACKED, pack, member.out_features, number
+    if is_dense and member.activation is None:
+        return _dense, (prepared, member.operands()), member.out_features, member.dtype
+    return None
+
+
+def _dense(input: torch.Tensor, layer: tuple[kept.Prepared, op.Operands], width: int, dtype: Any) -> torch.Tensor:
+    """A layer of floats that is faster dense."""
+    prepared, operands = layer
+    return prepared.run(input, operands, dtype)
 
 
 def _called(input: torch.Tensor, member: Callable[..., torch.Tensor], *rest: Any) -> torch.Tensor:
