@@ -14,6 +14,7 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
 from ..ops.embedding_bag import EmbeddingBagCollection
+from ..ops.sparse_linear.torch_masks import masking_hooks
 from .converters import Converter
 from .runs import Run, find_runs
 from .trial import Trial
@@ -227,6 +228,8 @@ class Plan:
             carry_over(layer.module, layer.new, memo)
         for key, module in self.masked.items():
             if key not in memo:
+                computed = [v for v in vars(module).values() if isinstance(v, torch.Tensor) and v.grad_fn is not None]
+                memo.update((id(value), value.detach().clone()) for value in computed)  # deepcopy refuses these
                 memo[key] = copy.deepcopy(module, memo)
         # Inner ones first: outer ones take them as they are.
         for sequential in reversed([m for m in self.modules.values() if any(m is run.sequential for run in runs)]):
@@ -287,6 +290,9 @@ def _reason_to_keep(module: Any, converter: Converter) -> str | None:
         return f"its class has its own {', '.join(members)}"
     if "forward" in vars(module):
         return "its forward was replaced"
+    if hooks := masking_hooks(module):
+        calls = ", ".join(f"torch.nn.utils.prune.remove(layer, {name!r})" for name in sorted(hooks))
+        return f"has masks of torch.nn.utils.prune: {calls} leaves a plain layer"
     if (own := {*module._parameters, *module._buffers, *module._modules}) != converter.parameters:
         return f"has {', '.join(sorted(own)) or 'nothing'} instead of {', '.join(sorted(converter.parameters))}"
     if any(getattr(module, hooks) for hooks in _STATE_HOOKS):
