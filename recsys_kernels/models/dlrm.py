@@ -119,6 +119,14 @@ class DLRM(nn.Module):
         other.head = copy.deepcopy(self.head)
         return other.eval()
 
+    def hidden_widths(self) -> dict[str, Any]:
+        """What `config.bottom` and `config.top` should be: the hidden widths of the MLPs as they are now."""
+        widths = {}
+        for name in ("bottom", "top"):
+            layers = [m for m in getattr(self.head, name).modules() if hasattr(m, "out_features")]
+            widths[name] = tuple(layer.out_features for layer in layers[:-1])
+        return widths
+
     def with_mlps(self, mlps: Sequence[nn.Module], form: str, pattern: str | None = None) -> DLRM:
         """The same model with other MLPs of the same shape; the tables are the same ones, not copies.
 
