@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from .compress.sensitivity import sensitivity
     from .models import load_model
     from .ops.sparse_linear.linear import SparseLinear
+    from .ops.sparse_linear.mlp import SparseMLP
 
 __version__ = "0.1.0"
 
@@ -45,6 +46,7 @@ __all__ = [
     "QuantizedEmbedding",
     "QuantizedEmbeddingBag",
     "SparseLinear",
+    "SparseMLP",
     "backend",
     "bounds_check",
     "calibrate",
@@ -86,6 +88,7 @@ _LATER = {
     "OneShot": ".compress.pruner",
     "Pruner": ".compress.pruner",
     "SparseLinear": ".ops.sparse_linear.linear",
+    "SparseMLP": ".ops.sparse_linear.mlp",
     "calibrate": ".compress.calibrate",
     "doctor": "._doctor",
     "equalize": ".compress.equalize",

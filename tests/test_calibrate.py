@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
 
 import recsys_kernels as rk
 from recsys_kernels.compress.calibrate import Observer
@@ -77,6 +78,33 @@ def test_from_calibration_to_the_static_model(method: str) -> None:
         wanted = model(x)
         error = (new(x) - wanted).square().mean() / wanted.square().mean()
     assert error < 1e-3
+
+
+@pytest.mark.parametrize("masks", ["rk.prune", "Pruner", "torch"])
+def test_masked_layers_are_calibrated(masks: str) -> None:
+    model, batches = Model().eval(), [torch.arange(20), torch.arange(5, 15)]
+    if masks == "torch":
+        for number in (0, 3, 5):
+            prune.l1_unstructured(model.top[number], "weight", 0.8)
+    elif masks == "rk.prune":
+        rk.prune(model, 0.8, layers="top.*")
+    else:
+        rk.Pruner(model, 0.8, layers="top.*", schedule=rk.OneShot()).step()
+    hooks = [len(module._forward_pre_hooks) for module in model.modules()]
+    ranges = rk.calibrate(model, batches, skip="spare")
+    assert hooks == [len(module._forward_pre_hooks) for module in model.modules()]
+    assert list(ranges) == ["top.0", "top.3", "top.5"]
+    with torch.no_grad():
+        low, high = model.top[:3](model.norm(model.table(batches[0]))).aminmax()
+    assert ranges["top.3"] == pytest.approx((low.item(), high.item()))
+    new, report = rk.optimize(model, None, linear="int8-static+sparse", ranges=ranges, skip="spare")
+    actions = {layer.name: layer.action for layer in report.layers if layer.name != "table"}
+    assert actions == {**dict.fromkeys(("top.0", "top.3", "top.5"), "int8-static+sparse"), "spare": "kept"}
+    with torch.no_grad():
+        torch.testing.assert_close(new(batches[0]), model(batches[0]), rtol=0.05, atol=0.05)
+    if masks == "rk.prune":
+        rk.remove_masks(model)
+        assert rk.calibrate(model, batches, skip="spare") == ranges
 
 
 def distributions() -> dict[str, np.ndarray]:

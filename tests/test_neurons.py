@@ -5,13 +5,17 @@ from __future__ import annotations
 import copy
 import json
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from small_data import tiny_dataset
 from torch import nn
 
 import recsys_kernels as rk
+from recsys_kernels.compress import sparse as sparse_module
+from recsys_kernels.models import RankingModel, save_model
 from recsys_kernels.models.dlrm import DLRM, DLRMConfig, Table
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -167,8 +171,37 @@ def test_a_ranking_model() -> None:
     new, report = rk.prune_neurons(model, 0.25, sample_inputs=inputs)
     assert [layer.after for layer in report.pruned] == [24, 48, 24]
     assert new(*inputs).shape == (4,)
+    assert (new.config.bottom, new.config.top) == ((24,), (48, 24))
+    assert (model.config.bottom, model.config.top) == ((32,), (64, 32))
+    twin = DLRM(new.config).eval()
+    twin.load_state_dict(new.state_dict())
+    assert torch.equal(twin(*inputs), new(*inputs))
     same, _ = rk.prune_neurons(model, 0.0)
+    assert same.config == model.config
     assert torch.equal(same(*inputs), model(*inputs))
+
+
+@pytest.mark.parametrize("linear", [None, "int8", "int8+sparse"])
+def test_a_smaller_ranking_model_is_saved_and_loaded(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, linear: str | None
+) -> None:
+    monkeypatch.setattr(sparse_module, "runs_dense", lambda *layer: (False, False))
+    data = tiny_dataset()
+    torch.manual_seed(0)
+    model = DLRM(DLRMConfig.for_schema(data.schema, dim=16)).eval()
+    batch = data.batch(data.rows("test")[:50])[:3]
+    served, _ = rk.prune_neurons(RankingModel(model, data.schema), 0.5, sample_inputs=tuple(batch))
+    small = served.model
+    assert (small.config.bottom, small.config.top) == ((32,), (64, 32))
+    if linear is not None:
+        sparsity = 0.8 if "sparse" in linear else None
+        small, _ = rk.optimize(small, linear=linear, sparsity=sparsity)
+    save_model(small, data.schema, tmp_path)
+    loaded = rk.load_model(tmp_path).model
+    assert loaded.config.top == (64, 32)
+    with torch.no_grad():
+        assert torch.equal(loaded(*batch), small(*batch))
+        assert not torch.equal(loaded(*batch), model(*batch))
 
 
 # ---- what is left alone --------------------------------------------------------------------------------------------

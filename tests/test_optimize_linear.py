@@ -333,7 +333,7 @@ KEPT: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "own forward": (lambda: Scaled(WIDTH, 8), "its class has its own forward"),
     "weight_norm": (lambda: parametrizations.weight_norm(nn.Linear(WIDTH, 8)), "parametrized: weight"),
     "old weight_norm": (lambda: nn.utils.weight_norm(nn.Linear(WIDTH, 8)), "has bias, weight_g, weight_v instead"),
-    "pruned": (lambda: prune.l1_unstructured(nn.Linear(WIDTH, 8), "weight", 0.5), "weight_mask, weight_orig"),
+    "pruned": (lambda: prune.l1_unstructured(nn.Linear(WIDTH, 8), "weight", 0.5), "has masks of torch.nn.utils.prune"),
     "read": (Reader, "its weight is read by Reader.forward"),
     "tied bias": (TiedBias, "its bias is shared with 'own'"),
     "tied": (Tied, "its weight is shared with 'items.weight'"),

@@ -56,7 +56,7 @@ def test_an_mlp_is_pruned(choice: str, trains: bool) -> None:
     ranges = {"top.0": (-3.0, 3.0), "top.3": (0.0, 2.0), "top.6": (-0.2, 1.0)} if "static" in choice else None
     new, report = only_linear(model, choice, sparsity=0.75, ranges=ranges)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-    assert kinds(new) == {"top": "Sequential", **dict.fromkeys(("top.0", "top.1", "top.2"), "SparseLinear")}
+    assert kinds(new) == {"top": "SparseMLP", **dict.fromkeys(("top.0", "top.1", "top.2"), "SparseLinear")}
     assert {module.training for module in new["top"].modules()} == {trains}
     assert [layer.epilogue for layer in new["top"]] == ["relu", "gelu", None]
     assert [layer.activation for layer in new["top"]] == [
@@ -207,7 +207,97 @@ def test_dense_where_that_is_measured_faster(monkeypatch: pytest.MonkeyPatch, ne
         "75.0% of its weights dropped, unstructured; 20.0 us instead of 80.0 for 7 rows",
         "dense is faster for 7 rows: 10.0 us, sparse 12.5 us",
     ]
-    assert kinds(new) == {"0": "Sequential", "0.0": "SparseLinear", "0.1": "SparseLinear", "6": "Linear"}
+    assert kinds(new) == {"0": "SparseLinear", "3": "SparseLinear", "6": "Linear"}
+
+
+def long_mlp() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.LayerNorm(WIDTH),
+        nn.Linear(WIDTH, 40),
+        nn.Identity(),
+        nn.ReLU(),
+        nn.Dropout(0.5),
+        nn.Sequential(nn.Linear(40, 32), nn.SiLU()),
+        nn.Sequential(nn.Dropout(0.5), nn.Linear(32, 20), nn.ReLU(), nn.Linear(20, 16)),
+        nn.Sigmoid(),
+        nn.Tanh(),
+        nn.Linear(16, 8),
+    ).eval()
+
+
+def test_layers_in_a_part_of_a_sequential_keep_their_places(never_dense: None) -> None:
+    model = long_mlp()
+    new, report = only_linear(model, "sparse", sparsity=0.75)
+    assert kinds(new) == {
+        "0": "LayerNorm",
+        "1": "SparseLinear",
+        "5": "SparseLinear",
+        "6": "Sequential",
+        "6.0": "SparseLinear",
+        "6.1": "SparseLinear",
+        "8": "Tanh",
+        "9": "SparseLinear",
+    }
+    assert [m.epilogue for m in new.modules() if isinstance(m, rk.SparseLinear)] == [
+        "relu", "silu", "relu", "sigmoid", None,
+    ]  # fmt: skip
+    assert [layer.name for layer in report.layers] == ["1", "5.0", "6.1", "6.3", "9"]
+    assert {layer.reason for layer in report.layers} == {"75.0% of its weights dropped, unstructured"}
+    wanted = copy.deepcopy(model)
+    rk.prune(wanted, 0.75)
+    with torch.no_grad():
+        torch.testing.assert_close(new(rows()), wanted(rows()))
+        other, _ = only_linear(long_mlp(), "sparse", sparsity=0.7)
+        other.load_state_dict(new.state_dict())
+        assert torch.equal(other(rows()), new(rows()))
+        for other in (copy.deepcopy(new), pickle.loads(pickle.dumps(new))):
+            assert repr(other) == repr(new)
+            assert torch.equal(other(rows()), new(rows()))
+    assert "(5): SparseLinear(40, 32, " in repr(new)
+    assert {name.rpartition(".")[0] for name in new.state_dict()} == {"0", "1", "5", "6.0", "6.1", "9"}
+    again, report = only_linear(new, "sparse", sparsity=0.9)
+    assert kinds(again) == kinds(new)
+    assert {layer.reason for layer in report.layers} == {"a SparseLinear already"}
+
+
+def test_int8_layers_in_a_part_of_a_sequential_are_one_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    narrow = lambda values, out_features, in_features, scheme: (in_features < 40,) * 2  # noqa: E731
+    monkeypatch.setattr(sparse_module, "runs_packed", lambda values: True)
+    monkeypatch.setattr(sparse_module, "runs_dense", narrow)
+    model = long_mlp()
+    new, report = only_linear(model, "int8+sparse", sparsity=0.75)
+    assert kinds(new) == {
+        "0": "LayerNorm",
+        "1": "Int8Linear",
+        "5": "SparseLinear",
+        "6": "Int8MLP",
+        "6.0": "Int8Linear",
+        "6.1": "Int8Linear",
+        "8": "Tanh",
+        "9": "Int8Linear",
+    }
+    assert [layer.action for layer in report.layers] == ["int8", "int8+sparse", "int8", "int8", "int8"]
+    wanted = copy.deepcopy(model)
+    rk.prune(wanted[5], 0.75)
+    with torch.no_grad():
+        torch.testing.assert_close(new(rows()), wanted(rows()), rtol=0.05, atol=0.05)
+
+
+def test_an_int8_call_begins_before_a_nested_sequential(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sparse_module, "runs_packed", lambda values: True)
+    monkeypatch.setattr(sparse_module, "runs_dense", lambda values, n, k, scheme: (k != 16,) * 2)
+    torch.manual_seed(0)
+    block = nn.Sequential(nn.Linear(20, 16), nn.ReLU(), nn.Linear(16, 12))
+    model = nn.Sequential(nn.Sequential(), nn.Linear(WIDTH, 20), nn.ReLU(), block, nn.Tanh()).eval()
+    new, _ = only_linear(model, "int8+sparse", sparsity=0.75)
+    assert kinds(new) == {
+        "1": "Int8MLP", "1.0": "Int8Linear", "1.1": "Int8Linear", "3": "SparseLinear", "4": "Tanh",
+    }  # fmt: skip
+    wanted = copy.deepcopy(model)
+    rk.prune(wanted[3][2], 0.75)
+    with torch.no_grad():
+        torch.testing.assert_close(new(rows()), wanted(rows()), rtol=0.05, atol=0.05)
 
 
 def test_dense_where_that_is_known_to_be_faster(monkeypatch: pytest.MonkeyPatch, no_timing: Any) -> None:
@@ -319,10 +409,10 @@ def test_a_ranking_model_is_pruned_saved_and_loaded(never_dense: None, tmp_path:
     batch = data.batch(data.rows("test")[:50])[:3]
     small, report = rk.optimize(model, linear="int8+sparse", sparsity=0.8, pattern="block4x1", skip="head.top.6")
     assert {layer.action for layer in report.layers} == {"int8", "int8+sparse", "kept"}
-    with pytest.raises(ValueError, match=r"MLPs of one form \(.*\), but has int8\+sparse: bottom;.*float32: top"):
+    with pytest.raises(ValueError, match=r"MLPs of one form \(.*\), but has int8\+sparse: bottom, top; float32: top"):
         save_model(small, data.schema, tmp_path)
     small, _ = rk.optimize(model, linear="sparse", sparsity=0.8, pattern="block4x1")
-    with pytest.raises(ValueError, match=r"MLPs of one form .* but has sparse: bottom;.*float32: top"):
+    with pytest.raises(ValueError, match=r"MLPs of one form .* but has sparse: bottom, top; float32: top"):
         save_model(small, data.schema, tmp_path)  # the layer of one output is no block of four
     small, _ = rk.optimize(model, linear="sparse", sparsity=0.8)
     save_model(small, data.schema, tmp_path)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from .linear import LinearConverter, Range
+from .masked import without_masks
 from .plan import Plan, Skip
 
 METHODS = ("minmax", "percentile", "mse")
@@ -41,7 +42,8 @@ def calibrate(
         >>> small, report = rk.optimize(model, linear="int8-static", ranges=ranges)  # doctest: +SKIP
 
     Args:
-        model: any float model. The layers are those that ``optimize(model, linear="int8-static")`` would swap.
+        model: any float model. The layers are those that ``optimize(model, linear="int8-static")`` would swap, and
+            those with pruning masks, which ``linear="int8-static+sparse"`` swaps.
         batches: arguments of one call each, as a tuple (anything else is the only argument).
         method: ``"minmax"``: everything that was seen. ``"percentile"``: both ends clipped (Wu et al., "Integer
             Quantization for Deep Learning Inference: Principles and Empirical Evaluation", 2020). ``"mse"``: the ends
@@ -62,7 +64,9 @@ def calibrate(
         raise ValueError(f"method must be one of {', '.join(METHODS)}, but is {method!r}")
     if not 50.0 < percentile <= 100.0:
         raise ValueError(f"percentile must be above 50 and at most 100, but is {percentile}")
-    layers = {layer.names[0]: layer.module for layer in plan_of(model, skip).swapped}
+    _check_model(model)
+    plain, masked, _ = without_masks(model)
+    layers = {layer.names[0]: masked.get(id(layer.module), layer.module) for layer in plan_of(plain, skip).swapped}
     return observe(model, layers, batches, method, percentile / 100.0, progress)
 
 
@@ -85,8 +89,7 @@ def observe(
 
 def plan_of(model: torch.nn.Module, skip: Skip | Iterable[Skip]) -> Plan:
     """The plan of a model whose linear layers become static ones."""
-    if not isinstance(model, torch.nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, but is {type(model).__name__}")
+    _check_model(model)
     plan = Plan(model, [(LinearConverter(), "int8-static")])
     plan.leave_skipped(skip)
     plan.leave_tied()
@@ -95,6 +98,11 @@ def plan_of(model: torch.nn.Module, skip: Skip | Iterable[Skip]) -> Plan:
     if not plan.swapped:
         raise ValueError("the model has no linear layer that can be swapped; see the report of optimize(linear='int8')")
     return plan
+
+
+def _check_model(model: Any) -> None:
+    if not isinstance(model, torch.nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, but is {type(model).__name__}")
 
 
 def watch(

@@ -5,12 +5,13 @@ from __future__ import annotations
 import copy
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
 from torch.utils import _pytree as pytree
 
+from ..models.dlrm import DLRM
 from ..ops.sparse_linear.patterns import check_sparsity, lowest, parse_pattern
 from .linear import LinearConverter
 from .plan import Layer, Plan
@@ -329,6 +330,9 @@ def _smaller(plan: Plan, links: Sequence[_Link], kept: Mapping[int, torch.Tensor
     for link in links:
         for module in between[id(link)]:
             _shrink_channels(memo[id(module)], kept[id(link)])
+    for module in new.modules():
+        if isinstance(module, DLRM):
+            module.config = replace(module.config, **module.hidden_widths())
     return new
 
 

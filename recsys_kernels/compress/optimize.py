@@ -40,7 +40,7 @@ def optimize(
     weight among each other (they share the new one), or be the model itself. Float tables that are swapped are not
     copied on the way; everything else is a deep copy, in the mode (train or eval) of the original. A layer whose new
     form could not do the same stays as it is, and the report says why: ``max_norm``, a weight that something else
-    uses as well (tied to a ``Linear``), pruned and parametrized weights, subclasses with a ``forward`` of their own,
+    uses as well (tied to a ``Linear``), masked and parametrized weights, subclasses with a ``forward`` of their own,
     values that are not finite, tables so narrow that scales and biases would cost more than they save, the layers
     inside of ``nn.MultiheadAttention`` and ``nn.TransformerEncoderLayer``, which read their weights.
 
@@ -56,8 +56,10 @@ def optimize(
     ReLU, GELU, Sigmoid or SiLU after each folded in and Dropout left out; that takes the place of the Sequential, or of
     these modules in it. Where hooks, other code (``for layer in self.mlp:``) or other places need the modules one by
     one, each linear layer is swapped for an :class:`~recsys_kernels.Int8Linear` by itself. With ``linear="sparse"``
-    each becomes a :class:`~recsys_kernels.SparseLinear` with the function after it folded in. Layers that were pruned
-    (:func:`~recsys_kernels.prune`, :class:`~recsys_kernels.Pruner`), with a mask or without one, are taken as they are.
+    each becomes a :class:`~recsys_kernels.SparseLinear` with the function after it folded in, at its place in the
+    Sequential; if nothing else is in that, it becomes a :class:`~recsys_kernels.SparseMLP`. Layers that were pruned
+    (:func:`~recsys_kernels.prune`, :class:`~recsys_kernels.Pruner`, ``torch.nn.utils.prune``), with a mask or without
+    one, are taken as they are.
 
     Args:
         model: any module, on any device. Optimizers that it holds in attributes become None in the copy. Weights of

@@ -14,6 +14,7 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
 from ..ops.embedding_bag import EmbeddingBagCollection
+from ..ops.sparse_linear.torch_masks import masking_hooks
 from .converters import Converter
 from .runs import Run, find_runs
 from .trial import Trial
@@ -227,6 +228,8 @@ class Plan:
             carry_over(layer.module, layer.new, memo)
         for key, module in self.masked.items():
             if key not in memo:
+                computed = [v for v in vars(module).values() if isinstance(v, torch.Tensor) and v.grad_fn is not None]
+                memo.update((id(value), value.detach().clone()) for value in computed)  # deepcopy refuses these
                 memo[key] = copy.deepcopy(module, memo)
         # Inner ones first: outer ones take them as they are.
         for sequential in reversed([m for m in self.modules.values() if any(m is run.sequential for run in runs)]):
@@ -287,6 +290,9 @@ def _reason_to_keep(module: Any, converter: Converter) -> str | None:
         return f"its class has its own {', '.join(members)}"
     if "forward" in vars(module):
         return "its forward was replaced"
+    if hooks := masking_hooks(module):
+        calls = ", ".join(f"torch.nn.utils.prune.remove(layer, {name!r})" for name in sorted(hooks))
+        return f"has masks of torch.nn.utils.prune: {calls} leaves a plain layer"
     if (own := {*module._parameters, *module._buffers, *module._modules}) != converter.parameters:
         return f"has {', '.join(sorted(own)) or 'nothing'} instead of {', '.join(sorted(converter.parameters))}"
     if any(getattr(module, hooks) for hooks in _STATE_HOOKS):
@@ -378,16 +384,16 @@ def carry_over(old: torch.nn.Module, new: torch.nn.Module, memo: dict[int, Any])
 
 def _rebuild(sequential: torch.nn.Module, runs: Sequence[Run], memo: dict[int, Any]) -> None:
     """Puts the new form of a Sequential into the memo of a copy: one call for each run in it."""
-    first = {run.keys[0]: run for run in runs}
+    places = {key: module for run in runs for key, module in run.places().items()}
     inside = {key for run in runs for key in run.keys}
     if len(runs) == 1 and inside == sequential._modules.keys():
-        new: torch.nn.Module = runs[0].module(whole=True)
+        new: torch.nn.Module = runs[0].module()
         memo[id(sequential)] = new
     else:
         memo[id(sequential)] = new = torch.nn.Sequential()
         for key, child in sequential._modules.items():
-            if key in first:
-                new.add_module(key, first[key].module())
+            if key in places:
+                new.add_module(key, places[key])
             elif key not in inside:
                 new.add_module(key, copy.deepcopy(child, memo))
     new.training = sequential.training

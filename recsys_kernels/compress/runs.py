@@ -11,7 +11,7 @@ import torch
 
 from ..ops.int8_matmul import Int8Linear, Int8MLP
 from ..ops.int8_matmul.mlp import EPILOGUES
-from ..ops.sparse_linear import SparseLinear
+from ..ops.sparse_linear import SparseLinear, SparseMLP
 
 if TYPE_CHECKING:
     from .plan import Layer, Plan
@@ -25,11 +25,11 @@ _OTHER_HOOKS = tuple(name for name in _HOOKS if not name.startswith("_forward_")
 
 @dataclass(eq=False)
 class Run:
-    """Neighbours in a Sequential that become one module: int8 layers one call, sparse layers a Sequential.
+    """Neighbours in a Sequential: int8 layers that become one call, and sparse layers.
 
     Attributes:
         sequential: where they are.
-        keys: the children of it whose place the module takes.
+        keys: the children of it whose place is taken.
         steps: the linear layers, each with the function that follows it.
     """
 
@@ -51,16 +51,20 @@ class Run:
             calls += [together] if is_int8 else [[step] for step in together]
         return calls
 
-    def module(self, whole: bool = False) -> torch.nn.Module:
-        """The module, from layers into which the functions are folded.
-
-        Args:
-            whole: whether it takes the place of the Sequential, with hooks and attributes of that.
-        """
+    def module(self) -> torch.nn.Module:
+        """What takes the place of the Sequential, from layers into which the functions are folded."""
         calls = [[layer.new for layer, _ in call] for call in self.calls()]
-        if len(calls) == 1:
-            return Int8MLP(*calls[0]) if whole and isinstance(calls[0][0], Int8Linear) else joined(calls[0], whole)
-        return torch.nn.Sequential(*map(joined, calls))
+        if len(calls) == 1 and isinstance(calls[0][0], Int8Linear):
+            return Int8MLP(*calls[0])
+        return SparseMLP(*map(joined, calls))
+
+    def places(self) -> dict[str, torch.nn.Module]:
+        """The same for a run that is a part of the Sequential: what stands at which key, each call where it begins."""
+        keys = {id(m): key for key in self.keys for m in self.sequential._modules[key].modules()}  # type: ignore[union-attr]
+        places: dict[str, list[torch.nn.Module]] = {}
+        for call in self.calls():
+            places.setdefault(keys[id(call[0][0].module)], []).append(joined([layer.new for layer, _ in call]))
+        return {key: new[0] if len(new) == 1 else torch.nn.Sequential(*new) for key, new in places.items()}
 
 
 def folded(new: torch.nn.Module, epilogue: str | None) -> torch.nn.Module:
@@ -82,11 +86,9 @@ def folded(new: torch.nn.Module, epilogue: str | None) -> torch.nn.Module:
     return other.train(new.training)
 
 
-def joined(layers: Sequence[torch.nn.Module], whole: bool = False) -> torch.nn.Module:
-    """Layers that one kernel runs as one module; a single one as it is, unless a Sequential is wanted."""
-    if len(layers) > 1:
-        return Int8MLP(*layers)  # type: ignore[arg-type]
-    return torch.nn.Sequential(layers[0]) if whole else layers[0]
+def joined(layers: Sequence[torch.nn.Module]) -> torch.nn.Module:
+    """Layers that one kernel runs as one module; a single one as it is."""
+    return Int8MLP(*layers) if len(layers) > 1 else layers[0]  # type: ignore[arg-type]
 
 
 def find_runs(plan: Plan) -> list[Run]:

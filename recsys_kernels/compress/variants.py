@@ -10,7 +10,7 @@ from torch import nn
 
 from recsys_kernels.models.dlrm import DLRM, layer_pattern
 from recsys_kernels.ops.int8_matmul import Int8MLP
-from recsys_kernels.ops.sparse_linear import SparseLinear
+from recsys_kernels.ops.sparse_linear import SparseLinear, SparseMLP
 from recsys_kernels.ops.sparse_linear.formats import stored_pattern
 from recsys_kernels.ops.sparse_linear.patterns import parse_pattern
 
@@ -104,7 +104,7 @@ def _sparse(model: DLRM, material: Material, int8: bool) -> DLRM:
     return small.with_mlps(mlps, "int8+sparse" if int8 else "sparse", pattern)
 
 
-def _sparse_mlp(mlp: nn.Sequential, pattern: str, int8: bool) -> nn.Sequential:
+def _sparse_mlp(mlp: nn.Sequential, pattern: str, int8: bool) -> SparseMLP:
     modules = [module for module in mlp if not isinstance(module, nn.Dropout)]
     layers = []
     for module, after in zip(modules, [*modules[1:], None], strict=True):
@@ -113,7 +113,7 @@ def _sparse_mlp(mlp: nn.Sequential, pattern: str, int8: bool) -> nn.Sequential:
             epilogue = "relu" if isinstance(after, nn.ReLU) else None
             layer = SparseLinear.from_dense(module, None, stored_as, epilogue=epilogue)
             layers.append(layer.quantize() if int8 else layer)
-    return nn.Sequential(*layers)
+    return SparseMLP(*layers)
 
 
 def prune_options(model: DLRM, sparsity: float | None, pattern: str) -> dict[str, Any]:

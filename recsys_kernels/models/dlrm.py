@@ -17,7 +17,7 @@ from torch import nn
 from recsys_kernels.data.examples import Schema
 from recsys_kernels.ops.embedding_bag import EmbeddingBagCollection, EmbeddingBagConfig
 from recsys_kernels.ops.int8_matmul import Int8Linear, Int8MLP
-from recsys_kernels.ops.sparse_linear import SparseLinear
+from recsys_kernels.ops.sparse_linear import SparseLinear, SparseMLP
 
 # Forms of the MLPs, and what `Int8Linear` calls the treatment of activations; the same of pruned ones, `SparseLinear`.
 MLP_FORMS = {"float32": None, "int8": "dynamic", "int8-static": "static", "int8-weight-only": "weight_only"}
@@ -119,6 +119,14 @@ class DLRM(nn.Module):
         other.head = copy.deepcopy(self.head)
         return other.eval()
 
+    def hidden_widths(self) -> dict[str, Any]:
+        """What `config.bottom` and `config.top` should be: the hidden widths of the MLPs as they are now."""
+        widths = {}
+        for name in ("bottom", "top"):
+            layers = [m for m in getattr(self.head, name).modules() if hasattr(m, "out_features")]
+            widths[name] = tuple(layer.out_features for layer in layers[:-1])
+        return widths
+
     def with_mlps(self, mlps: Sequence[nn.Module], form: str, pattern: str | None = None) -> DLRM:
         """The same model with other MLPs of the same shape; the tables are the same ones, not copies.
 
@@ -215,7 +223,7 @@ def int8_mlp(width: int, widths: Sequence[int], scheme: str, *, last_relu: bool 
 
 def sparse_mlp(
     width: int, widths: Sequence[int], activation: str | None, pattern: str, *, last_relu: bool = True
-) -> nn.Sequential:
+) -> SparseMLP:
     """What `mlp` is pruned to, with values still to be loaded."""
     layers = []
     for position, out in enumerate(widths):
@@ -223,7 +231,7 @@ def sparse_mlp(
         kinds = {"pattern": layer_pattern(out, pattern), "activation": activation, "epilogue": "relu" if relu else None}
         layers.append(SparseLinear(width, out, **kinds))  # type: ignore[arg-type]
         width = out
-    return nn.Sequential(*layers)
+    return SparseMLP(*layers)
 
 
 def layer_pattern(out_features: int, pattern: str) -> str:

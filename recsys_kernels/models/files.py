@@ -83,10 +83,11 @@ def save_model(model: DLRM, schema: Schema, folder: Path) -> None:
         ModuleNotFoundError: safetensors is not installed.
         ValueError: the tables are not all of one form (float32, int8 or int4), or the MLPs are not.
     """
-    # What `rk.optimize` changed is not in `model.config`.
+    # What `rk.optimize` and other code changed is not in `model.config`.
     form = _mlp_form(model)
     pattern = _mlp_pattern(model) if form in SPARSE_FORMS else None
-    config = replace(model.config, embedding=_form(model), mlp=form, mlp_pattern=pattern)
+    widths = model.hidden_widths()
+    config = replace(model.config, embedding=_form(model), mlp=form, mlp_pattern=pattern, **widths)
     state = {name: tensor.detach().contiguous() for name, tensor in model.state_dict().items()}
     safetensors = _safetensors()
     try:

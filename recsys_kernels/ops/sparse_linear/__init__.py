@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .linear import SparseLinear
+    from .mlp import SparseMLP
 
-__all__ = ["SparseLinear"]
+__all__ = ["SparseLinear", "SparseMLP"]
+
+# Imported at their first use: who only looks rows up pays nothing for them.
+_LATER = {"SparseLinear": "linear", "SparseMLP": "mlp"}
 
 
 def __getattr__(name: str) -> Any:
-    # Imported at its first use: who only looks rows up pays nothing for it.
-    if name != "SparseLinear":
+    if name not in _LATER:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from .linear import SparseLinear
-
-    return SparseLinear
+    return getattr(import_module(f"{__name__}.{_LATER[name]}"), name)

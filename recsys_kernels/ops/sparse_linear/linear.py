@@ -25,6 +25,7 @@ from ..linear_layers import (
 from . import formats, kept, op, reference, semi_structured, state
 from .formats import Stored
 from .patterns import parse_pattern
+from .torch_masks import as_called
 
 # What ``_backends.implementation`` gives unless another backend was asked for.
 PACKED = torch.ops.recsys_kernels.sparse_packed.default
@@ -178,7 +179,8 @@ class SparseLinear(FixedTypes):
         """Prunes a layer: of its weights, or blocks of them, those with the lowest magnitudes are dropped.
 
         (Han et al., "Learning both Weights and Connections for Efficient Neural Networks", 2015.) The layer itself is
-        not changed. If its weight is parametrized, as masked ones are, it is taken as it is then.
+        not changed. If its weight is parametrized or has a mask (also one of ``torch.nn.utils.prune``), it is taken as
+        a call would take it.
 
         Args:
             linear: the layer.
@@ -194,7 +196,8 @@ class SparseLinear(FixedTypes):
         """
         if not isinstance(linear, torch.nn.Linear):
             raise TypeError(f"linear must be a torch.nn.Linear, but is a {type(linear).__name__}")
-        weight, bias, units = linear.weight, linear.bias, parse_pattern(pattern)
+        weight, bias, units = as_called(linear, "weight"), as_called(linear, "bias"), parse_pattern(pattern)
+        assert weight is not None
         stored_as = formats.stored_pattern(units)
         new = cls(
             weight.shape[1],
@@ -486,6 +489,8 @@ class SparseLinear(FixedTypes):
                     run = _backends.implementation(name, input)
                     if run is PACKED or run is DENSE:
                         return run(input, pack, self.out_features, _backends.dtype_argument(self.dtype))
+                elif prepared.runs_dense[many] and runs_packed(self.values):
+                    return prepared.run(input, self.operands(), self.dtype)
         return self.run(input, self.dtype)
 
     def run(self, input: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
