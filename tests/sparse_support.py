@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import recsys_kernels as rk
 from recsys_kernels import testing
@@ -13,6 +15,13 @@ DTYPES = testing.FLOAT_DTYPES[:3]
 PATTERNS = testing.SPARSE_PATTERNS
 SCHEMES = ("dynamic", "static", "weight_only")
 RANGE = (-4.0, 4.5)
+FUNCTIONS: dict[str | None, Any] = {
+    None: lambda y: y,
+    "relu": F.relu,
+    "gelu": F.gelu,
+    "sigmoid": torch.sigmoid,
+    "silu": F.silu,
+}
 
 
 def float_layer(in_features: int = 41, out_features: int = 22, bias: bool = True, **options: Any) -> torch.nn.Linear:
@@ -63,3 +72,15 @@ def dense_of(module: rk.SparseLinear) -> torch.Tensor:
                     if row < n and column < k:
                         dense[row, column] = value * scale[row][column // group]
     return dense
+
+
+class Calls(TorchDispatchMode):
+    """Names of the operators that are called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(func.name())
+        return func(*args, **(kwargs or {}))

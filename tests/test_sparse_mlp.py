@@ -15,6 +15,7 @@ import recsys_kernels as rk
 from recsys_kernels.ops.sparse_linear import crossover
 from recsys_kernels.ops.sparse_linear import linear as linear_module
 from recsys_kernels.ops.sparse_linear import mlp as mlp_module
+from recsys_kernels.ops.sparse_linear.op import FEW_ROWS
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -92,7 +93,7 @@ def test_layers_are_called_once_for_few_and_once_for_many_rows(layer_calls: Any)
     calls = next(layer_calls)
     module = mlp()
     with torch.no_grad():
-        for count, seen in ((1, 3), (2, 3), (4, 3), (5, 6), (64, 6), (1, 6), (0, 6)):
+        for count, seen in ((1, 3), (2, 3), (FEW_ROWS, 3), (FEW_ROWS + 1, 6), (64, 6), (1, 6), (0, 6)):
             module(rows(count))
             assert len(calls) == seen
         module(rows(6).reshape(2, 3, 41))

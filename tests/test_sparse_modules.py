@@ -1,4 +1,4 @@
-"""SparseLinear: pruning, conversions, calls, gradients, training, compiled code, where it runs dense, 2:4 on GPUs."""
+"""SparseLinear: pruning, conversions, calls, compiled code, where it runs dense, 2:4 on GPUs."""
 
 from __future__ import annotations
 
@@ -10,37 +10,15 @@ import pytest
 import scipy.sparse
 import torch
 import torch.nn.functional as F
-from sparse_support import DTYPES, PATTERNS, SCHEMES, dense_of, float_layer, quantized, rows, sparse
-from torch.utils._python_dispatch import TorchDispatchMode
+from sparse_support import DTYPES, FUNCTIONS, PATTERNS, SCHEMES, Calls, dense_of, float_layer, quantized, rows, sparse
 
 import recsys_kernels as rk
 from recsys_kernels._native import native
 from recsys_kernels.ops.sparse_linear import crossover, kept, op, semi_structured
-from recsys_kernels.ops.sparse_linear import linear as linear_module
 from recsys_kernels.ops.sparse_linear.patterns import keep_mask
 from recsys_kernels.testing import assert_matches
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-FUNCTIONS: dict[str | None, Any] = {
-    None: lambda y: y,
-    "relu": F.relu,
-    "gelu": F.gelu,
-    "sigmoid": torch.sigmoid,
-    "silu": F.silu,
-}
-
-
-class Calls(TorchDispatchMode):
-    """Names of the operators that are called."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: list[str] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.names.append(func.name())
-        return func(*args, **(kwargs or {}))
 
 
 # ---- pruning --------------------------------------------------------------------------------------------------------
@@ -340,81 +318,6 @@ def test_repr_says_what_it_is() -> None:
     assert "activation='static', epilogue='gelu'" in text
 
 
-# ---- gradients and training -----------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("epilogue", FUNCTIONS)
-@pytest.mark.parametrize("pattern", PATTERNS)
-def test_training_as_a_masked_dense_layer(implementation: str, pattern: str, epilogue: str | None) -> None:
-    """Steps of SGD move the kept weights as those of a masked layer, and nothing else."""
-    module = sparse(pattern, epilogue=epilogue)
-    kept_weights = dense_of(module) != 0
-    weight = dense_of(module).requires_grad_()
-    bias = module.bias.detach().double().requires_grad_()  # type: ignore[union-attr]
-    steps = [torch.optim.SGD(module.parameters(), 0.1), torch.optim.SGD([weight, bias], 0.1)]
-    x, direction = rows(20), torch.randn(20, 22, generator=torch.Generator().manual_seed(9))
-    for _ in range(3):
-        for step in steps:
-            step.zero_grad()
-        (module(x) * direction).mean().backward()
-        (FUNCTIONS[epilogue](F.linear(x.double(), weight * kept_weights, bias)) * direction).mean().backward()
-        assert module.values.grad is not None
-        assert module.values.grad.shape == module.values.shape
-        for step in steps:
-            step.step()
-    assert (dense_of(module)[~kept_weights] == 0).all() or pattern == "2:4"
-    assert_matches((dense_of(module) * kept_weights).float(), (weight * kept_weights).detach())
-    with torch.no_grad():
-        assert_matches(module(x), FUNCTIONS[epilogue](F.linear(x.double(), dense_of(module), module.bias.double())))
-
-
-@pytest.mark.parametrize("frozen", [True, False])
-def test_gradient_of_the_input(implementation: str, frozen: bool) -> None:
-    for pattern in PATTERNS:
-        for module in (sparse(pattern), quantized(pattern), sparse(pattern, float_layer(5, 3))):
-            module.requires_grad_(not frozen)
-            x = rows(9, module.in_features).requires_grad_()
-            direction = torch.randn(9, module.out_features, generator=torch.Generator().manual_seed(3))
-            for _ in range(2):
-                (grad,) = torch.autograd.grad(module(x), x, direction)
-                assert_matches(grad, direction.double() @ dense_of(module))
-            flipped = module._transposed
-            assert flipped is not None
-            torch.autograd.grad(module(x), x, direction)
-            assert module._transposed is flipped
-
-
-@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
-def test_gradients_of_16_bit_layers(implementation: str, dtype: torch.dtype) -> None:
-    module = sparse(linear=float_layer(dtype=dtype))
-    x = rows(9).to(dtype).requires_grad_()
-    out = module(x)
-    assert out.dtype == dtype
-    grads = torch.autograd.grad(out, (x, module.values, module.bias), torch.ones_like(out))
-    assert [g.dtype for g in grads] == [dtype] * 3
-    assert_matches(grads[0], dense_of(module).sum(0).expand(9, -1))
-    assert_matches(grads[1], x.detach().double().sum(0)[module.col_indices.long()])
-
-
-def test_training_makes_no_dense_weights(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of a layer whose dense weights would be 4 MB the largest new tensor has the size of the activations."""
-    module = sparse("block4x1", float_layer(1000, 1000), 0.95)
-    x = rows(4, 1000).requires_grad_()
-    largest = 0
-
-    class Sizes(TorchDispatchMode):
-        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            nonlocal largest
-            out = func(*args, **(kwargs or {}))
-            if isinstance(out, torch.Tensor):
-                largest = max(largest, out.numel())
-            return out
-
-    with rk.backend("cpu"), Sizes():
-        module(x).sum().backward()
-    assert 0 < largest <= module.nnz
-
-
 # ---- compiled code --------------------------------------------------------------------------------------------------
 
 
@@ -507,6 +410,29 @@ def test_layers_that_run_dense(monkeypatch: pytest.MonkeyPatch, kind: str, limit
             monkeypatch.undo()
 
 
+def test_dense_layers_heed_no_autocast(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As sparse ones don't: results would differ with the table."""
+    module = sparse(linear=float_layer(300, 20)).requires_grad_(False)
+    wanted = module(rows(20, 300))
+    monkeypatch.setattr(crossover, "limits", lambda *args: (0.0, 0.0))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert_matches(copy.deepcopy(module)(rows(20, 300)), wanted.double())
+
+
+def test_density_of_int8_products_is_that_of_fours() -> None:
+    """Four columns of a row are multiplied together, whether one of them is kept or all are."""
+    one_of_four = torch.tensor([[1.0, 0, 0, 0, 0, 2, 0, 0, 0], [0, 0, 0, 0, 0, 0, 0, 0, 3]])
+    linear = torch.nn.Linear(9, 2)
+    linear.weight.data = one_of_four
+    module = rk.SparseLinear.from_dense(linear, None)
+    assert kept.density(module.operands()) == pytest.approx(3 / 18)
+    assert kept.density(module.quantize("weight_only").operands()) == pytest.approx(3 / 18)
+    assert kept.density(module.quantize().operands()) == pytest.approx(3 / 6)
+    assert kept.density(quantized("2:4").operands()) == 1.0
+    blocks = quantized("block4x4")
+    assert kept.density(blocks.operands()) == pytest.approx(blocks.values.shape[0] / (6 * 11), rel=0.2)
+
+
 # ---- 2:4 on GPUs ----------------------------------------------------------------------------------------------------
 
 
@@ -547,7 +473,7 @@ def test_semi_structured_products(monkeypatch: pytest.MonkeyPatch, shape: tuple[
 
     monkeypatch.setattr(semi_structured, "compress", compress)
     monkeypatch.setattr(semi_structured, "serves", lambda values: True)
-    monkeypatch.setattr(linear_module, "runs_packed", lambda values: False)
+    monkeypatch.setattr(kept, "runs_packed", lambda values: False)
     for epilogue, function in FUNCTIONS.items():
         module = sparse("2:4", float_layer(*shape, dtype=dtype), epilogue=epilogue)
         given.clear()

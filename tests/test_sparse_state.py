@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from sparse_support import DTYPES, PATTERNS, dense_of, float_layer, quantized, rows, sparse
 
 import recsys_kernels as rk
+from recsys_kernels.ops.sparse_linear import kept
 from recsys_kernels.testing import assert_matches
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -135,6 +136,8 @@ def changes(module: rk.SparseLinear) -> dict[str, Callable[[], Any]]:
         "values replaced": lambda: replaced("values", module.values.detach() // 2 + 1),
         "bias in place": lambda: module.bias.add_(1),  # type: ignore[union-attr]
         "columns replaced": lambda: replaced("col_indices", 40 - _order(module)),
+        "data replaced": lambda: setattr(module.values, "data", module.values.detach() // 2 + 1),
+        "data of the bias": lambda: setattr(module.bias, "data", module.bias.detach() + 1),  # type: ignore[union-attr]
         "SGD": lambda: step(torch.optim.SGD(module.parameters(), 0.1)),
         "fused Adam": lambda: step(torch.optim.Adam(module.parameters(), 0.1, fused=True)),
         "AdamW of many": lambda: step(torch.optim.AdamW(module.parameters(), 0.1, foreach=True)),
@@ -177,6 +180,50 @@ def test_changes_are_seen(kind: str, inference: bool) -> None:
                 with rk.backend("reference"):
                     assert_matches(out, module(rows()).double())
             before = out
+
+
+def test_a_load_of_other_weights_drops_the_gradient() -> None:
+    module = sparse(linear=float_layer(41, 22), sparsity=0.8)
+    optimizer = torch.optim.SGD(module.parameters(), 0.1)
+    module(rows()).sum().backward()
+    module.load_state_dict(sparse(sparsity=0.5).state_dict())
+    module(rows()).sum().backward()
+    optimizer.step()
+    assert module.values.grad is not None
+    assert module.values.grad.shape == module.values.shape
+
+
+def test_refresh_after_writes_that_torch_does_not_count() -> None:
+    module = sparse().requires_grad_(False)
+    before = module(rows())
+    module.values.data.mul_(2)
+    module.refresh()
+    assert_matches(module(rows()), 2 * before.double() - module.bias.double())  # type: ignore[union-attr]
+
+
+def test_nan_in_what_was_trained_is_packed_once() -> None:
+    module = sparse()
+    module(rows()).sum().backward()
+    with torch.no_grad():
+        module.values[0] = float("nan")
+        module(rows())
+        known = module._prepared
+        module(rows())
+    assert module._prepared is known
+
+
+def test_compiled_layers_that_share_values_keep_their_packs(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.compiler.reset()
+    first, second = sparse().requires_grad_(False), sparse().requires_grad_(False)
+    second.values, second.crow_indices, second.col_indices = first.values, first.crow_indices, first.col_indices
+    second.bias = torch.nn.Parameter(torch.ones(22), requires_grad=False)
+    compiled = [torch.compile(module, fullgraph=True, backend="aot_eager") for module in (first, second)]
+    for module in compiled:
+        module(rows())
+    monkeypatch.setattr(kept, "Prepared", None)  # nothing is made anew
+    results = [module(rows()) for module in compiled]
+    monkeypatch.undo()
+    assert all(torch.equal(found, module(rows())) for found, module in zip(results, (first, second), strict=True))
 
 
 def test_compiled_code_sees_changes() -> None:

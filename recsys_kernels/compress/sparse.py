@@ -10,8 +10,7 @@ import torch
 from ..ops.int8_matmul import Int8Linear
 from ..ops.linear_layers import MAX_IN_FEATURES
 from ..ops.sparse_linear import SparseLinear
-from ..ops.sparse_linear.kept import runs_dense
-from ..ops.sparse_linear.linear import runs_packed
+from ..ops.sparse_linear.kept import runs_dense, runs_packed
 from ..ops.sparse_linear.op import FEW_ROWS
 from ..ops.sparse_linear.patterns import Pattern, check_sparsity, parse_pattern
 from .converters import stored_bytes

@@ -25,6 +25,7 @@ from ..linear_layers import (
 from . import formats, kept, op, reference, semi_structured, state
 from .formats import Stored
 from .patterns import parse_pattern
+from .structure import Structure
 from .torch_masks import as_called
 
 # What ``_backends.implementation`` gives unless another backend was asked for.
@@ -49,6 +50,7 @@ class Seen(NamedTuple):
     qparams: torch.Tensor | None
     qparams_version: int
     trained: tuple[torch.Tensor, ...] | None  # values of the parameters, once they are trained
+    addresses: tuple[int, ...]  # of values and bias: ``parameter.data = ...`` is not counted as written to
 
 
 class SparseLinear(FixedTypes):
@@ -69,7 +71,8 @@ class SparseLinear(FixedTypes):
     and ``bias`` [out_features]; of int8 layers ``weight_scale`` float32 [out_features], or [out_features, groups] of
     32, 64 or 128 columns each, and (``"static"``) ``input_qparams`` float32 [2]. What is loaded may keep any number of
     weights, with scales of either kind; it is checked first. On the CPU the kernels read a packed copy, which is made
-    at the first call and again when one of these was replaced or written to. A layer that is being trained is compared
+    at the first call and again when one of these was replaced or written to, but not where torch does not count it (see
+    :meth:`refresh`). In training, values are put into their places at every call. A layer that was trained is compared
     with what was packed at every call: ``requires_grad_(False)`` ends that.
 
     Gradients go to the input, float values (at kept places only, no dense gradient exists) and bias. ``.half()`` and
@@ -156,7 +159,7 @@ class SparseLinear(FixedTypes):
     def _forget(self) -> None:
         self._seen: Seen | None = None
         self._prepared: kept.Prepared | None = None
-        self._transposed: tuple[tuple[Any, ...], op.Transposed] | None = None
+        self._structure: tuple[torch.Tensor, torch.Tensor, Any, Structure] | None = None
         self._semi_structured: semi_structured.Product | None = None
 
     def _set(self, stored: Stored, requires_grad: bool = True) -> None:
@@ -240,8 +243,9 @@ class SparseLinear(FixedTypes):
         values = tensor.values().detach().clone().contiguous()
         if values.dim() == 3 and values.shape[1:] == (1, 1):
             values = values.reshape(-1)
+        # Before they are rounded to 32 bits.
+        reference.check_structure(tensor.crow_indices(), tensor.col_indices(), n, k, *reference.block_shape(values))
         structure = tensor.crow_indices().int(), tensor.col_indices().int()
-        reference.check_structure(*structure, n, k, *reference.block_shape(values))
         options = {"pattern": formats.pattern_name(values), "epilogue": epilogue}
         new = cls(k, n, bias is not None, **options, dtype=values.dtype, device=values.device)  # type: ignore[arg-type]
         with torch.inference_mode(False), torch.no_grad():
@@ -356,7 +360,7 @@ class SparseLinear(FixedTypes):
             parts.append(f"granularity={self._group()}")
         if self.dtype != torch.float32:
             parts.append(f"dtype={self.dtype}")
-        if runs_packed(self.values):
+        if kept.runs_packed(self.values):
             parts.append(f"runs: {self._how_it_runs()}")
         return ", ".join(parts)
 
@@ -384,7 +388,7 @@ class SparseLinear(FixedTypes):
         buffers, parameters = self._buffers, self._parameters
         if seen is None:
             return False
-        values, values_at, crow, crow_at, col, col_at, scale, scale_at, bias, bias_at, qparams, qparams_at, old = seen
+        values, v_at, crow, r_at, col, c_at, scale, s_at, bias, b_at, qparams, q_at, trained, addresses = seen
         return (
             (parameters if self.activation is None else buffers)["values"] is values
             and buffers["crow_indices"] is crow
@@ -392,18 +396,20 @@ class SparseLinear(FixedTypes):
             and buffers["weight_scale"] is scale
             and parameters["bias"] is bias
             and buffers["input_qparams"] is qparams
-            and values._version == values_at
-            and crow._version == crow_at
-            and col._version == col_at
-            and (scale is None or scale._version == scale_at)
-            and (bias is None or bias._version == bias_at)
-            and (qparams is None or qparams._version == qparams_at)
-            and (not self._trains or self._have_values(old))
+            and values._version == v_at
+            and crow._version == r_at
+            and col._version == c_at
+            and (scale is None or scale._version == s_at)
+            and (bias is None or bias._version == b_at)
+            and (qparams is None or qparams._version == q_at)
+            and values.data_ptr() == addresses[0]
+            and (bias is None or bias.data_ptr() == addresses[1])
+            and (not self._trains or self._have_values(trained))
         )
 
     def _have_values(self, values: tuple[torch.Tensor, ...] | None) -> bool:
         trained = self._trained()
-        return values is not None and len(values) == len(trained) and all(map(torch.equal, values, trained))
+        return values is not None and len(values) == len(trained) and all(map(kept.same_bits, values, trained))
 
     def _trained(self) -> list[torch.Tensor]:
         return [p for p in self._parameters.values() if p is not None and p.requires_grad]
@@ -428,7 +434,8 @@ class SparseLinear(FixedTypes):
         )
         counted = [part for t in tensors for part in (t, 0 if t is None else t._version)]
         trained = tuple(parameter.detach().clone() for parameter in self._trained()) if self._trains else None
-        return Seen(*counted, trained)  # type: ignore[call-arg,arg-type]
+        addresses = self.values.data_ptr(), 0 if self.bias is None else self.bias.data_ptr()
+        return Seen(*counted, trained, addresses)  # type: ignore[call-arg,arg-type]
 
     def operands(self) -> op.Operands:
         """The layer as the operators take it: from ``values`` to ``activation``."""
@@ -450,18 +457,22 @@ class SparseLinear(FixedTypes):
             self._prepared = prepared = kept.Prepared(self.operands())
         return prepared
 
-    def _current_transposed(self) -> op.Transposed:
-        """The transposed structure, which training does not change."""
-        crow, col = self.crow_indices, self.col_indices
-        seen = (crow, 0 if crow.is_inference() else crow._version, col, 0 if col.is_inference() else col._version)
-        known = self._transposed
-        if known is None or any(a is not b for a, b in zip(known[0][::2], seen[::2], strict=True)):
-            known = None
-        if known is None or known[0][1::2] != seen[1::2] or crow.is_inference() or col.is_inference():
-            shape = reference.block_shape(self.values)
-            known = (seen, op.transpose_structure(crow, col, *shape, self.out_features, self.in_features))
-            self._transposed = known
-        return known[1]
+    def _current_structure(self) -> Structure:
+        """What follows from the structure, which training does not change."""
+        crow, col, shape = self.crow_indices, self.col_indices, self.values.shape
+        counts = not (crow.is_inference() or col.is_inference())
+        seen = (crow._version, col._version, shape) if counts else None
+        known = self._structure
+        if known is None or known[0] is not crow or known[1] is not col or seen is None or known[2] != seen:
+            self._structure = known = (crow, col, seen, Structure(self.operands()))
+        return known[3]
+
+    def refresh(self) -> None:
+        """Forgets the packed copy, so that the next call makes a new one.
+
+        Needed where torch does not count that something was written: to a tensor's ``data``, or through numpy.
+        """
+        self._forget()
 
     def needs_grad(self, input: torch.Tensor) -> bool:
         """Whether a call with this input is recorded for a gradient."""
@@ -489,7 +500,7 @@ class SparseLinear(FixedTypes):
                     run = _backends.implementation(name, input)
                     if run is PACKED or run is DENSE:
                         return run(input, pack, self.out_features, _backends.dtype_argument(self.dtype))
-                elif prepared.runs_dense[many] and runs_packed(self.values):
+                elif prepared.runs_dense[many] and kept.runs_packed(self.values):
                     return prepared.run(input, self.operands(), self.dtype)
         return self.run(input, self.dtype)
 
@@ -506,14 +517,17 @@ class SparseLinear(FixedTypes):
             return op.run_layer(input, *layer, dtype)
         self._check_range()
         prepared: Callable[[torch.Tensor], torch.Tensor] | None = None
-        # Trained values change with every step; the operator packs them by itself.
-        if not (needs_grad and self.values.requires_grad):
-            if runs_packed(self.values):
-                prepared = partial(self._current().run, layer=layer, dtype=dtype)
-            elif input.dtype == self.values.dtype and semi_structured.serves(self.values):
-                prepared = partial(self._current_semi_structured(), dtype=dtype)
-        transposed = self._current_transposed() if needs_grad and input.requires_grad else None
-        return op.run_layer(input, *layer, dtype, prepared, transposed)
+        structure = self._current_structure() if needs_grad else None
+        trains = needs_grad and self.values.requires_grad
+        if trains and self.training:
+            # Values that change with every step. Of others than float32 the operator makes a new pack each time.
+            if structure is not None and structure.packs(self.values):
+                prepared = partial(structure.run, layer=layer, dtype=dtype)
+        elif kept.runs_packed(self.values):
+            prepared = partial(self._current().run, layer=layer, dtype=dtype)
+        elif not trains and input.dtype == self.values.dtype and semi_structured.serves(self.values):
+            prepared = partial(self._current_semi_structured(), dtype=dtype)
+        return op.run_layer(input, *layer, dtype, prepared, structure)
 
     def _current_semi_structured(self) -> semi_structured.Product:
         """The layer as the GPU's unit for 2:4 reads it, as fresh as the state."""
@@ -561,8 +575,9 @@ class SparseLinear(FixedTypes):
         for name in (*_STRUCTURE, "weight_scale"):
             own, new = getattr(self, name), found.get(name)
             if own is not None and new is not None and new.shape != own.shape:
-                # The parameter stays the one that an optimizer knows.
+                # The parameter stays the one that an optimizer knows; its gradient is of other weights.
                 own.data = torch.empty(new.shape, dtype=own.dtype, device=own.device)
+                own.grad = None
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)
         if self.activation is None:
             self.dtype = self.values.dtype  # assigned, not copied
@@ -586,10 +601,5 @@ class SparseLinear(FixedTypes):
 
     def __getstate__(self) -> dict[str, Any]:
         # Copies and files hold the canonical state only.
-        gone = dict.fromkeys(("_seen", "_prepared", "_transposed", "_semi_structured"))
+        gone = dict.fromkeys(("_seen", "_prepared", "_structure", "_semi_structured"))
         return {**self.__dict__, **gone}
-
-
-def runs_packed(values: torch.Tensor) -> bool:
-    """Whether layers with such values run from their packed copy at present."""
-    return values.device.type == "cpu" and _backends.chosen("sparse_packed", "cpu") == "cpu"

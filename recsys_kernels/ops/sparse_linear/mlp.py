@@ -9,7 +9,8 @@ import torch
 
 from ... import _backends
 from . import kept, op
-from .linear import DENSE, PACKED, Seen, SparseLinear, runs_packed
+from .kept import runs_packed
+from .linear import DENSE, PACKED, Seen, SparseLinear
 
 # What runs a member, and what else than the input it takes: a pack, a width and a number for a type.
 _Step = tuple[Callable[..., torch.Tensor], Any, int, Any]
@@ -98,7 +99,7 @@ class SparseMLP(torch.nn.Sequential):
                 return False
             if seen is None:
                 continue
-            values, _, crow, _, col, _, scale, _, bias, _, qparams, _, trained = seen
+            values, _, crow, _, col, _, scale, _, bias, _, qparams, _, trained, addresses = seen
             buffers, parameters = member._buffers, member._parameters
             if (
                 member._prepared is not prepared  # a new one once the layer was moved or loaded
@@ -110,6 +111,8 @@ class SparseMLP(torch.nn.Sequential):
                 or buffers["input_qparams"] is not qparams
                 or member._forward_pre_hooks
                 or member._forward_hooks
+                or values.data_ptr() != addresses[0]
+                or (bias is not None and bias.data_ptr() != addresses[1])
                 or (member._trains and not member._have_values(trained))
             ):
                 return False
@@ -136,8 +139,8 @@ class SparseMLP(torch.nn.Sequential):
             old.steps[many] = steps
             return
         noted = [(m, m._prepared, m._seen) if isinstance(m, SparseLinear) else (m, None, None) for m in members]
-        # Every other entry of what was seen is a version; the last one are values.
-        pairs = [pair for *_, seen in noted if seen for pair in zip(seen[:-1:2], seen[1:-1:2], strict=True)]
+        # Every other entry of what was seen is a version, but for the last two.
+        pairs = [pair for *_, seen in noted if seen for pair in zip(seen[:-2:2], seen[1:-2:2], strict=True)]
         pairs = [(tensor, version) for tensor, version in pairs if tensor is not None]
         tensors, versions = [tensor for tensor, _ in pairs], [version for _, version in pairs]
         both: list[list[_Step] | None] = [None, None]

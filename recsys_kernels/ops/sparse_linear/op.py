@@ -29,7 +29,7 @@ what :class:`~recsys_kernels.SparseLinear` makes or loads is checked before it g
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch.autograd.function import once_differentiable
@@ -48,6 +48,9 @@ from ..linear_layers import (
 )
 from . import reference
 from .reference import block_shape, two_of_four_columns
+
+if TYPE_CHECKING:
+    from .structure import Structure
 
 _LAYER = (
     "Tensor values, Tensor crow_indices, Tensor col_indices, int out_features, int in_features, Tensor? weight_scale, "
@@ -203,11 +206,15 @@ def packed(input: torch.Tensor, layer: torch.Tensor, out_features: int, dtype: t
     return out.reshape(*input.shape[:-1], out_features)
 
 
-def _input_gradient(grad: torch.Tensor, layer: Operands, transposed: Transposed | None) -> torch.Tensor:
+def _input_gradient(grad: torch.Tensor, layer: Operands, structure: Structure | None) -> torch.Tensor:
     """float32 [M, N] to [M, K], through the transposed weights."""
     values, crow, col, out_features, in_features, weight_scale, *_ = layer
-    if transposed is None:
+    if structure is None:
         transposed = transpose_structure(crow, col, *block_shape(values), out_features, in_features)
+    elif structure.packs(values):
+        return structure.input_gradient(grad, values)
+    else:
+        transposed = structure.transposed()
     scale = None
     if weight_scale is not None and reference.scale_group(out_features, in_features, weight_scale.shape):
         # There a group is of rows.
@@ -218,8 +225,8 @@ def _input_gradient(grad: torch.Tensor, layer: Operands, transposed: Transposed 
         scale = weight_scale.new_ones(transposed.out_features)
     run = _backends.implementation("sparse_linear", grad)
     sizes = (transposed.out_features, out_features)
-    structure = (transposed.crow_indices, transposed.col_indices, *sizes)
-    result = run(grad, transposed.values(values), *structure, scale, None, None, WEIGHT_ONLY, NONE, torch.float32)
+    weights = (transposed.values(values), transposed.crow_indices, transposed.col_indices, *sizes)
+    result = run(grad, *weights, scale, None, None, WEIGHT_ONLY, NONE, torch.float32)
     return result[:, :in_features]
 
 
@@ -246,11 +253,11 @@ class _SparseLinear(torch.autograd.Function):
         activation: int,
         dtype: torch.dtype,
         prepared: Callable[[torch.Tensor], torch.Tensor] | None,
-        transposed: Transposed | None,
+        structure: Structure | None,
     ) -> torch.Tensor:
         ctx.sizes, ctx.scheme, ctx.activation = (out_features, in_features), scheme, activation
         ctx.dtype, ctx.bias_dtype = input.dtype, None if bias is None else bias.dtype
-        ctx.transposed = transposed
+        ctx.structure = structure
         if prepared is None:
             run = _backends.implementation("sparse_linear", input)
             layer = (values, crow_indices, col_indices, out_features, in_features, weight_scale, bias, input_qparams)
@@ -292,7 +299,7 @@ class _SparseLinear(torch.autograd.Function):
         rows = grad.reshape(shape.numel(), out_features)
         grad_input = grad_values = grad_bias = None
         if ctx.needs_input_grad[0]:
-            grad_input = _input_gradient(rows, (*layer, ctx.scheme, NONE), ctx.transposed)
+            grad_input = _input_gradient(rows, (*layer, ctx.scheme, NONE), ctx.structure)
             grad_input = grad_input.to(ctx.dtype).reshape(*shape, in_features)
         if ctx.needs_input_grad[1]:
             run = _backends.implementation("sparse_weight_gradient", rows)
@@ -317,18 +324,18 @@ def run_layer(
     activation: int,
     dtype: torch.dtype,
     prepared: Callable[[torch.Tensor], torch.Tensor] | None = None,
-    transposed: Transposed | None = None,
+    structure: Structure | None = None,
 ) -> torch.Tensor:
     """One layer, differentiable in input, float values and bias.
 
     Args:
         prepared: gives the result from what was made of the layer before; None: the operator.
-        transposed: of the layer's structure, where it is known; else None.
+        structure: of the layer, where it is kept from one call to the next; else None.
     """
     layer = (values, crow_indices, col_indices, out_features, in_features, weight_scale, bias, input_qparams)
     trained = input.requires_grad or values.requires_grad or (bias is not None and bias.requires_grad)
     if trained and torch.is_grad_enabled():
-        return _SparseLinear.apply(input, *layer, scheme, activation, dtype, prepared, transposed)
+        return _SparseLinear.apply(input, *layer, scheme, activation, dtype, prepared, structure)
     if prepared is not None:
         return prepared(input)
     run = _backends.implementation("sparse_linear", input)
