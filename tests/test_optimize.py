@@ -301,7 +301,7 @@ KEPT: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "replaced forward": (with_own_forward, "its forward was replaced"),
     "parametrized": (lambda: parametrizations.weight_norm(nn.Embedding(ROWS, DIM)), "parametrized: weight"),
     "old weight_norm": (lambda: nn.utils.spectral_norm(nn.Embedding(ROWS, DIM)), "has weight_orig, weight_u"),
-    "pruned": (lambda: prune.l1_unstructured(nn.Embedding(ROWS, DIM), "weight", 0.5), "has weight_mask, weight_orig"),
+    "pruned": (lambda: prune.l1_unstructured(nn.Embedding(ROWS, DIM), "weight", 0.5), "masks of torch.nn.utils"),
     "quantized": (lambda: rk.QuantizedEmbedding(ROWS, DIM), "a QuantizedEmbedding already"),
     "float8": (lambda: nn.Embedding(ROWS, DIM).to(torch.float8_e4m3fn), "its weight is float8_e4m3fn"),
     "state hook": (with_state_hook, "hooks on its state_dict"),

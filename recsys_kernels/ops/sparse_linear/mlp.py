@@ -83,7 +83,7 @@ class SparseMLP(torch.nn.Sequential):
         return super().forward(input)
 
     def _has_grad(self, input: torch.Tensor) -> bool:
-        return input.requires_grad or any(parameter.requires_grad for parameter in self.parameters())
+        return input.requires_grad or any(map(_is_trained, self._modules.values()))
 
     def _runs_packed(self) -> bool:
         return all(runs_packed(m.values) for m in self._modules.values() if isinstance(m, SparseLinear))
@@ -155,6 +155,12 @@ class SparseMLP(torch.nn.Sequential):
     def __getstate__(self) -> dict[str, Any]:
         # Copies and files hold the canonical state only.
         return {**self.__dict__, "_known": None}
+
+
+def _is_trained(member: Any) -> bool:
+    if isinstance(member, SparseLinear):
+        return member.is_trained()
+    return any(parameter.requires_grad for parameter in member.parameters())
 
 
 def _step(member: torch.nn.Module, input: torch.Tensor, many: bool) -> _Step | None:
