@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -67,6 +68,17 @@ def test_the_cubic_schedule_by_formula() -> None:
     assert [step for step in range(20) if uneven.moves(step)] == [3, 7, 10]
     assert uneven.sparsity(10, 0.7) == 0.7
     assert uneven.end == 10
+    assert [uneven.sparsity(step, 0.8) for step in (3, 10)] == [0.0, 0.8]
+
+
+def test_numbers_of_numpy() -> None:
+    schedule = rk.CubicSchedule(np.int64(1), np.int32(9), np.uint8(2), np.float32(0.25))
+    assert schedule == rk.CubicSchedule(1, 9, 2, 0.25)
+    assert [type(value) for value in vars(schedule).values()] == [int, int, int, float]
+    assert type(rk.OneShot(np.int64(3)).at) is int
+    model = mlp()
+    pruner = rk.Pruner(model, np.float32(0.5), schedule=rk.OneShot(), amounts={"0": np.float64(0.75)})
+    assert [layer.after for layer in pruner.finish().layers] == [0.75, 0.5, 0.5]
 
 
 def test_all_at_once() -> None:
@@ -85,6 +97,7 @@ def test_all_at_once() -> None:
         (lambda: rk.CubicSchedule(0, 10, 1, 1.0), ValueError, r"initial must be at least 0 and below 1, but is 1\.0"),
         (lambda: rk.CubicSchedule(0, 10, 1, math.nan), ValueError, "initial must be .* but is nan"),
         (lambda: rk.OneShot(-1), ValueError, "at must be at least 0, but is -1"),
+        (lambda: rk.CubicSchedule(0, np.float32(9)), TypeError, "end must be a number of steps"),
         (lambda: rk.OneShot(True), TypeError, r"at must be a number of steps \(int\), but is True"),
     ],
 )
@@ -277,7 +290,31 @@ def test_layers_without_a_gradient() -> None:
     model(batch(0)[0]).sum().backward()
     model[4].parametrizations.weight.original.grad = None
     pruner.step()
-    assert not pruner.state_dict()["scores"]["4"].any()
+    assert pruner.state_dict()["scores"]["4"] is None
+    message = r"'4' has had no gradient until step 2, so that there is no score='movement' for it: .* requires_grad"
+    with pytest.raises(RuntimeError, match=message):
+        pruner.step()
+    assert all(mask.all() for mask in masks(model))
+
+
+@pytest.mark.parametrize("scope", ["layer", "global"])
+def test_frozen_and_unused_layers_are_not_pruned_by_scores_they_do_not_have(scope: str) -> None:
+    for spoil in (lambda model: model[0].requires_grad_(False), lambda model: None):
+        model = nn.Sequential(*mlp(), nn.Module())
+        model[5].unused = nn.Linear(8, 8)
+        spoil(model)
+        run = model[:5]
+        pruner = rk.Pruner(model, 0.5, schedule=rk.CubicSchedule(2, 9), scores="first_order", scope=scope)
+        optimizer = torch.optim.SGD(run.parameters(), 0.01)
+        train(model, optimizer, pruner, range(2), run)  # nothing is dropped at the begin
+        with pytest.raises(RuntimeError, match=r"'(0|5\.unused)' has had no gradient until step 3"):
+            train(model, optimizer, pruner, range(2, 3), run)
+        assert all(mask.all() for mask in masks(model))
+        amounts = {"0": 0.0, "5.unused": 0.0}  # left dense, they need none
+        pruner = rk.Pruner(model, 0.5, schedule=rk.OneShot(2), scores="first_order", scope=scope, amounts=amounts)
+        train(model, optimizer, pruner, range(3), run)
+        assert [1 - mask.float().mean().item() for mask in masks(model)][::3] == [0.0, 0.0]
+        assert not masks(model)[1].all()
 
 
 def test_weights_come_back() -> None:
@@ -325,6 +362,43 @@ def test_amounts_and_masks_that_there_are() -> None:
     ]
     assert report.layers[2].reason == "not in amounts"
     assert type(model[0]) is nn.Linear
+
+
+@pytest.mark.parametrize("scope", ["layer", "global"])
+@pytest.mark.parametrize("scores", ["magnitude", "movement"])
+@pytest.mark.parametrize("held", [True, False])
+@pytest.mark.parametrize("begin", [0, 2])
+def test_a_pruned_model_is_pruned_further(scope: str, scores: str, held: bool, begin: int) -> None:
+    model = mlp()
+    rk.prune(model, 0.5, scope=scope)
+    if not held:
+        rk.remove_masks(model)
+    schedule = rk.CubicSchedule(begin, begin + 4)
+    pruner = rk.Pruner(model, 0.9, schedule=schedule, scores=scores, scope=scope)
+    optimizer = torch.optim.SGD(model.parameters(), 0.0)  # zeros that no mask holds stay, too
+    seen = [pruner.sparsity]
+    for step in range(7):
+        train(model, optimizer, pruner, range(step, step + 1))
+        seen.append(pruner.sparsity)
+    # 0.9 - 0.4 * (1 - t / 4)^3
+    wanted = [0.5, 0.9 - 0.4 * 27 / 64, 0.85, 0.9 - 0.4 / 64, 0.9]
+    assert seen[begin : begin + 5] == pytest.approx(wanted, abs=0.002)
+    assert seen[:begin] == pytest.approx([0.5 if held else 0.0] * begin)
+
+
+def test_what_is_there_is_no_start_when_one_is_asked_for() -> None:
+    def first(before: float, target: float, **options: Any) -> float:
+        model = mlp()
+        rk.prune(model, before)
+        return rk.Pruner(model, target, schedule=rk.CubicSchedule(0, 4, **options)).sparsity
+
+    assert first(0.5, 0.9, initial=0.0) == 0.0
+    assert first(0.5, 0.9, initial=0.25) == pytest.approx(0.25)
+    assert first(0.5, 0.25) == pytest.approx(0.25)  # no sparser than asked for
+    model = mlp()
+    nn.init.zeros_(model[4].weight)  # a start for training, not a layer that was pruned
+    rk.Pruner(model, 0.9, schedule=rk.CubicSchedule(0, 4))
+    assert masks(model)[2].all()
 
 
 def test_a_schedule_of_ones_own() -> None:
@@ -405,26 +479,109 @@ def test_after_the_end() -> None:
 
 
 def test_states_of_other_pruners() -> None:
-    def make(**options: Any) -> rk.Pruner:
+    def make(schedule: Any = None, **options: Any) -> rk.Pruner:
         given = {"sparsity": 0.5, "scores": "movement", "layers": ["0", "2"], **options}
-        return rk.Pruner(mlp(), schedule=rk.CubicSchedule(1, 9), **given)
+        return rk.Pruner(mlp(), schedule=schedule or rk.CubicSchedule(1, 9), **given)
+
+    def altered(**values: Any) -> dict[str, Any]:
+        return {**good, **values}
 
     pruner = make()
+    good = make().state_dict()
+    shaped = {"0": torch.ones(32, 16), "2": torch.ones(24, 32)}
+    infinite = {"0": torch.ones(32, 16), "2": torch.full((24, 32), math.nan)}
     cases: list[tuple[Any, str]] = [
-        ({}, "state_dict must have steps, scores, settings"),
-        (3, "state_dict must have steps, scores, settings"),
+        ({}, "state_dict must have steps, scores, start, settings"),
+        (3, "state_dict must have steps, scores, start, settings"),
         (make(scores="first_order").state_dict(), "of a Pruner with scores='first_order', but this one has 'movement'"),
         (make(pattern="block4x1").state_dict(), "with pattern='block4x1', but this one has 'unstructured'"),
         (make(layers="0").state_dict(), r"with layers=\['0'\], but this one has \['0', '2'\]"),
-        ({**pruner.state_dict(), "steps": -1}, r"state_dict\['steps'\] must be at least 0, but is -1"),
+        (make(sparsity=0.9).state_dict(), r"with sparsity=\{'0': 0\.9, .*, but this one has \{'0': 0\.5"),
+        (make(scope="global").state_dict(), "with scope='global', but this one has 'layer'"),
+        (make(amounts={"0": 0.5}).state_dict(), r"with amounts=\['0'\], but this one has \[\]"),
         (
-            {**pruner.state_dict(), "steps": 5, "scores": {"0": torch.ones(2, 2), "2": torch.ones(24, 32)}},
-            r"the scores of '0' in state_dict must be \(32, 16\), but are \(2, 2\)",
+            make(rk.CubicSchedule(1, 8)).state_dict(),
+            r"with schedule=\{'type': 'CubicSchedule', .*'end': 8, .*, but this one has \{.*'end': 9",
         ),
-        ({**pruner.state_dict(), "scores": {}}, r"the scores of '0' in state_dict must be \(32, 16\), but are None"),
+        (make(rk.OneShot(9)).state_dict(), "with schedule={'type': 'OneShot', .*, but this one has"),
+        (altered(settings=None), r"state_dict\['settings'\] must be a dict, but is None"),
+        (altered(settings={**good["settings"], "scope": torch.ones(2)}), "with scope=tensor"),
+        (altered(settings={"pattern": "unstructured"}), "has no setting scores"),
+        (altered(steps=-1), r"state_dict\['steps'\] must be at least 0, but is -1"),
+        (altered(steps="5"), r"state_dict\['steps'\] must be a number of steps \(int\), but is '5'"),
+        (altered(steps=None), r"state_dict\['steps'\] must be a number of steps \(int\), but is None"),
+        (
+            altered(steps=5, scores={"0": torch.ones(2, 2), "2": torch.ones(24, 32)}),
+            r"the score of '0' in state_dict must be a float tensor \(32, 16\), but is float32 \(2, 2\)",
+        ),
+        (altered(scores={**shaped, "2": shaped["2"].long()}), r"of '2' .* float tensor \(24, 32\), but is int64"),
+        (altered(scores={**shaped, "2": "none"}), r"of '2' .* must be a float tensor \(24, 32\), but is str"),
+        (altered(scores=infinite), r"the score of '2' in state_dict is nan at \[0, 0\], but must be finite"),
+        (altered(scores={}), r"state_dict\['scores'\] must have '0', '2', but has nothing"),
+        (altered(scores={**shaped, "7": None}), r"state_dict\['scores'\] must have '0', '2', but has '0', '2', '7'"),
+        (altered(scores=None), r"state_dict\['scores'\] must be a dict, but is None"),
+        (altered(start=None), r"state_dict\['start'\] must be a dict, but is None"),
+        (altered(start={"0": 0.5}), r"state_dict\['start'\] must have '0', '2', but has '0'"),
+        (altered(start={"0": 0.5, "2": math.nan}), r"state_dict\['start'\]\['2'\] must be at least 0 .* but is nan"),
+        (altered(start={"0": 0.5, "2": "0"}), r"state_dict\['start'\]\['2'\] must be a number, but is str"),
     ]
     for state, message in cases:
         with pytest.raises(ValueError, match=message):
             pruner.load_state_dict(state)
         assert pruner.steps == 0
-        assert not pruner.state_dict()["scores"]["2"].any()
+        assert pruner.state_dict()["scores"] == {"0": None, "2": None}
+        assert pruner.state_dict()["start"] == {}
+    pruner.load_state_dict(altered(steps=np.int64(5), scores=shaped, start={"0": 0.25, "2": 0.0}))
+    assert type(pruner.steps) is int
+    assert torch.equal(pruner.state_dict()["scores"]["2"], torch.ones(24, 32))
+    pruner.state_dict()["scores"]["2"].zero_()
+    assert shaped["2"].all()  # a copy
+
+
+def test_the_start_is_resumed() -> None:
+    """Also by a Pruner that was made of a model that is sparser by now, or not pruned at all."""
+    model, fresh = mlp(), mlp()
+    rk.prune(model, 0.5)
+    pruner = rk.Pruner(model, 0.9, schedule=rk.CubicSchedule(0, 4))
+    pruner.step()
+    other = rk.Pruner(fresh, 0.9, schedule=rk.CubicSchedule(0, 4))
+    fresh.load_state_dict(model.state_dict())
+    other.load_state_dict(pruner.state_dict())
+    again = rk.Pruner(copy.deepcopy(model), 0.9, schedule=rk.CubicSchedule(0, 4))
+    again.load_state_dict(pruner.state_dict())
+    for one in (pruner, other, again):
+        one.step()
+    assert other.sparsity == again.sparsity == pruner.sparsity == pytest.approx(0.85, abs=0.001)
+
+
+def test_states_with_schedules_of_ones_own() -> None:
+    class Own(rk.OneShot):
+        pass
+
+    pruner = rk.Pruner(mlp(), 0.5, schedule=Own(3))
+    pruner.load_state_dict(rk.Pruner(mlp(), 0.5, schedule=Own(3)).state_dict())
+    for other in (Own(4), rk.OneShot(3)):
+        with pytest.raises(ValueError, match=r"with schedule=.*, but this one has .*'Own'"):
+            pruner.load_state_dict(rk.Pruner(mlp(), 0.5, schedule=other).state_dict())
+
+
+# ---- the end -------------------------------------------------------------------------------------------------------
+
+
+def test_finishing_too_early() -> None:
+    pruner = rk.Pruner(mlp(), 0.8, schedule=rk.CubicSchedule(0, 12, 3))
+    for _ in range(3):
+        pruner.step()
+    message = r"finish\(\) at step 3 of 12: 46\.2% of the weights are dropped, not the 80\.0% that were asked for"
+    with pytest.warns(UserWarning, match=message):
+        report = pruner.finish()
+    assert report.sparsity == pytest.approx(0.8 - 0.8 * 27 / 64, abs=0.001)
+
+
+@pytest.mark.filterwarnings("error")
+def test_finishing_in_time() -> None:
+    for schedule in (rk.OneShot(), rk.OneShot(2), rk.CubicSchedule(0, 2)):
+        pruner = rk.Pruner(mlp(), 0.8, schedule=schedule)
+        for _ in range(schedule.end):
+            pruner.step()
+        assert pruner.finish().sparsity == pytest.approx(0.8, abs=0.001)

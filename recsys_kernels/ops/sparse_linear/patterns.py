@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from numbers import Real
 from typing import NamedTuple
 
 import torch
@@ -107,16 +108,17 @@ def check_sparsity(sparsity: float | None, pattern: Pattern, argument: str = "sp
         if fixed is None:
             raise ValueError(f"{argument} must be given with the pattern {pattern.name!r}, but is None")
         return fixed
-    if isinstance(sparsity, bool) or not isinstance(sparsity, (int, float)):
+    if isinstance(sparsity, bool) or not isinstance(sparsity, Real):
         raise TypeError(f"{argument} must be a number, but is {type(sparsity).__name__}")
     if not 0.0 <= sparsity < 1.0:
         raise ValueError(f"{argument} must be at least 0 and below 1, but is {sparsity}")
-    if fixed is not None and not math.isclose(sparsity, fixed, abs_tol=_CLOSE):
+    share = float(sparsity)
+    if fixed is not None and not math.isclose(share, fixed, abs_tol=_CLOSE):
         raise ValueError(
             f"{argument} must be None or {fixed:g} with the pattern {pattern.name!r}, which keeps {pattern.kept} of "
             f"every {pattern.of} weights, but is {sparsity}"
         )
-    return float(sparsity)
+    return share
 
 
 def unit_scores(scores: torch.Tensor, pattern: Pattern) -> torch.Tensor:
