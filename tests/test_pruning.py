@@ -304,6 +304,22 @@ def test_copies_and_state_dicts(tmp_path: Any) -> None:
     assert masks(half)["0"].dtype == torch.bool
 
 
+@pytest.mark.parametrize("keep_zeros", [True, False])
+def test_copies_keep_their_masks(keep_zeros: bool) -> None:
+    model, x = mlp(), torch.randn(3, 16)
+    rk.prune(model, 0.9)
+    first, second = copy.deepcopy(model), copy.deepcopy(model)
+    outputs = model(x)
+    rk.remove_masks(model, keep_zeros=keep_zeros)
+    assert type(model[0]) is nn.Linear
+    assert torch.equal(model(x), outputs if keep_zeros else mlp()(x))
+    assert torch.equal(first(x), outputs)
+    rk.prune(first, 0.0)
+    rk.remove_masks(first)
+    assert torch.equal(second(x), outputs)
+    assert torch.equal(copy.deepcopy(second)(x), outputs)
+
+
 def test_compiled() -> None:
     model, x = mlp(), torch.randn(3, 16)
     rk.prune(model, 0.5)

@@ -149,6 +149,9 @@ class Pruner:
         ...     pruner.step()
         >>> pruner.finish()                                                        # doctest: +SKIP
 
+    DistributedDataParallel may be put around the model before or after this. Every process needs a Pruner; they choose
+    the same masks, as weights and gradients are the same.
+
     To resume: make model, optimizer and Pruner as before, then load the ``state_dict`` of each. The model's has the
     masks.
 
@@ -335,7 +338,8 @@ class Pruner:
 
         Such a model is what ``SparseLinear.from_dense(linear, sparsity=None)`` packs. Nothing holds the zeros any more:
         one more step of an optimizer moves them (momentum and Adam's averages do so by themselves, without a gradient).
-        So call it after the last step; to train on, keep the masks, which stay without this call.
+        So call it after the last step; to train on, keep the masks, which stay without this call. With
+        DistributedDataParallel, see :func:`~recsys_kernels.remove_masks`.
 
         Returns:
             Sparsity of each layer when the Pruner was made and now.

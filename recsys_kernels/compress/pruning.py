@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 
 import torch
+from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import parametrize
 
 from ..ops.sparse_linear.patterns import (
@@ -85,8 +86,11 @@ def prune(
 def remove_masks(model: torch.nn.Module, *, keep_zeros: bool = True) -> tuple[str, ...]:
     """Takes the masks off, so that a pruned model is a plain one again, with the parameters that it had.
 
+    Nothing holds the zeros then: a further step of an optimizer moves them.
+
     Args:
-        model: a model that was pruned.
+        model: a model that was pruned. One with a DistributedDataParallel around it is best given with that: it has
+            to be told that there are no masks (buffers) to send any more, or to be made anew.
         keep_zeros: whether dropped weights become zeros for good; else they get back what is behind the mask.
 
     Returns:
@@ -100,7 +104,14 @@ def remove_masks(model: torch.nn.Module, *, keep_zeros: bool = True) -> tuple[st
             # In place: the parameter's memory may be shared with an optimizer's or another process.
             with torch.no_grad():
                 unmasked(module).masked_fill_(~mask.mask, 0.0)
+        # Copies share the class that a parametrization made; torch would take the weight away from theirs as well.
+        shared = type(module)
+        members = {name: value for name, value in vars(shared).items() if name not in ("__dict__", "__weakref__")}
+        module.__class__ = type(shared.__name__, shared.__bases__, members)
         parametrize.remove_parametrizations(module, "weight", leave_parametrized=False)
+    for module in model.modules():
+        if isinstance(module, DistributedDataParallel) and next(module.module.buffers(), None) is None:
+            module.modules_buffers = []  # else it fails where it looks for them again, and finds none
     return tuple(found)
 
 

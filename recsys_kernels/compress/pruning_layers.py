@@ -23,6 +23,11 @@ class PruningMask(torch.nn.Module):
     Dropped weights get no gradient. What the optimizer does to the values behind them (momentum, weight decay) has no
     effect: the weight that the layer uses is exactly 0.0 there.
 
+    A :class:`torch.optim.swa_utils.AveragedModel` has the masks of the model that it was last updated with. With
+    ``use_buffers=True`` it would average them as well, which makes no sense of bool buffers (its mean fails, its moving
+    average keeps every weight that was ever kept): leave that out, and give layers such as BatchNorm their statistics
+    with :func:`torch.optim.swa_utils.update_bn`.
+
     Args:
         mask: bool, of the shape of the weight, True where it is kept. A buffer: part of the ``state_dict``.
     """
@@ -151,9 +156,25 @@ class Target:
         """Gives the layer a mask; one that it has is overwritten in place, which compiled code sees."""
         found = mask_of(self.module)
         if found is None:
-            parametrize.register_parametrization(self.module, "weight", PruningMask(mask))
+            _register(self.module, PruningMask(mask))
         else:
             found.mask.copy_(mask)
+
+
+def _register(module: Any, mask: PruningMask) -> None:
+    """Parametrizes the weight of a layer with a mask.
+
+    torch does that with ``set_`` on the parameter, which gets a new node in autograd's graph, and a
+    DistributedDataParallel around the model waits for the old one. So the parameter sits out.
+    """
+    parameter = module._parameters["weight"]
+    module._parameters["weight"] = torch.nn.Parameter(parameter.detach(), parameter.requires_grad)
+    try:
+        parametrize.register_parametrization(module, "weight", mask)
+    except BaseException:
+        module._parameters["weight"] = parameter
+        raise
+    module.parametrizations["weight"]._parameters["original"] = parameter
 
 
 def mask_of(module: Any) -> PruningMask | None:
