@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -88,6 +90,12 @@ def test_what_a_mask_has_dropped_goes_first() -> None:
     assert found.metrics == {"0": (3.0, 2.0)}
 
 
+def test_sparsities_of_numpy() -> None:
+    found = rk.sensitivity(mlp(), loss, np.array([0.75, 0.5], dtype=np.float32))
+    assert found.sparsities == (0.5, 0.75)
+    assert json.loads(json.dumps(found.to_dict()))["sparsities"] == [0.5, 0.75]
+
+
 def test_from_the_scan_to_a_pruned_model() -> None:
     model = mlp()
     found = rk.sensitivity(model, lambda m: -loss(m))
@@ -164,9 +172,33 @@ def test_the_progress_bar(capsys: pytest.CaptureFixture[str]) -> None:
     assert "16/16" in capsys.readouterr().err
 
 
+def test_progress_without_tqdm(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "tqdm.auto", None)
+    wanted = [
+        "pruning one layer at a time: 1 of 3 done (0)",
+        "pruning one layer at a time: 2 of 3 done (2)",
+        "pruning one layer at a time: 3 of 3 done (4)",
+    ]
+    rk.sensitivity(mlp(), loss, progress=True)
+    assert capsys.readouterr().err.splitlines() == wanted
+    for progress in (None, False):
+        rk.sensitivity(mlp(), loss, progress=progress)
+        assert capsys.readouterr().err == ""  # not a terminal
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    rk.sensitivity(mlp(), loss)
+    rk.sensitivity(mlp(), loss, progress=False)
+    rk.sensitivity(nn.Linear(16, 4), loss)
+    assert capsys.readouterr().err.splitlines() == [*wanted, "pruning one layer at a time: 1 of 1 done (the model)"]
+
+
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
+        ({"sparsities": 0.5}, TypeError, r"sparsities must be several numbers, such as \(0\.5, 0\.9\), but is 0\.5"),
+        ({"sparsities": "0.5"}, TypeError, "sparsities must be several numbers, .* but is '0.5'"),
+        ({"sparsities": np.float32(0.5)}, TypeError, "sparsities must be several numbers"),
+        ({"sparsities": [[0.5]]}, TypeError, "sparsities must be a number, but is list"),
+        ({"sparsities": (s for s in (0.0,))}, ValueError, r"above 0 and below 1, but are \(0\.0,\)"),
         ({"sparsities": ()}, ValueError, r"sparsities must be at least one number above 0 and below 1, but are \(\)"),
         ({"sparsities": (0.0, 0.5)}, ValueError, "sparsities must be at least one number above 0"),
         ({"sparsities": (0.5, 1.0)}, ValueError, r"sparsities must be at least 0 and below 1, but is 1\.0"),

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -14,6 +15,7 @@ from .pruning import choose_masks, scores_of
 from .pruning_layers import Choice, Target, aligned, find_layers
 
 SPARSITIES = (0.5, 0.7, 0.8, 0.9, 0.95)
+_TITLE = "pruning one layer at a time"
 
 
 @dataclass(frozen=True)
@@ -82,7 +84,7 @@ class Sensitivity:
 def sensitivity(
     model: torch.nn.Module,
     evaluate: Callable[[Any], float],
-    sparsities: Sequence[float] = SPARSITIES,
+    sparsities: Iterable[float] = SPARSITIES,
     pattern: str = "unstructured",
     *,
     layers: Choice | Iterable[Choice] | None = None,
@@ -105,7 +107,8 @@ def sensitivity(
             they are not used then.
         pattern, layers: see :func:`~recsys_kernels.prune`.
         higher_is_better: False for losses.
-        progress: whether to show a progress bar (tqdm, if it is installed); default: on a terminal.
+        progress: whether to show a progress bar (tqdm; if that is not installed, a line on stderr for every layer);
+            default: on a terminal.
 
     Returns:
         The metrics: a table to print, and :meth:`Sensitivity.amounts`.
@@ -117,15 +120,18 @@ def sensitivity(
     if not callable(evaluate):
         raise TypeError(f"evaluate must be a function of the model, but is {type(evaluate).__name__}")
     parsed = parse_pattern(pattern)
-    wanted = sorted({check_sparsity(s, parse_pattern("unstructured"), "sparsities") for s in sparsities})
+    if isinstance(sparsities, str) or not isinstance(sparsities, Iterable):
+        raise TypeError(f"sparsities must be several numbers, such as (0.5, 0.9), but is {sparsities!r}")
+    given = tuple(sparsities)
+    wanted = sorted({check_sparsity(s, parse_pattern("unstructured"), "sparsities") for s in given})
     if parsed.sparsity is not None:
         wanted = [parsed.sparsity]
     if not wanted or wanted[0] == 0.0:
-        raise ValueError(f"sparsities must be at least one number above 0 and below 1, but are {tuple(sparsities)}")
+        raise ValueError(f"sparsities must be at least one number above 0 and below 1, but are {given}")
     targets = [target for target in find_layers(model, layers) if target.reason is None]
     for target in targets:
         scores_of(target, "magnitude")  # a weight that is not finite shows before anything is measured
-    bar = _bar(1 + len(targets) * len(wanted), progress)
+    bar = _bar([target.name for target in targets], len(wanted), progress)
     try:
         baseline = _measure(model, evaluate, bar)
         metrics = {}
@@ -137,8 +143,7 @@ def sensitivity(
                     values.append(_measure(model, evaluate, bar))
             metrics[target.name] = tuple(values)
     finally:
-        if bar is not None:
-            bar.close()
+        bar.close()
     return Sensitivity(baseline, tuple(wanted), metrics, parsed.name, higher_is_better)
 
 
@@ -162,21 +167,50 @@ def _dropped(target: Target, mask: torch.Tensor) -> Iterator[None]:
             weight.copy_(before)
 
 
-def _measure(model: torch.nn.Module, evaluate: Callable[[Any], float], bar: Any) -> float:
+def _measure(model: torch.nn.Module, evaluate: Callable[[Any], float], bar: _Bar) -> float:
     value: Any = evaluate(model)
     try:
         number = float(value.detach() if isinstance(value, torch.Tensor) else value)
     except (TypeError, ValueError, RuntimeError):
         raise TypeError(f"evaluate must return a number, but returned {value!r:.80}") from None
-    if bar is not None:
-        bar.update()
+    bar.update()
     return number
 
 
-def _bar(total: int, progress: bool | None) -> Any:
+class _Bar(Protocol):
+    """What is used of tqdm's."""
+
+    def update(self) -> Any:
+        """One more measurement is done."""
+
+    def close(self) -> None:
+        """There are no more."""
+
+
+class _Lines:
+    """A line for each layer that is done."""
+
+    def __init__(self, layers: Sequence[str], runs: int, shown: bool) -> None:
+        self.layers, self.runs, self.shown = layers, runs, shown
+        self.done = -1  # the first measurement is of the model as it is
+
+    def update(self) -> None:
+        self.done += 1
+        number, left = divmod(self.done, self.runs)
+        if self.shown and number and not left:
+            name = self.layers[number - 1] or "the model"
+            print(f"{_TITLE}: {number} of {len(self.layers)} done ({name})", file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        pass
+
+
+def _bar(layers: Sequence[str], runs: int, progress: bool | None) -> _Bar:
+    """Shows how far a scan is that makes a number of runs for each layer."""
     try:
         from tqdm.auto import tqdm  # type: ignore[import-untyped]
     except ModuleNotFoundError:  # a bar is not worth a requirement
-        return None
+        return _Lines(layers, runs, sys.stderr.isatty() if progress is None else progress)
     disable = None if progress is None else not progress
-    return tqdm(total=total, desc="pruning one layer at a time", unit="run", disable=disable)
+    bar: _Bar = tqdm(total=1 + len(layers) * runs, desc=_TITLE, unit="run", disable=disable)
+    return bar
