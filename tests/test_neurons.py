@@ -327,14 +327,37 @@ def test_bad_arguments(options: dict[str, Any], error: type[Exception], message:
         rk.prune_neurons(**{"model": mlp(), "fraction": 0.5, **options})
 
 
-@pytest.mark.parametrize("make", [mlp, normed])
+@pytest.mark.parametrize("scores", ["magnitude", "first_order", "given"])
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_weights_that_are_not_finite(make: Any, value: float) -> None:
+@pytest.mark.parametrize(("make", "layer"), [(mlp, "0"), (mlp, "5"), (normed, "0"), (normed, "3.0"), (normed, "4")])
+def test_weights_that_are_not_finite(make: Any, layer: str, value: float, scores: Any) -> None:
     model = make()
+    model(rows()).sum().backward()
     with torch.no_grad():
-        model[0].weight[7, 3] = value
+        model.get_submodule(layer).weight[2, 3] = value
+    if scores == "given":
+        scores = {name: torch.ones(m.out_features) for name, m in model.named_modules() if isinstance(m, nn.Linear)}
+    with pytest.raises(ValueError, match=rf"the weight of '{layer}' is {value} at \[2, 3\], but must be finite"):
+        rk.prune_neurons(model, 0.5, scores=scores)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_scores_that_are_not_finite(value: float) -> None:
+    model = normed()
+    with torch.no_grad():
+        model[1].weight[7] = value
     with pytest.raises(ValueError, match=r"the score of neuron 7 of '0' is (nan|inf), but must be finite"):
         rk.prune_neurons(model, 0.5)
+    with pytest.raises(ValueError, match=rf"the score of neuron 2 of '0' is {value}, but must be finite"):
+        rk.prune_neurons(mlp(), 0.5, scores={"0": torch.ones(32).index_fill(0, torch.tensor(2), value)}, layers="0")
+
+
+def test_a_batch_norm_over_as_many_positions_as_there_are_neurons() -> None:
+    """Of inputs [batch, positions, features] BatchNorm1d takes the positions, which only a call shows."""
+    model = nn.Sequential(nn.Linear(16, 8), nn.BatchNorm1d(8), nn.Linear(8, 4)).eval()
+    with pytest.raises(RuntimeError, match="the smaller model fails on sample_inputs, the given one does not"):
+        rk.prune_neurons(model, 0.5, sample_inputs=torch.randn(3, 8, 16))
+    assert rk.prune_neurons(model, 0.5, sample_inputs=rows())[0][0].out_features == 4
 
 
 def test_a_model_that_knows_its_size() -> None:

@@ -15,6 +15,7 @@ from ..models.dlrm import DLRM
 from ..ops.sparse_linear.patterns import check_sparsity, lowest, parse_pattern
 from .linear import LinearConverter
 from .plan import Layer, Plan
+from .pruning import check_finite
 from .pruning_layers import Choice, aligned, chosen_modules, is_named
 from .trial import call
 
@@ -121,6 +122,9 @@ def prune_neurons(
     following layer is gone, also where that was a constant. Outputs of a Sequential keep their size. ``LayerNorm``,
     ``Softmax`` and the like compute over all neurons, so that fewer would change the others: layers before them are
     left alone. The copy usually has to be trained on.
+
+    Of inputs [batch, positions, features] a ``BatchNorm1d`` takes the positions for its channels, not the neurons.
+    Where there are as many of both, only a call shows that: give ``sample_inputs`` if a model has such inputs.
 
     Example:
         >>> small, report = rk.prune_neurons(model, 0.25, sample_inputs=x)         # doctest: +SKIP
@@ -291,6 +295,9 @@ def _kept(link: _Link, share: float, scores: str | Mapping[str, torch.Tensor]) -
 @torch.no_grad()
 def _scores(link: _Link, scores: str | Mapping[str, torch.Tensor]) -> torch.Tensor:
     name, module = link.layer.names[0], link.layer.module
+    assert link.following is not None
+    for layer in (link.layer, link.following):
+        check_finite(layer.module.weight.detach(), f"the weight of {layer.names[0]!r}")
     if isinstance(scores, Mapping):
         given = scores.get(name)
         if not isinstance(given, torch.Tensor) or given.shape != (module.out_features,):
@@ -304,11 +311,10 @@ def _scores(link: _Link, scores: str | Mapping[str, torch.Tensor]) -> torch.Tens
         if module.bias is not None and module.bias.grad is not None:
             found += module.bias.double() * module.bias.grad.double()
         return found.abs()
-    assert link.following is not None
     size = module.weight.double().norm(dim=1)
     for norm in link.between:
         if isinstance(norm, torch.nn.BatchNorm1d):
-            size = size.isfinite().double() if norm.weight is None else norm.weight.double().abs() + 0 * size
+            size = torch.ones_like(size) if norm.weight is None else norm.weight.double().abs()
     return size * link.following.module.weight.double().norm(dim=0)
 
 
