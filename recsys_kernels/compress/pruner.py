@@ -150,7 +150,8 @@ class Pruner:
         >>> pruner.finish()                                                        # doctest: +SKIP
 
     DistributedDataParallel may be put around the model before or after this. Every process needs a Pruner; they choose
-    the same masks, as weights and gradients are the same.
+    the same masks, as weights and gradients are the same. For averaged models see
+    :class:`~recsys_kernels.compress.pruning_layers.PruningMask`.
 
     To resume: make model, optimizer and Pruner as before, then load the ``state_dict`` of each. The model's has the
     masks.
