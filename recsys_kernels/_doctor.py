@@ -13,6 +13,7 @@ import torch
 from . import __version__, _backends, memory
 from ._native import native
 from .ops.sparse_linear.crossover import CROSSOVER
+from .ops.sparse_linear.op import FEW_ROWS
 
 # For a person one row a user-facing operator; its parts (backward and so on) run on the same backend.
 _OPERATORS = {
@@ -74,8 +75,9 @@ def doctor() -> dict[str, Any]:
         can run, else the reason), ``isa`` (``in_use``, ``supported``), ``cuda`` (``release`` and ``architectures`` that
         the CUDA C++ kernels are built with and for, or None), ``huge_pages``, ``threads``, and ``operators`` (operator
         to the backend for ``"cpu"`` tensors and, where torch sees a GPU, ``"cuda"`` tensors). ``sparse_runs_dense``: by
-        the type of its weights and the output rows that share their columns, the sparsity below which a sparse layer
-        runs as a dense one on the CPU, for few and for many rows of input.
+        the type of its weights and the output rows that share their columns, the share of zeros below which a sparse
+        layer runs as a dense one on the CPU, with up to 8 rows of input and with more (0.0: never). Of int8 products
+        that of all-zero fours of columns, which are multiplied together.
     """
     release = native.cuda_release()
     facts: dict[str, Any] = {
@@ -111,6 +113,16 @@ def doctor() -> dict[str, Any]:
     return facts
 
 
+_DENSE = (
+    f"{'':<26}run dense where fewer of their weights are zero (int8: of their fours of columns),",
+    f"{'':<26}with up to {FEW_ROWS} rows of input and with more; output rows that share their columns:",
+)
+
+
+def _share(zeros: float) -> str:
+    return f"{zeros:.0%}" if zeros else "never"
+
+
 def _text(facts: dict[str, Any]) -> str:
     versions = ", ".join(f"{name} {version or 'not there'}" for name, version in facts["versions"].items())
     isa = facts["isa"]
@@ -120,8 +132,8 @@ def _text(facts: dict[str, Any]) -> str:
         targets = " ".join(f"sm_{number}" for number in facts["cuda"]["architectures"])
         cuda = f"built with {facts['cuda']['release']} for {targets}"
     dense = [
-        f"{'sparse layers run dense' if number == 0 else '':<26}{kind:<18}"
-        + ", ".join(f"{group} together: sparsity below {few:g} or {many:g}" for group, (few, many) in limits.items())
+        f"{'' if number else 'sparse layers':<26}{kind:<18}"
+        + ", ".join(f"{group}: {_share(few)} and {_share(many)}" for group, (few, many) in limits.items())
         for number, (kind, limits) in enumerate(facts["sparse_runs_dense"].items())
     ]
     lines = [
@@ -139,6 +151,6 @@ def _text(facts: dict[str, Any]) -> str:
         f"{'operator':<26}{'on CPU tensors':<18}on CUDA tensors",
         *(f"{name:<26}{on['cpu']:<18}{on.get('cuda', 'no GPU')}" for name, on in facts["operators"].items()),
         f"{'':<26}{facts['through_torch']}: always torch's own operator",
-        *(["", f"{'':<44}with few rows of input, or many", *dense] if dense else []),
+        *(["", *_DENSE, *dense] if dense else []),
     ]
     return "\n".join(lines)

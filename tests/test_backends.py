@@ -41,6 +41,7 @@ OPERATORS = (
     "sparse_linear",
     "sparse_pack",
     "sparse_packed",
+    "sparse_repack",
     "sparse_weight_gradient",
     "sparse_layer",
 )
@@ -101,6 +102,11 @@ def operator_calls() -> list[tuple[str, tuple[Any, ...]]]:
         calls += [("sparse_linear", sparse.args), ("sparse_layer", sparse.args), ("sparse_pack", (*sparse.layer, 0))]
         packed = _backends.implementation("sparse_pack", values)(*sparse.layer, 1)
         calls.append(("sparse_packed", (rows, packed, sparse.weight.shape[0], sparse.dtype)))
+        if values.is_floating_point():
+            places = _backends.implementation("sparse_pack", values)(
+                torch.zeros_like(values, dtype=torch.float32), *sparse.layer[1:], 1
+            )
+            calls.append(("sparse_repack", (places, values.float(), None)))
         calls.append(("sparse_weight_gradient", (grad, rows, *structure, *block_shape(values), torch.float32)))
     return calls
 

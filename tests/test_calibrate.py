@@ -85,11 +85,11 @@ def test_masked_layers_are_calibrated(masks: str) -> None:
     model, batches = Model().eval(), [torch.arange(20), torch.arange(5, 15)]
     if masks == "torch":
         for number in (0, 3, 5):
-            prune.l1_unstructured(model.top[number], "weight", 0.8)
+            prune.l1_unstructured(model.top[number], "weight", 0.9)
     elif masks == "rk.prune":
-        rk.prune(model, 0.8, layers="top.*")
+        rk.prune(model, 0.9, layers="top.*")
     else:
-        rk.Pruner(model, 0.8, layers="top.*", schedule=rk.OneShot()).step()
+        rk.Pruner(model, 0.9, layers="top.*", schedule=rk.OneShot()).step()
     hooks = [len(module._forward_pre_hooks) for module in model.modules()]
     ranges = rk.calibrate(model, batches, skip="spare")
     assert hooks == [len(module._forward_pre_hooks) for module in model.modules()]

@@ -261,9 +261,8 @@ def test_layers_in_a_part_of_a_sequential_keep_their_places(never_dense: None) -
 
 
 def test_int8_layers_in_a_part_of_a_sequential_are_one_call(monkeypatch: pytest.MonkeyPatch) -> None:
-    narrow = lambda values, out_features, in_features, scheme: (in_features < 40,) * 2  # noqa: E731
     monkeypatch.setattr(sparse_module, "runs_packed", lambda values: True)
-    monkeypatch.setattr(sparse_module, "runs_dense", narrow)
+    monkeypatch.setattr(sparse_module, "runs_dense", lambda layer: (layer[4] < 40,) * 2)
     model = long_mlp()
     new, report = only_linear(model, "int8+sparse", sparsity=0.75)
     assert kinds(new) == {
@@ -285,7 +284,7 @@ def test_int8_layers_in_a_part_of_a_sequential_are_one_call(monkeypatch: pytest.
 
 def test_an_int8_call_begins_before_a_nested_sequential(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sparse_module, "runs_packed", lambda values: True)
-    monkeypatch.setattr(sparse_module, "runs_dense", lambda values, n, k, scheme: (k != 16,) * 2)
+    monkeypatch.setattr(sparse_module, "runs_dense", lambda layer: (layer[4] != 16,) * 2)
     torch.manual_seed(0)
     block = nn.Sequential(nn.Linear(20, 16), nn.ReLU(), nn.Linear(16, 12))
     model = nn.Sequential(nn.Sequential(), nn.Linear(WIDTH, 20), nn.ReLU(), block, nn.Tanh()).eval()

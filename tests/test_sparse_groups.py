@@ -45,7 +45,7 @@ def grouped(
     module = sparse(pattern, linear or float_layer(150), **options)
     # Columns of different sizes, so that a wrong group shows.
     with torch.no_grad():
-        _, columns = reference.places(*module._stored(), module.out_features, module.in_features)
+        _, columns = reference.places(*module._stored())
         module.values *= (1.0 + columns / 16).float()
     return module.quantize(activation, input_range=RANGE if activation == "static" else None, granularity=group)
 

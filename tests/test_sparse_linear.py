@@ -313,6 +313,13 @@ def test_gradient_of_infinite_rows_stays_at_its_places(implementation: str) -> N
     assert not found[:, 3].any()
 
 
+@pytest.mark.parametrize("shape", [(-1, 1), (-4, 1), (1, 0), (4, -1)], ids=str)
+def test_gradients_of_blocks_of_no_size(implementation: str, shape: tuple[int, int]) -> None:
+    empty = torch.zeros(0, dtype=torch.int32)
+    with pytest.raises(RuntimeError):
+        weight_gradient(torch.ones(2, 3), torch.ones(2, 4), empty, empty, *shape, torch.float32)
+
+
 @pytest.mark.filterwarnings("ignore:Input #. requires gradient and is not a double")
 def test_gradcheck(implementation: str) -> None:
     """A linear function's differences are exact but for rounding, so float32 will do."""

@@ -311,6 +311,23 @@ def test_layers_run_from_their_operands_without_a_library(monkeypatch: pytest.Mo
         assert "runs" not in repr(other)
 
 
+def test_wide_indices_are_checked_before_they_are_rounded() -> None:
+    """2^32 would become column 0."""
+    for crow, col in (([0, 1, 2], [2**32, 1]), ([0, 2**32 + 1, 2], [0, 1])):
+        with torch.sparse.check_sparse_tensor_invariants(False):
+            matrix = torch.sparse_csr_tensor(crow, col, [1.0, 2.0], size=(2, 4))
+        with pytest.raises((IndexError, RuntimeError), match="indices"):
+            rk.SparseLinear.from_sparse(matrix)
+
+
+def test_default_sparsity() -> None:
+    linear = float_layer(64, 32)
+    assert rk.SparseLinear.from_dense(linear).sparsity == pytest.approx(0.9, abs=0.01)
+    assert rk.SparseLinear.from_dense(linear, pattern="2:4").sparsity == 0.5
+    with pytest.raises(ValueError, match="2:4"):
+        rk.SparseLinear.from_dense(linear, 0.9, "2:4")
+
+
 def test_repr_says_what_it_is() -> None:
     assert repr(sparse()) == ("SparseLinear(41, 22, bias=True, pattern='unstructured', sparsity=0.8004, runs: sparse)")
     text = repr(quantized("block4x1", "static", linear=float_layer(bias=False), epilogue="gelu"))
@@ -449,12 +466,14 @@ def test_semi_structured_layers_are_asked_for_only_where_they_run(monkeypatch: p
             return self.dims
 
     monkeypatch.setattr(torch.version, "cuda", "13.0")
-    for capability, wanted in (((8, 0), True), ((9, 0), True), ((7, 5), False)):
+    for capability, with_library, without in (((8, 0), True, True), ((9, 0), True, False), ((7, 5), False, False)):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, found=capability: found)
-        assert semi_structured.serves(OnGpu(half.values)) == wanted  # type: ignore[arg-type]
-        assert not semi_structured.serves(OnGpu(sparse("2:4").values))  # type: ignore[arg-type]
-        assert not semi_structured.serves(OnGpu(sparse().half().values))  # type: ignore[arg-type]
-    monkeypatch.delattr(torch.sparse, "to_sparse_semi_structured")
+        for library, wanted in ((True, with_library), (False, without)):
+            monkeypatch.setattr(torch.backends.cusparselt, "is_available", lambda found=library: found)
+            assert semi_structured.serves(OnGpu(half.values)) == wanted  # type: ignore[arg-type]
+            assert not semi_structured.serves(OnGpu(sparse("2:4").values))  # type: ignore[arg-type]
+            assert not semi_structured.serves(OnGpu(sparse().half().values))  # type: ignore[arg-type]
+    monkeypatch.delattr(torch.sparse, "SparseSemiStructuredTensorCUTLASS")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     assert not semi_structured.serves(OnGpu(half.values))  # type: ignore[arg-type]
 

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from sparse_support import DTYPES, PATTERNS, dense_of, float_layer, quantized, rows, sparse
 
 import recsys_kernels as rk
-from recsys_kernels.ops.sparse_linear import kept
+from recsys_kernels.ops.sparse_linear import kept, reference
 from recsys_kernels.testing import assert_matches
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -93,7 +93,8 @@ def test_states_that_are_refused() -> None:
         "scale NaN": ("weight_scale", scale * nan, "weight_scale holds NaN or infinity"),
         "infinite scale": ("weight_scale", scale * inf, "weight_scale holds NaN or infinity"),
         "integer bias": ("bias", torch.ones(22, dtype=torch.int32), "bias must be float32, float16 or bfloat16"),
-        "zero point": ("input_qparams", torch.tensor([1.0, 0.5]), "a scale and an integer from 0 to 255"),
+        "small scale": ("input_qparams", torch.tensor([1e-38, 3.0]), "a scale of at least 7.88861e-31"),
+        "zero point": ("input_qparams", torch.tensor([1.0, 0.5]), "an integer from 0 to 255"),
     }
     for name, (key, value, message) in bad.items():
         for strict in (True, False):
@@ -180,6 +181,22 @@ def test_changes_are_seen(kind: str, inference: bool) -> None:
                 with rk.backend("reference"):
                     assert_matches(out, module(rows()).double())
             before = out
+
+
+def test_what_blocks_hold_past_the_end_is_no_weight() -> None:
+    """Files can hold anything there; neither a product nor a scale comes from it."""
+    for pattern in ("block4x1", "block16x16", "2:4"):
+        module = sparse(pattern, float_layer(41, 22), 0.2)
+        rows_at, columns = reference.places(*module._stored())
+        outside = ((rows_at >= 22) | (columns >= 41)).expand_as(module.values)
+        assert outside.any()
+        with torch.no_grad():
+            wanted = [layer(rows()) for layer in (module, module.quantize(), module.quantize(granularity="tensor"))]
+            module.values[outside] = 1e6
+            found = [layer(rows()) for layer in (module, module.quantize(), module.quantize(granularity="tensor"))]
+            assert all(torch.equal(*pair) for pair in zip(found, wanted, strict=True))
+            module.values[outside] = float("nan")
+            assert torch.equal(module.quantize()(rows()), wanted[1])
 
 
 def test_a_load_of_other_weights_drops_the_gradient() -> None:

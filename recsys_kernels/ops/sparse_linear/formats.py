@@ -104,8 +104,11 @@ def quantize(
     Raises:
         ValueError: a row holds NaN or infinity (named).
     """
-    values = stored.values.detach().float()
-    rows, columns = reference.places(*stored, out_features, in_features)
+    rows, columns = reference.places(*stored)
+    # What a block holds past the end of the matrix is no weight, and may be anything.
+    inside = (rows < out_features) & (columns < in_features)
+    values = torch.where(inside, stored.values.detach().float(), 0.0)
+    rows, columns = rows.clamp(0, out_features - 1), columns.clamp(0, in_features - 1)
     bad = ~torch.isfinite(values)
     if bad.any():
         row = int(rows.expand_as(values)[bad].min())
@@ -124,15 +127,17 @@ def quantize(
     return q, scale.reshape(out_features, groups) if groups > 1 else scale
 
 
-def kept_weights(weight: torch.Tensor, sparsity: float | None, pattern: Pattern) -> torch.Tensor:
-    """Which weights a layer keeps, bool [N, K]; with None those that are not zero.
+def kept_weights(weight: torch.Tensor, sparsity: float | str | None, pattern: Pattern) -> torch.Tensor:
+    """Which weights a layer keeps, bool [N, K]; with None those that are not zero, with ``"default"`` a tenth, or as
+    many as an n:m pattern keeps.
 
     Raises:
         ValueError: what :func:`~.patterns.keep_mask` refuses; None, and more weights than an n:m pattern keeps.
     """
-    fixed = pattern.sparsity
+    if sparsity == "default":
+        sparsity = 0.9 if pattern.sparsity is None else pattern.sparsity
     if sparsity is not None:
-        return keep_mask(weight.abs(), fixed if fixed is not None and sparsity == 0.9 else sparsity, pattern)
+        return keep_mask(weight.abs(), sparsity, pattern)  # type: ignore[arg-type]
     found = weight != 0
     if pattern.of:
         counts = (

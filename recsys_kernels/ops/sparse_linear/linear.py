@@ -174,7 +174,7 @@ class SparseLinear(FixedTypes):
     def from_dense(
         cls,
         linear: torch.nn.Linear,
-        sparsity: float | None = 0.9,
+        sparsity: float | str | None = "default",
         pattern: str = "unstructured",
         *,
         epilogue: str | None = None,
@@ -187,8 +187,8 @@ class SparseLinear(FixedTypes):
 
         Args:
             linear: the layer.
-            sparsity: the share to drop. None: what is zero is dropped, of a layer that has been pruned. n:m patterns
-                drop theirs, for which this default stands, too.
+            sparsity: the share to drop; the default is 0.9, of n:m patterns theirs. None: what is zero is dropped, of
+                a layer that has been pruned.
             pattern: ``"unstructured"``, ``"block{r}x{c}"`` or ``"n:m"`` (all but 2:4 are stored as unstructured).
             epilogue: see the class.
 
@@ -374,7 +374,8 @@ class SparseLinear(FixedTypes):
         if not few and not many:
             return "sparse"
         if few and many:
-            return f"dense (sparsity below {1 - max(limits):.2f})"
+            what = "weights" if self._scheme == WEIGHT_ONLY or self._group() else "fours of columns"
+            return f"dense (less than {1 - max(limits):.0%} of its {what} are zero)"
         return f"dense with {'up to' if few else 'more than'} {op.FEW_ROWS} rows, else sparse"
 
     # ---- the packed copy --------------------------------------------------------------------------------------------
@@ -560,15 +561,8 @@ class SparseLinear(FixedTypes):
     ) -> None:
         given = {name: state_dict.get(prefix + name) for name in (*self._buffers, *self._parameters)}
         found = {name: tensor for name, tensor in given.items() if isinstance(tensor, torch.Tensor)}
-        wrong = [
-            reason
-            for name, tensor in found.items()
-            if (own := getattr(self, name)) is not None
-            and (reason := state.wrong_tensor(name, tensor, own, self.in_features))
-        ]
-        if not wrong and any(name in found for name in _STRUCTURE):
-            stored = Stored(*(found.get(name, getattr(self, name)) for name in _STRUCTURE))
-            wrong = state.wrong_structure(stored, self.out_features, self.in_features, self.pattern)
+        owns = {name: getattr(self, name) for name in given}
+        wrong = state.wrong_state(found, owns, self.out_features, self.in_features, self.pattern)
         errors.extend(f"{prefix}{reason} in the state_dict" for reason in wrong)
         if wrong:
             return

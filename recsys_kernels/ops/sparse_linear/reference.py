@@ -316,22 +316,19 @@ def block_rows_of(crow_indices: torch.Tensor, count: int) -> torch.Tensor:
 
 
 def places(
-    values: torch.Tensor, crow_indices: torch.Tensor, col_indices: torch.Tensor, out_features: int, in_features: int
+    values: torch.Tensor, crow_indices: torch.Tensor, col_indices: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The row and the column of each stored value, int64, of shapes that broadcast to that of ``values``.
-
-    Of what lies past N and K the last ones, so that they are places in a matrix whatever the structure holds.
-    """
+    """The row and the column of each stored value, int64, of shapes that broadcast to that of ``values``."""
     if values.dim() == 2:
         rows = torch.arange(values.shape[0], device=values.device).unsqueeze(1)
-        columns = two_of_four_columns(col_indices, in_features)
+        columns = two_of_four_columns(col_indices, 2 * values.shape[1])
     else:
         rows, columns = block_rows_of(crow_indices, values.shape[0]).long(), col_indices.long()
     if values.dim() == 3:
         inner = (torch.arange(size, device=values.device) for size in values.shape[1:])
         rows = rows.reshape(-1, 1, 1) * values.shape[1] + next(inner).unsqueeze(1)
         columns = columns.reshape(-1, 1, 1) * values.shape[2] + next(inner)
-    return rows.clamp(0, out_features - 1), columns.clamp(0, in_features - 1)
+    return rows, columns
 
 
 def dequantized(
@@ -343,7 +340,9 @@ def dequantized(
     weight_scale: torch.Tensor,
 ) -> torch.Tensor:
     """int8 values times their scales, float32. Waits for no GPU."""
-    rows, columns = places(values, crow_indices, col_indices, out_features, in_features)
+    rows, columns = places(values, crow_indices, col_indices)
+    # On a GPU nobody has looked into the structure.
+    rows, columns = rows.clamp(0, out_features - 1), columns.clamp(0, in_features - 1)
     group = scale_group(out_features, in_features, weight_scale.shape)
     scale = weight_scale[rows, columns // group] if group else weight_scale.reshape(-1)[rows]
     return values.float() * scale
@@ -541,8 +540,8 @@ def sparse_repack(places: torch.Tensor, values: torch.Tensor, bias: torch.Tensor
     named = _unpack(places)
     check(named.values.dtype == torch.float32, "places must be packed from float32 values")
     numbers = named.values.contiguous().view(torch.int32).long()
-    most = int(numbers.max()) if numbers.numel() else 0
-    check(most <= values.numel(), f"places name value {most}, but there are {values.numel()}")
+    wrong = numbers[(numbers < 0) | (numbers > values.numel())]
+    check(wrong.numel() == 0, f"places name value {wrong[:1].tolist()}, but there are {values.numel()}")
     # A number of 0 stands where no value belongs.
     given = torch.cat([values.new_zeros(1), values.detach().reshape(-1)])[numbers]
     return sparse_pack(given, *named[1:5], None, bias, None, named.scheme, named.activation, 0)

@@ -6,6 +6,8 @@ so the layer's are padded with zeros, as is the input.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 
@@ -26,9 +28,17 @@ def serves(values: torch.Tensor) -> bool:
         and values.dtype in (torch.float16, torch.bfloat16)
         and values.device.type == "cuda"
         and torch.version.cuda is not None
-        and hasattr(torch.sparse, "to_sparse_semi_structured")
-        and torch.cuda.get_device_capability(values.device) >= (8, 0)
+        and _tensor_class(values.device) is not None
     )
+
+
+def _tensor_class(device: torch.device) -> Any:
+    """torch's tensor for the unit of a GPU; None where it has none."""
+    capability = torch.cuda.get_device_capability(device)
+    if capability >= (8, 0) and torch.backends.cusparselt.is_available():
+        return getattr(torch.sparse, "SparseSemiStructuredTensorCUSPARSELT", None)
+    # torch's CUTLASS kernels are those of sm_80 to sm_89.
+    return getattr(torch.sparse, "SparseSemiStructuredTensorCUTLASS", None) if capability[0] == 8 else None
 
 
 class Product:
@@ -63,4 +73,4 @@ class Product:
 
 def compress(weight: torch.Tensor) -> torch.Tensor:
     """A matrix of whole tiles with two zeros in every four columns, as torch's 2:4 tensor."""
-    return torch.sparse.to_sparse_semi_structured(weight)
+    return _tensor_class(weight.device).from_dense(weight)

@@ -3,11 +3,31 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import torch
 
-from ..linear_layers import FLOATS
+from ..linear_layers import FLOATS, MIN_SCALE
 from . import formats, reference
+
+
+def wrong_state(
+    found: Mapping[str, torch.Tensor],
+    owns: Mapping[str, torch.Tensor | None],
+    out_features: int,
+    in_features: int,
+    pattern: str,
+) -> list[str]:
+    """What is wrong with tensors that are to take the place of a layer's own."""
+    pairs = ((name, given, own) for name, given in found.items() if (own := owns[name]) is not None)
+    reasons = (wrong_tensor(name, given, own, in_features) for name, given, own in pairs)
+    if wrong := [reason for reason in reasons if reason]:
+        return wrong
+    names = formats.Stored._fields
+    if not any(name in found for name in names):
+        return []
+    stored = formats.Stored(*(found.get(name, owns[name]) for name in names))  # type: ignore[arg-type]
+    return wrong_structure(stored, out_features, in_features, pattern)
 
 
 def wrong_tensor(name: str, given: torch.Tensor, own: torch.Tensor, in_features: int) -> str | None:
@@ -28,8 +48,10 @@ def wrong_tensor(name: str, given: torch.Tensor, own: torch.Tensor, in_features:
     if name == "weight_scale":
         return None if (given > 0).all() else f"{name} must be positive"
     scale, zero_point = given.tolist() if given.shape == own.shape else (0.0, 0.0)
-    good = scale >= 0 and 0 <= zero_point <= 255 and zero_point == math.floor(zero_point)
-    return None if good else f"{name} must be a scale and an integer from 0 to 255, but is {(scale, zero_point)}"
+    # A scale of 0 is that of a layer without a range. Below the least the kernels refuse it.
+    good = (scale == 0 or scale >= MIN_SCALE) and 0 <= zero_point <= 255 and zero_point == math.floor(zero_point)
+    wanted = f"{name} must be a scale of at least {MIN_SCALE:g} and an integer from 0 to 255"
+    return None if good else f"{wanted}, but is {(scale, zero_point)}"
 
 
 def wrong_structure(stored: formats.Stored, out_features: int, in_features: int, pattern: str) -> list[str]:

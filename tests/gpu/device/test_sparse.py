@@ -69,3 +69,23 @@ def test_modules(device: torch.device, pattern: str) -> None:
         theirs = [one.cpu() for one in results(torch.device("cpu"))]
     for ours, wanted in zip(results(device), theirs, strict=True):
         assert_matches(ours, wanted)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", [(48, 32), (130, 5), (512, 256)], ids=str)
+def test_16_bit_modules_of_two_of_four(device: torch.device, shape: tuple[int, int], dtype: torch.dtype) -> None:
+    """On GPUs that have a unit for 2:4 torch's operator, elsewhere ours; frozen, which is where it is used."""
+    torch.manual_seed(0)
+    linear = torch.nn.Linear(*shape, dtype=dtype)
+    module = rk.SparseLinear.from_dense(linear, pattern="2:4", epilogue="relu").requires_grad_(False)
+    for count in (1, 8, 9, 200):
+        x = torch.randn(count, shape[0]).to(dtype)
+        wide = x.double().requires_grad_()
+        wanted = torch.relu(module.to("cpu").to_dense()[0].double()(wide))  # type: ignore[index]
+        (wanted_grad,) = torch.autograd.grad(wanted.sum(), wide)
+        on_it = x.to(device).requires_grad_()
+        out = module.to(device)(on_it)
+        assert out.dtype == dtype
+        assert_matches(out, wanted, torch.bfloat16)
+        (grad,) = torch.autograd.grad(out.sum(), on_it)
+        assert_matches(grad, wanted_grad, torch.bfloat16)
