@@ -89,8 +89,8 @@ def _fake_sparse_pack(values: torch.Tensor, *rest: Any) -> torch.Tensor:
     return values.new_empty(torch.library.get_ctx().new_dynamic_size(), dtype=torch.uint8)
 
 
-def _fake_sparse_repack(places: torch.Tensor, values: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    return torch.empty_like(places)
+def _fake_sparse_repack(places: torch.Tensor, *rest: Any) -> torch.Tensor:
+    return places.new_empty(torch.library.get_ctx().new_dynamic_size())
 
 
 def _fake_sparse_packed(
