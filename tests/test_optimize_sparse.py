@@ -458,3 +458,18 @@ def test_a_masked_layer_in_a_plain_attribute_and_hooks(never_dense: None) -> Non
     assert kept.mlp[0] is not model.mlp[0]
     assert kept.mlp[0].weight.count_nonzero() == model.mlp[0].weight.count_nonzero()
     assert report.bytes_after == report.bytes_before
+
+
+def test_masked_layers_that_are_faster_dense_are_plain_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The user asked for a model that runs: a mask would be applied at every call. What is skipped keeps its mask."""
+    monkeypatch.setattr(sparse_module, "runs_packed", lambda values: True)
+    monkeypatch.setattr(sparse_module, "runs_dense", lambda layer: (True, True))
+    model = nn.Sequential(nn.Linear(WIDTH, 20), nn.ReLU(), nn.Linear(20, 12)).eval()
+    rk.prune(model, 0.3)
+    new, report = only_linear(model, "sparse", skip="2")
+    found = kinds(new)
+    assert [found[name] for name in "012"] == ["Linear", "ReLU", "ParametrizedLinear"]
+    assert "faster dense" in str(report.layers[0].reason)
+    assert (new[0].weight == 0).sum() == (model[0].weight == 0).sum() > 0
+    with torch.no_grad():
+        assert torch.equal(new(rows()), model(rows()))

@@ -215,7 +215,8 @@ def _judge(layers: Sequence[Layer], rows: torch.Tensor, float_us: float, new_us:
     for number, layer in enumerate(layers):
         layer.float_us, layer.new_us = float_us, new_us
         if float_us < new_us:
-            layer.leave(f"{old} is faster for {count}: {_us(float_us)} us, {new} {_us(new_us)} us{together}")
+            reason = f"{old} is faster for {count}: {_us(float_us)} us, {new} {_us(new_us)} us{together}"
+            layer.leave(reason, unmasks=True)
         elif number == 0:
             layer.notes.append(f"{_us(new_us)} us instead of {_us(float_us)} for {count}{together}")
         else:

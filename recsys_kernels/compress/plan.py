@@ -54,10 +54,11 @@ class Layer:
     sqnr: float | None = None
     float_us: float | None = None
     new_us: float | None = None
+    unmasks: bool = False
 
-    def leave(self, reason: str) -> None:
-        """Keeps the layer."""
-        self.keep, self.notes, self.new = reason, [], None
+    def leave(self, reason: str, unmasks: bool = False) -> None:
+        """Keeps the layer; unmasks: as a plain one with zeros in place, if it has a pruning mask."""
+        self.keep, self.notes, self.new, self.unmasks = reason, [], None, unmasks
 
 
 class User(NamedTuple):
@@ -227,7 +228,7 @@ class Plan:
         for layer in self.swapped:
             carry_over(layer.module, layer.new, memo)
         for key, module in self.masked.items():
-            if key not in memo:
+            if key not in memo and not (key in self.layers and self.layers[key].unmasks):
                 computed = [v for v in vars(module).values() if isinstance(v, torch.Tensor) and v.grad_fn is not None]
                 memo.update((id(value), value.detach().clone()) for value in computed)  # deepcopy refuses these
                 memo[key] = copy.deepcopy(module, memo)

@@ -114,7 +114,8 @@ def leave_dense(plan: Plan, batch_size: int | None, timed: bool) -> None:
         layer.notes.insert(0, f"{share}, {layer.converter.pattern.name}")
         if (after := stored_bytes(new)) >= (before := stored_bytes(layer.module)):
             if count is None:
-                layer.leave(f"{after:,} bytes with {share}; batch_size or sample_inputs would tell if it is faster")
+                reason = f"{after:,} bytes with {share}; batch_size or sample_inputs would tell if it is faster"
+                layer.leave(reason, unmasks=True)
             else:
                 layer.notes.append(f"larger than {before:,} bytes")
 
@@ -132,7 +133,7 @@ def _make_dense(layer: Layer, reason: str) -> None:
     assert isinstance(layer.converter, SparseConverter)
     dense = layer.converter.convert_dense(layer.module, layer.choice)
     if dense is None or stored_bytes(dense) >= stored_bytes(layer.module):
-        layer.leave(reason)
+        layer.leave(reason, unmasks=True)
         return
     layer.new, layer.choice = dense, layer.choice.removesuffix("+sparse")
     layer.notes.append(f"{reason}; of the model's own weights")
