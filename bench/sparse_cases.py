@@ -116,6 +116,8 @@ def _cases() -> Iterator[SparseCase]:
         yield case
     for case in square:
         yield replace(case, level="module")
+    # The last rows that go the way of few, and the first ones of a whole panel.
+    yield from (_float(batch, 1024, 1024, sparsity, UNSTRUCTURED) for batch in (8, 16) for sparsity in (0.3, 0.9))
     for pattern in (UNSTRUCTURED, BLOCK):
         yield from (_float(512, 512, 512, sparsity, pattern) for sparsity in SPARSITIES)
         yield from (_float(100, 415, 333, sparsity, pattern) for sparsity in (0.5, 0.9))
