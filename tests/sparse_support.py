@@ -6,10 +6,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import recsys_kernels as rk
-from recsys_kernels import testing
+from recsys_kernels import _backends, testing
 
 DTYPES = testing.FLOAT_DTYPES[:3]
 PATTERNS = testing.SPARSE_PATTERNS
@@ -22,6 +21,14 @@ FUNCTIONS: dict[str | None, Any] = {
     "sigmoid": torch.sigmoid,
     "silu": F.silu,
 }
+
+
+def pack(*args: Any) -> torch.Tensor:
+    return _backends.implementation("sparse_pack", args[0])(*args)
+
+
+def run_packed(*args: Any) -> torch.Tensor:
+    return _backends.implementation("sparse_packed", args[0])(*args)
 
 
 def float_layer(in_features: int = 41, out_features: int = 22, bias: bool = True, **options: Any) -> torch.nn.Linear:
@@ -72,15 +79,3 @@ def dense_of(module: rk.SparseLinear) -> torch.Tensor:
                     if row < n and column < k:
                         dense[row, column] = value * scale[row][column // group]
     return dense
-
-
-class Calls(TorchDispatchMode):
-    """Names of the operators that are called."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: list[str] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.names.append(func.name())
-        return func(*args, **(kwargs or {}))

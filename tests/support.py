@@ -2,6 +2,9 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
+
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from recsys_kernels._native import ISA_LEVELS, native
 
@@ -19,3 +22,15 @@ def named(sample: object) -> Iterator[None]:
         yield
     except Exception as error:
         raise AssertionError(f"{sample}: {type(error).__name__}: {error}") from error
+
+
+class Calls(TorchDispatchMode):
+    """Names of the operators that are called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(func.name())
+        return func(*args, **(kwargs or {}))

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from int8_support import DTYPES, EPILOGUES, GRANULARITIES, SCHEMES, float_layer, quantize, rows, weights_of
-from torch.utils._python_dispatch import TorchDispatchMode
+from support import Calls
 
 import recsys_kernels as rk
 from recsys_kernels._native import native
@@ -249,18 +249,6 @@ def test_static_layer_without_a_range() -> None:
     assert torch.equal(module(rows()), ready(rows()))
 
 
-class _Calls(TorchDispatchMode):
-    """Names of the operators that are called."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: list[str] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.names.append(func.name())
-        return func(*args, **(kwargs or {}))
-
-
 def test_a_call_is_one_operator() -> None:
     linear = float_layer()
     modules = {
@@ -271,7 +259,7 @@ def test_a_call_is_one_operator() -> None:
     for name, module in modules.items():
         with torch.set_grad_enabled(name == "frozen"):
             module(rows())
-            with _Calls() as calls:
+            with Calls() as calls:
                 module(rows())
         assert [n for n in calls.names if "recsys" in n or "linear" in n] == ["recsys_kernels::int8_chain"], name
         packed = module._packed
@@ -296,7 +284,7 @@ def test_backend_is_chosen_at_the_call() -> None:
     module = quantize(float_layer())
     with torch.no_grad():
         wanted = module(rows())
-        with rk.backend("reference"), _Calls() as calls:
+        with rk.backend("reference"), Calls() as calls:
             assert_matches(module(rows()), wanted)
         assert not any("recsys" in name for name in calls.names)
         with rk.backend("cpu"):

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from sparse_support import DTYPES, PATTERNS
+from sparse_support import DTYPES, FUNCTIONS, PATTERNS, pack, run_packed
 from support import named
 
 from recsys_kernels import _backends, functional, testing
@@ -28,14 +28,6 @@ NONE, RELU, GELU, SIGMOID, SILU = range(5)
 
 def linear(*args: Any) -> torch.Tensor:
     return _backends.implementation("sparse_linear", args[0])(*args)
-
-
-def pack(*args: Any) -> torch.Tensor:
-    return _backends.implementation("sparse_pack", args[0])(*args)
-
-
-def run_packed(*args: Any) -> torch.Tensor:
-    return _backends.implementation("sparse_packed", args[0])(*args)
 
 
 def weight_gradient(*args: Any) -> torch.Tensor:
@@ -230,15 +222,6 @@ def masked_gradients(sample: SparseSample, x: torch.Tensor, function: Any, seed:
     out = function(F.linear(wide, weight * sample.kept, bias))
     direction = torch.randn(out.shape, generator=draw(seed), dtype=torch.float64)
     return direction, *torch.autograd.grad(out, (wide, weight, bias), direction)
-
-
-FUNCTIONS: dict[str | None, Any] = {
-    None: lambda y: y,
-    "relu": F.relu,
-    "gelu": F.gelu,
-    "sigmoid": torch.sigmoid,
-    "silu": F.silu,
-}
 
 
 @pytest.mark.parametrize("epilogue", FUNCTIONS)

@@ -10,7 +10,8 @@ import pytest
 import scipy.sparse
 import torch
 import torch.nn.functional as F
-from sparse_support import DTYPES, FUNCTIONS, PATTERNS, SCHEMES, Calls, dense_of, float_layer, quantized, rows, sparse
+from sparse_support import DTYPES, FUNCTIONS, PATTERNS, SCHEMES, dense_of, float_layer, quantized, rows, sparse
+from support import Calls
 
 import recsys_kernels as rk
 from recsys_kernels._native import native

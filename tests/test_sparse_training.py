@@ -7,7 +7,19 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from sparse_support import DTYPES, FUNCTIONS, PATTERNS, Calls, dense_of, float_layer, quantized, rows, sparse
+from sparse_support import (
+    DTYPES,
+    FUNCTIONS,
+    PATTERNS,
+    dense_of,
+    float_layer,
+    pack,
+    quantized,
+    rows,
+    run_packed,
+    sparse,
+)
+from support import Calls
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import recsys_kernels as rk
@@ -17,16 +29,8 @@ from recsys_kernels.testing import assert_matches
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def pack(*args: Any) -> torch.Tensor:
-    return _backends.implementation("sparse_pack", args[0])(*args)
-
-
 def repack(*args: Any) -> torch.Tensor:
     return _backends.implementation("sparse_repack", args[1])(*args)
-
-
-def run_packed(*args: Any) -> torch.Tensor:
-    return _backends.implementation("sparse_packed", args[0])(*args)
 
 
 @pytest.mark.parametrize("epilogue", FUNCTIONS)
