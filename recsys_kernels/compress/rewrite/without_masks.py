@@ -1,4 +1,4 @@
-"""Models with pruning masks, as ``optimize`` works on them."""
+"""Models with pruning masks: ``optimize`` works on a twin without the masks."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import torch
 from torch.nn.utils import parametrize
 
 from ...ops.linear.sparse.torch_masks import as_called, masking_hooks
-from ..prune.layers import mask_of
-from .plan import Plan
+from ..pruning_mask import mask_of
+from .inspect.contents import ModelContents
 
 
 def without_masks(model: torch.nn.Module) -> tuple[torch.nn.Module, dict[int, torch.nn.Module], list[str]]:
@@ -26,13 +26,13 @@ def without_masks(model: torch.nn.Module) -> tuple[torch.nn.Module, dict[int, to
     twins = [(twin, module) for module in model.modules() if (twin := _without_mask(module)) is not None]
     if not twins:
         return model, {}, []
-    plan = Plan(model, [])
-    memo = plan.copy_memo()
+    contents = ModelContents(model)
+    memo, notes = contents.copy_memo()
     for module in model.modules():
         memo.update((id(t), t) for t in (*module._parameters.values(), *module._buffers.values()) if t is not None)
-    memo.update((id(value), value) for _, value in plan.held if isinstance(value, torch.Tensor))
+    memo.update((id(value), value) for _, value in contents.held if isinstance(value, torch.Tensor))
     memo.update((id(module), twin) for twin, module in twins)
-    return copy.deepcopy(model, memo), {id(twin): module for twin, module in twins}, plan.notes
+    return copy.deepcopy(model, memo), {id(twin): module for twin, module in twins}, [*contents.notes, *notes]
 
 
 def _without_mask(module: Any) -> torch.nn.Module | None:

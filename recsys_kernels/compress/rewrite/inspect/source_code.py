@@ -1,4 +1,4 @@
-"""Who reads a layer's ``weight`` besides the layer: what the source code says, and what a trial run shows.
+"""What the source code of a model says about reads of a layer's ``weight`` by other code than the layer.
 
 A layer whose weight is read from outside (``scores = user @ self.items.weight.T``) cannot be swapped for one that
 stores it in another form: at best the reader fails, at worst ``x + self.positions.weight`` adds integers to floats.
@@ -10,7 +10,6 @@ import ast
 import builtins
 import inspect
 import os
-import sys
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -18,19 +17,13 @@ from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
-from torch.overrides import TorchFunctionMode
-from torch.utils.hooks import RemovableHandle
 
 _EACH = "[]"  # a step of a path: every item of a container
 _Path = tuple[str, ...]
 # What reads no values: it means the same whatever form the weight has.
-_HARMLESS = frozenset({"device"})
+HARMLESS = frozenset({"device"})
 # Attributes that say nothing of what is inside a container.
 _OF_EVERY_MODULE = frozenset({"training", "train", "eval", "forward", "to", "requires_grad_", "zero_grad"})
-_TORCH = os.path.dirname(torch.__file__) + os.sep
-
-
-# ---- source code -------------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -39,18 +32,18 @@ class SourceReads:
 
     Attributes:
         places: id of a layer -> where its weight is read.
-        taken: id of a container -> where something else is done with it than to call it.
+        taken_apart: id of a container -> where something else is done with it than to call it.
         unknown: names of methods whose source is not available.
         maybe: id of a layer -> what may read its weight, by an expression that the source does not resolve.
     """
 
     places: dict[int, str] = field(default_factory=dict)
-    taken: dict[int, str] = field(default_factory=dict)
+    taken_apart: dict[int, str] = field(default_factory=dict)
     unknown: set[str] = field(default_factory=set)
     maybe: dict[int, str] = field(default_factory=dict)
 
 
-def source_reads(
+def find_weight_reads(
     modules: Collection[torch.nn.Module],
     layers: Collection[torch.nn.Module],
     containers: Collection[torch.nn.Module] = (),
@@ -129,7 +122,7 @@ def _scan(module: torch.nn.Module, function: Any, wanted: _Wanted, reads: Source
     for path, line in code.mentions if wanted.containers else ():
         for target in _resolve(module, path):
             if id(target) in wanted.containers:
-                reads.taken.setdefault(id(target), f"{function.__qualname__} ({file}:{line})")
+                reads.taken_apart.setdefault(id(target), f"{function.__qualname__} ({file}:{line})")
     return used
 
 
@@ -267,7 +260,7 @@ def _read_source(function: Any) -> _Source | None:
     for _ in range(2):  # a local name may stand for another
         for node in nodes:
             paths.learn(node)
-    harmless = {id(n.value) for n in nodes if isinstance(n, ast.Attribute) and n.attr in _HARMLESS}
+    harmless = {id(n.value) for n in nodes if isinstance(n, ast.Attribute) and n.attr in HARMLESS}
     named = _called_or_named(nodes)
     attributes, weights, mentions = [], [], []
     for node in nodes:
@@ -376,75 +369,3 @@ class _Paths:
             if node.func.id == "getattr" and isinstance(second, ast.Constant) and isinstance(second.value, str):
                 return self._then(node.args[0], second.value)
         return None
-
-
-# ---- a trial run ---------------------------------------------------------------------------------------------------
-
-
-class WeightReads(TorchFunctionMode):
-    """Within this context, notes every torch call on a layer's weight from outside of the layer's ``forward``.
-
-    Args:
-        layers: the layers to watch.
-        readers: modules whose ``forward`` may read weights of the layers, as ``EmbeddingBagCollection`` does.
-
-    Attributes:
-        found: id of the weight -> where it is read.
-    """
-
-    def __init__(self, layers: Collection[Any], readers: Collection[torch.nn.Module] = ()) -> None:
-        super().__init__()
-        self.found: dict[int, str] = {}
-        self._weights = {id(layer.weight) for layer in layers}
-        self._watched = (*layers, *readers)
-        self._inside = 0
-        self._handles: list[RemovableHandle] = []
-
-    def __enter__(self) -> WeightReads:
-        for module in self._watched:
-            # Closest to forward: hooks of the user are outside.
-            self._handles.append(module.register_forward_pre_hook(self._go_in))
-            self._handles.append(module.register_forward_hook(self._come_out, prepend=True))
-        super().__enter__()
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        super().__exit__(*error)
-        for handle in self._handles:
-            handle.remove()
-
-    def _go_in(self, *_: Any) -> None:
-        self._inside += 1
-
-    def _come_out(self, *_: Any) -> None:
-        self._inside -= 1
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if not self._inside and getattr(getattr(func, "__self__", None), "__name__", "") not in _HARMLESS:
-            for value in _flat((args, kwargs)):
-                if id(value) in self._weights:
-                    self.found.setdefault(id(value), _caller())
-        return func(*args, **kwargs)
-
-
-def _flat(value: Any) -> Iterator[Any]:
-    if isinstance(value, (list, tuple)):
-        for item in value:
-            yield from _flat(item)
-    elif isinstance(value, dict):
-        yield from _flat(list(value.values()))
-    else:
-        yield value
-
-
-def _caller() -> str:
-    """The innermost function on the stack that is neither torch's nor of this file."""
-    frame = sys._getframe()
-    while frame.f_back is not None:
-        file = frame.f_code.co_filename
-        if file != __file__ and not file.startswith(_TORCH):
-            break
-        frame = frame.f_back
-    name = getattr(frame.f_code, "co_qualname", frame.f_code.co_name)
-    return f"{name} ({os.path.basename(frame.f_code.co_filename)}:{frame.f_lineno})"
