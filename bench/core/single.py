@@ -1,4 +1,4 @@
-"""One side of one case under pytest-benchmark, for any operator.
+"""One side of one case under pytest-benchmark, for any family.
 
 The times in pytest's table come one side after the other and are for orientation; the ratio in `extra_info` comes from
 alternating the side with ours, after both have passed the gate.
@@ -13,24 +13,24 @@ import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from bench.harness import Comparison, quiet, sample
-from bench.operators import Operator
-from bench.sides import OURS, AbsentError
+from bench.core.families import Family
+from bench.core.harness import Comparison, quiet, sample
+from bench.core.sides import OURS, AbsentError
 
 ROUNDS, QUICK_ROUNDS = 50, 5
 
 
-def pairs(operator: Operator) -> list[Any]:
-    """Parameters for `comparison` (see conftest.py) and `name`: every side of every case."""
+def pairs(family: Family) -> list[Any]:
+    """Parameters for the fixture `comparison` (see conftest.py) and for `name`: every side of every case."""
     return [
         pytest.param(case, name, id=f"{case.name}-{name}")
-        for case in operator.cases
-        for name in (OURS, *operator.peers.sides_of(case))
+        for case in family.cases
+        for name in (OURS, *family.peers.sides_of(case))
     ]
 
 
 def time_side(benchmark: BenchmarkFixture, comparison: Comparison, name: str) -> None:
-    """Times side `name`; skips the test where it cannot run."""
+    """Times side `name`; skips the test where that side cannot run."""
     work, case, limit = comparison.work, comparison.work.case, comparison.limit
     benchmark.group = case.name
     side = comparison.own
@@ -50,6 +50,6 @@ def time_side(benchmark: BenchmarkFixture, comparison: Comparison, name: str) ->
         )
     if benchmark.stats:  # None under --benchmark-disable
         rate = case.amount / benchmark.stats.stats.median
-        benchmark.extra_info |= {"unit": comparison.operator.unit, "rate": rate / 1e9}
+        benchmark.extra_info |= {"unit": comparison.family.unit, "rate": rate / 1e9}
         if limit:
             benchmark.extra_info |= {"limit": limit.rate / 1e9, "share_of_limit": rate / limit.rate}

@@ -1,8 +1,4 @@
-"""Embedding bags: one `Case` a line of the report, and the `Workload` (tables, ids) that belongs to it.
-
-The speeds to reach are ratios against the better peer, or against the side that
-`against` names.
-"""
+"""Embedding bags: one case a line of the report, and the workload (tables, ids) of a case."""
 
 from __future__ import annotations
 
@@ -10,35 +6,34 @@ import functools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
-from bench.sides import BEST, ONE_THREAD, Target
+from bench.core.cases import BenchCase, Target
+from bench.core.machine import last_level_cache
+from bench.core.sides import ONE_THREAD
 
 BITS = {"fp32": 32, "fp16": 16, "int8": 8, "int4": 4}
-LOOP = "torch"
+TORCH = "torch"
 SINGLE_TABLE_ROWS = 2_000_000
 QUICK_ROWS = 20_000
 MAX_POOL_IDS = 16_000_000  # 128 MB of int64
-# fp16 outputs round to 11 bits, once or after every row; everything else is exact (see Workload.table)
+# fp16 outputs round to 11 bits, once or after every row; everything else is exact (see EmbeddingBagWorkload.table).
 TOLERANCE = {"fp16": 4e-3}
 DEFAULT_TOLERANCE = 1e-5
-LIMIT_SHARE = 0.85
 
 
 @dataclass(frozen=True)
-class Case:
-    """One measured situation: `tables` tables of `rows` x `dim`, `batch` bags of `length` ids in each, sum pooling.
+class EmbeddingBagCase(BenchCase):
+    """`tables` tables of `rows` x `dim`, and `batch` bags of `length` ids in each table; bags are summed.
 
     kind: "forward", "dense backward" (gradient of the whole table) or "sparse backward" (gradient of the rows met).
-    target: the ratio to reach against side `against`; a case also has to be no slower than every peer.
-    near_limit: also has to reach LIMIT_SHARE of the probed limit.
-    level: "function" (a quantized table: the operator) or "module", which adds what a module does in Python.
+    level: "function" (of a quantized table: the operator) or "module".
     """
 
+    family: ClassVar[str] = "embedding_bag"
     dtype: str
     dim: int
     batch: int
@@ -46,31 +41,18 @@ class Case:
     rows: int = SINGLE_TABLE_ROWS
     tables: int = 1
     ids: str = "uniform"
-    threads: int = 1
-    kind: str = "forward"
-    target: float = 1.0
-    against: str = BEST
-    near_limit: bool = False
-    level: str = "function"
 
     @property
-    def name(self) -> str:
-        """Unique among CASES, with no blanks: what `--case` is matched against."""
+    def name_parts(self) -> list[str]:
         parts = [] if self.kind == "forward" else [self.kind.replace(" ", "-")]
         parts += [self.level] if self.level != "function" else []
         parts += [f"{self.tables}tables"] if self.tables > 1 else []
-        parts += [self.dtype, f"d{self.dim}", f"b{self.batch}", f"l{self.length}", self.ids]
-        return "-".join(parts) + (f"-{self.threads}threads" if self.threads > 1 else "")
+        return [*parts, self.dtype, f"d{self.dim}", f"b{self.batch}", f"l{self.length}", self.ids]
 
     @property
     def row_bytes(self) -> int:
         """Bytes of one row, without its scale and bias."""
         return self.dim * BITS[self.dtype] // 8
-
-    @property
-    def targets(self) -> tuple[Target, ...]:
-        """What to reach, as every operator's cases have it."""
-        return (Target(self.target, self.against),)
 
     @property
     def amount(self) -> int:
@@ -87,13 +69,14 @@ class Case:
         """Rows that one call reads."""
         return self.tables * self.batch * self.length
 
-    def resized(self, rows: int | None, quick: bool) -> Case:
-        """The same case with `rows` rows in its single table, and with small tables when `quick`."""
+    def resized(self, rows: int | None, quick: bool) -> EmbeddingBagCase:
+        """The same case with `rows` rows in a single table, and with small tables when `quick`."""
         if rows is not None and self.rows == SINGLE_TABLE_ROWS:
             return replace(self, rows=rows)
         return replace(self, rows=min(self.rows, QUICK_ROWS // self.tables)) if quick else self
 
 
+# Ratios to reach against the best peer.
 _UNIFORM = {
     ("fp32", 64): 2.0,
     ("fp32", 128): 2.0,
@@ -105,26 +88,27 @@ _UNIFORM = {
 _ZIPF = {"fp32": 1.7, "int8": 2.1}
 
 
-def _cases() -> Iterator[Case]:
+def _cases() -> Iterator[EmbeddingBagCase]:
+    case, doubled = EmbeddingBagCase, (Target(1.8, ONE_THREAD),)
     for dtype in BITS:
         for dim in (64, 128):
-            target = _UNIFORM.get((dtype, dim), 1.0)
-            yield Case(dtype, dim, 4096, 20, target=target, near_limit=True)
-            yield Case(dtype, dim, 4096, 20, ids="zipf", target=_ZIPF.get(dtype, 1.0))
+            target = Target(_UNIFORM.get((dtype, dim), 1.0))
+            yield case(dtype, dim, 4096, 20, targets=(target,), near_limit=True)
+            yield case(dtype, dim, 4096, 20, ids="zipf", targets=(Target(_ZIPF.get(dtype, 1.0)),))
     for dtype in ("fp32", "int8"):
-        yield Case(dtype, 64, 64, 20, target=1.7)
-        yield Case(dtype, 64, 1, 50)
-        yield Case(dtype, 64, 1, 50, level="module")
-    tables = Case("fp32", 64, 512, 1, rows=300_000, tables=26, target=2.5, against=LOOP)
+        yield case(dtype, 64, 64, 20, targets=(Target(1.7),))
+        yield case(dtype, 64, 1, 50)
+        yield case(dtype, 64, 1, 50, level="module")
+    tables = case("fp32", 64, 512, 1, rows=300_000, tables=26, targets=(Target(2.5, TORCH),))
     yield tables
-    yield replace(tables, length=10, target=1.7)
-    yield replace(tables, batch=1, target=10.0)
-    yield Case("fp32", 64, 2048, 20, rows=100_000, kind="dense backward", target=2.0)
-    yield Case("fp32", 64, 2048, 20, rows=1_000_000, kind="sparse backward")
+    yield replace(tables, length=10, targets=(Target(1.7, TORCH),))
+    yield replace(tables, batch=1, targets=(Target(10.0, TORCH),))
+    yield case("fp32", 64, 2048, 20, rows=100_000, kind="dense backward", targets=(Target(2.0),))
+    yield case("fp32", 64, 2048, 20, rows=1_000_000, kind="sparse backward")
     for dtype in ("fp32", "int8"):
         for dim in (64, 128):
-            yield Case(dtype, dim, 4096, 20, threads=2, target=1.8, against=ONE_THREAD)
-    yield replace(tables, length=10, threads=2, target=1.8, against=ONE_THREAD)
+            yield case(dtype, dim, 4096, 20, threads=2, targets=doubled)
+    yield replace(tables, length=10, threads=2, targets=doubled)
 
 
 CASES = tuple(_cases())
@@ -137,16 +121,7 @@ class Batch(NamedTuple):
     offsets: Tensor
 
 
-@functools.cache
-def last_level_cache() -> int:
-    """Bytes of the last-level cache; 32 MiB where the system does not tell."""
-    units = {"K": 1 << 10, "M": 1 << 20}
-    folders = sorted(Path("/sys/devices/system/cpu/cpu0/cache").glob("index*"))
-    sizes = [(folder / "size").read_text().strip() for folder in folders]
-    return max((int(size[:-1]) * units[size[-1]] for size in sizes if size[-1:] in units), default=32 << 20)
-
-
-class Workload:
+class EmbeddingBagWorkload:
     """The tables and a pool of batches of one case, both from a fixed seed.
 
     The pool touches twice the last-level cache before it comes round again (or MAX_POOL_IDS ids), so that a batch
@@ -155,8 +130,8 @@ class Workload:
 
     checked = 2
 
-    def __init__(self, case: Case, quick: bool = False) -> None:
-        self.case = case
+    def __init__(self, case: EmbeddingBagCase, quick: bool = False) -> None:
+        self.case, self.quick = case, quick
         self._generator = torch.Generator().manual_seed(17)
         count = -(-2 * last_level_cache() // (case.ids_per_call * case.row_bytes))
         count = 4 if quick else max(16, min(count, 4096, MAX_POOL_IDS // case.ids_per_call))

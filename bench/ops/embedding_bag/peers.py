@@ -1,12 +1,12 @@
 """Embedding bags: the sides of a comparison, recsys_kernels and every library a user might run instead.
 
-A builder takes a Workload and returns a Side, or raises AbsentError with the reason. Float peers share the workload's
-table, quantized ones quantize it themselves. Every side gets its input in the format it likes best, converted outside
-the timed part; FBGEMM's bounds check is off (ours has no such switch). Many-table sides return one tensor,
-[batch, tables * dim]: peers that make one a table concatenate.
+Peers with float tables share the workload's table; peers with quantized tables quantize that table themselves. Every
+side gets input in the format that suits the side best, converted outside of the timed part. FBGEMM's bounds check is
+off (ours has no such switch). Sides with many tables return one tensor, [batch, tables * dim]: a peer that makes a
+tensor for each table concatenates.
 
-FBGEMM loads beside torch 2.13 as `pip install --no-deps fbgemm-gpu-cpu==1.8.0`. TorchRec stands on it and goes in with
---no-deps too, because it requires the CUDA build of FBGEMM: torchrec==1.8.0 tensordict pyvers torchmetrics==1.0.3
+FBGEMM loads beside torch 2.13 as `pip install --no-deps fbgemm-gpu-cpu==1.8.0`. TorchRec needs FBGEMM and is installed
+with --no-deps too, because TorchRec requires the CUDA build: torchrec==1.8.0 tensordict pyvers torchmetrics==1.0.3
 lightning-utilities pyre-extensions typing-inspect.
 """
 
@@ -14,10 +14,7 @@ from __future__ import annotations
 
 import functools
 import importlib
-import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import replace
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -26,17 +23,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import recsys_kernels as rk
-from bench import probe
-from bench.cases import BITS, LOOP, Batch, Case, Workload
-from bench.sides import ONE_THREAD, OURS, REFERENCE, AbsentError, Side
-from recsys_kernels.backends import selection as _backends
+from bench.core import probe
+from bench.core.sides import ONE_THREAD, OURS, REFERENCE, Side, import_peer
+from bench.ops.embedding_bag.cases import BITS, TORCH, Batch, EmbeddingBagCase, EmbeddingBagWorkload
+from recsys_kernels.backends import selection
 
 FBGEMM = "fbgemm IntNBit"
 FBGEMM_SPLIT = "fbgemm Split"
 TORCHREC = "torchrec"
 
 
-def _gradient(name: str, bag: nn.EmbeddingBag, work: Workload) -> Side:
+def _gradient(name: str, bag: nn.EmbeddingBag, work: EmbeddingBagWorkload) -> Side:
     grad_output = work.grad_output
 
     def forward(batch: Batch) -> Any:
@@ -48,11 +45,11 @@ def _gradient(name: str, bag: nn.EmbeddingBag, work: Workload) -> Side:
     return Side(name, backward, forward, work.case.threads, torch.enable_grad)
 
 
-def _bag_options(case: Case) -> dict[str, Any]:
+def _bag_options(case: EmbeddingBagCase) -> dict[str, Any]:
     return {"mode": "sum", "include_last_offset": True, "sparse": case.kind == "sparse backward"}
 
 
-def ours(work: Workload) -> Side:
+def ours(work: EmbeddingBagWorkload) -> Side:
     """The module a user would take, with tables of its own (on huge pages where the system gives them)."""
     case, table = work.case, work.table
     bits = BITS[case.dtype]
@@ -85,18 +82,18 @@ def ours(work: Workload) -> Side:
     table = module.table
 
     def operator(inputs: Any) -> Tensor:
-        run = _backends.implementation("quantized_embedding_bag", inputs[0])
-        return cast(Tensor, run(*table, *inputs, None, 0, -1, True, _backends.dtype_argument(torch.float32)))
+        run = selection.implementation("quantized_embedding_bag", inputs[0])
+        return cast(Tensor, run(*table, *inputs, None, 0, -1, True, selection.dtype_argument(torch.float32)))
 
     return Side(OURS, operator, threads=case.threads)
 
 
-def _torch_bag(work: Workload, table: int) -> nn.EmbeddingBag:
+def _torch_bag(work: EmbeddingBagWorkload, table: int) -> nn.EmbeddingBag:
     frozen = work.case.kind == "forward"
     return nn.EmbeddingBag.from_pretrained(work.table[table], freeze=frozen, **_bag_options(work.case))
 
 
-def _torch_quantized_bag(work: Workload) -> nn.Module:
+def _torch_quantized_bag(work: EmbeddingBagWorkload) -> nn.Module:
     case, (low, high) = work.case, torch.aminmax(work.table[0], dim=1)
     module: Any = importlib.import_module("torch.ao.nn.quantized")
     bag = module.EmbeddingBag(case.rows, case.dim, mode="sum", include_last_offset=True, dtype=torch.quint8)
@@ -106,10 +103,10 @@ def _torch_quantized_bag(work: Workload) -> nn.Module:
     return cast(nn.Module, bag)
 
 
-def _torch(work: Workload) -> Side:
+def _torch(work: EmbeddingBagWorkload) -> Side:
     case = work.case
     if case.kind != "forward":
-        return _gradient(LOOP, _torch_bag(work, 0), work)
+        return _gradient(TORCH, _torch_bag(work, 0), work)
     if case.tables > 1:
         bags = [_torch_bag(work, t) for t in range(case.tables)]
 
@@ -119,41 +116,36 @@ def _torch(work: Workload) -> Side:
         def loop(inputs: Any) -> Tensor:
             return torch.cat([bag(*pair) for bag, pair in zip(bags, inputs, strict=True)], 1)
 
-        return Side(LOOP, loop, split, case.threads)
+        return Side(TORCH, loop, split, case.threads)
     if case.level == "module":
         bag = _torch_bag(work, 0) if BITS[case.dtype] >= 16 else _torch_quantized_bag(work)
-        return Side(LOOP, lambda inputs: bag(*inputs), threads=case.threads)
+        return Side(TORCH, lambda inputs: bag(*inputs), threads=case.threads)
     if BITS[case.dtype] >= 16:
         weight = work.table[0]
 
         def lookup(inputs: Any) -> Tensor:
             return F.embedding_bag(inputs[0], weight, inputs[1], mode="sum", include_last_offset=True)
 
-        return Side(LOOP, lookup, threads=case.threads)
+        return Side(TORCH, lookup, threads=case.threads)
     kind = "byte" if BITS[case.dtype] == 8 else "4bit"
     packed = getattr(torch.ops.quantized, f"embedding_bag_{kind}_prepack")(work.table[0])
     op = getattr(torch.ops.quantized, f"embedding_bag_{kind}_rowwise_offsets").default
-    return Side(LOOP, lambda inputs: op(packed, *inputs, include_last_offset=True), threads=case.threads)
+    return Side(TORCH, lambda inputs: op(packed, *inputs, include_last_offset=True), threads=case.threads)
 
 
 @functools.cache
 def _fbgemm() -> SimpleNamespace:
     base = "fbgemm_gpu.split_table_batched_embeddings_ops"
     modules = (f"{base}_inference", f"{base}_training", f"{base}_common", "fbgemm_gpu.split_embedding_configs")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            names = [vars(importlib.import_module(name)) for name in modules]
-    except (ImportError, OSError) as error:  # OSError: built for another torch, undefined symbols
-        raise AbsentError(f"fbgemm_gpu: {error}") from error
-    return SimpleNamespace(**{key: value for part in names for key, value in part.items() if not key.startswith("__")})
+    names = {key: value for module in import_peer(*modules) for key, value in vars(module).items()}
+    return SimpleNamespace(**{key: value for key, value in names.items() if not key.startswith("__")})
 
 
 def _int32(batch: Batch) -> Any:
     return batch.indices.int(), batch.offsets.int()  # the type FBGEMM's inference tables work with
 
 
-def _fbgemm_inference(work: Workload) -> Side:
+def _fbgemm_inference(work: EmbeddingBagWorkload) -> Side:
     fb, case = _fbgemm(), work.case
     weights, output = (
         getattr(fb.SparseType, t) for t in (case.dtype.upper(), "FP16" if case.dtype == "fp16" else "FP32")
@@ -180,7 +172,7 @@ def _fbgemm_inference(work: Workload) -> Side:
     return Side(FBGEMM, lambda inputs: module(*inputs), _int32, case.threads)
 
 
-def _fbgemm_training(work: Workload) -> Side:
+def _fbgemm_training(work: EmbeddingBagWorkload) -> Side:
     fb, case = _fbgemm(), work.case
     precision = getattr(fb.SparseType, case.dtype.upper())
     module = fb.SplitTableBatchedEmbeddingBagsCodegen(
@@ -195,12 +187,9 @@ def _fbgemm_training(work: Workload) -> Side:
     return Side(FBGEMM_SPLIT, lambda inputs: module(*inputs), threads=case.threads, context=torch.no_grad)
 
 
-def _torchrec(work: Workload) -> Side:
+def _torchrec(work: EmbeddingBagWorkload) -> Side:
     case = work.case
-    try:
-        torchrec: Any = importlib.import_module("torchrec")
-    except (ImportError, OSError) as error:
-        raise AbsentError(f"torchrec: {error}") from error
+    torchrec: Any = import_peer("torchrec")[0]
     names = [f"f{t}" for t in range(case.tables)]
     configs = [
         torchrec.EmbeddingBagConfig(
@@ -218,41 +207,26 @@ def _torchrec(work: Workload) -> Side:
     return Side(TORCHREC, lambda features: module(features).values(), jagged, case.threads)
 
 
-_PEERS: dict[str, Callable[[Workload], Side]] = {
-    LOOP: _torch,
+PEERS: dict[str, Callable[[EmbeddingBagWorkload], Side]] = {
+    TORCH: _torch,
     FBGEMM: _fbgemm_inference,
     FBGEMM_SPLIT: _fbgemm_training,
     TORCHREC: _torchrec,
 }
 
 
-@contextmanager
-def _reference() -> Iterator[None]:
-    with torch.inference_mode(), rk.backend("reference"):
-        yield
-
-
-def sides_of(case: Case) -> list[str]:
-    """Names of the sides to compare `case` with. Those in OWN are variants of our own side, not peers."""
+def sides_of(case: EmbeddingBagCase) -> list[str]:
+    """The names of the sides that a case is compared with."""
     if case.kind != "forward":
-        return [LOOP]
+        return [TORCH]
     split = [FBGEMM_SPLIT] if BITS[case.dtype] >= 16 else []
     torchrec = [TORCHREC] if case.tables > 1 else []
-    return [LOOP, FBGEMM, *split, *torchrec, ONE_THREAD if case.threads > 1 else REFERENCE]
+    return [TORCH, FBGEMM, *split, *torchrec, ONE_THREAD if case.threads > 1 else REFERENCE]
 
 
-def build(name: str, work: Workload, own: Side) -> Side:
-    """Side `name` of a case; `own` is what `ours` returned for it. Raises AbsentError where it cannot run."""
-    if name == ONE_THREAD:
-        return replace(own, name=name, threads=1)
-    if name == REFERENCE:
-        return replace(own, name=name, context=_reference)
-    return _PEERS[name](work)
-
-
-def limit(work: Workload) -> probe.Limit | None:
-    """What the rows of a forward case could be read at. Raises ProbeUnavailableError."""
+def limit(work: EmbeddingBagWorkload) -> probe.ReadLimit | None:
+    """The rate at which the rows of a forward case could be read. Raises ProbeUnavailableError."""
     case = work.case
     if case.kind != "forward":
         return None
-    return probe.probe(work.probe_ids().numpy(), case.tables * case.rows, case.row_bytes, case.threads)
+    return probe.probe_reads(work.probe_ids().numpy(), case.tables * case.rows, case.row_bytes, case.threads)

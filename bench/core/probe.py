@@ -1,8 +1,8 @@
 """The limits of this machine, probed in the run that reports them.
 
-`probe()` reads the very rows a case will read (same ids, same row size, own memory on 2 MiB pages) with nothing but
-prefetches and loads whose result is used. A lookup cannot do better; how close it comes is the figure to report.
-`probe_int8()` and `probe_float()` multiply and add int8 or float32 in registers, which no layer can do faster.
+`probe_reads()` reads the very rows that a case will read (same ids, same row size, own memory on 2 MiB pages) with
+nothing but prefetches and loads whose result is used. No lookup can be faster; the report gives the share that a lookup
+reaches. `probe_int8()` and `probe_float()` multiply and add int8 or float32 in registers; no layer can be faster.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ import numpy.typing as npt
 from recsys_kernels.backends.native import ISA_LEVELS
 
 SOURCE = Path(__file__).with_name("gather_probe.c")
-INT8_SOURCE = Path(__file__).with_name("vnni_probe.c")
-FLOAT_SOURCE = Path(__file__).with_name("fma_probe.c")
+INT8_SOURCE = Path(__file__).with_name("int8_probe.c")
+FLOAT_SOURCE = Path(__file__).with_name("float_probe.c")
 # Which hint and which order is the limit depends on the CPU and on the row: on Zen 4 it is T1, by 2x, and for rows of
 # four lines and more the order line by line, by 1.7x.
 LEVELS = {"T1": 1, "T0": 0}
@@ -41,7 +41,7 @@ class ProbeUnavailableError(RuntimeError):
 
 
 @dataclass(frozen=True)
-class Limit:
+class ReadLimit:
     """Probed limits, in bytes/s. `huge_pages`: share of the probed memory that really was on 2 MiB pages."""
 
     gather: float
@@ -56,7 +56,7 @@ class Limit:
 
     @property
     def how(self) -> str:
-        """By what means it was reached."""
+        """By what means the limit was reached."""
         pages = "" if self.huge_pages > 0.9 else f", {self.huge_pages:.0%} on huge pages"
         return self.prefetch + pages
 
@@ -121,11 +121,11 @@ def _seconds(work: Callable[[int], int], parts: int, expected: int, bits: int = 
             total = sum(pool.map(work, range(parts)) if parts > 1 else map(work, range(parts)))
             best = min(best, time.perf_counter() - begin)
             if total % 2**bits != expected % 2**bits:
-                raise AssertionError("the probe did something else than what it was given to do")
+                raise AssertionError("the checksum is wrong: the probe did not read or multiply what it was given")
     return best
 
 
-def probe(ids: npt.NDArray[np.int64], rows: int, row_bytes: int, threads: int = 1) -> Limit:
+def probe_reads(ids: npt.NDArray[np.int64], rows: int, row_bytes: int, threads: int = 1) -> ReadLimit:
     """Reads rows `ids` (1-D, each in [0, rows)) of a table of `rows` x `row_bytes` bytes.
 
     Raises ProbeUnavailableError where there is no compiler, ValueError where `row_bytes` is no multiple of 32.
@@ -167,7 +167,7 @@ def probe(ids: npt.NDArray[np.int64], rows: int, row_bytes: int, threads: int = 
         )
         straight = _seconds(sequential, threads, WORD * size // 8)
         del table  # the mapping cannot be closed while an array looks at it
-    return Limit(ids.size * row_bytes / seconds, size / straight, name, huge)
+    return ReadLimit(ids.size * row_bytes / seconds, size / straight, name, huge)
 
 
 def probe_int8(level: str, threads: int = 1, rounds: int = 2_000_000) -> ProductLimit:
@@ -179,7 +179,7 @@ def probe_int8(level: str, threads: int = 1, rounds: int = 2_000_000) -> Product
 
 
 def probe_float(level: str, threads: int = 1, rounds: int = 2_000_000) -> ProductLimit:
-    """The same with float32; at most 2^24 / 6 rounds, up to which its sums are exact."""
+    """The same with float32; at most 2^24 / 6 rounds, up to which the sums are exact."""
     return _probe_products(FLOAT_SOURCE, "float32", level, threads, rounds, (3, 2), 64)
 
 

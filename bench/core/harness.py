@@ -1,9 +1,9 @@
-"""How it is measured. Only ratios taken in one process, alternating two sides, count on a machine that others use too.
+"""How two sides are measured. On a machine that others use too, only ratios count that are taken in one process.
 
-`Comparison` sets up one case: probes the limit, builds our side and gates it. `Comparison.against(name)` builds another
-side, gates it and alternates the two: a sample of one, then of the other (which comes first changes every round), each
-over fresh batches of the pool; a round gives one ratio. The median of the ratios and their 10th and 90th percentile
-are reported. One-thread cases are pinned to one CPU.
+`Comparison` sets up one case: the comparison probes the limit, builds our side and gates it. `Comparison.against(name)`
+builds another side, gates that side and alternates the two: a sample of one, then of the other (which side comes first
+changes every round), each over fresh batches of the pool. A round gives one ratio. The median of the ratios and their
+10th and 90th percentile are reported. Cases on one thread are pinned to one CPU.
 """
 
 from __future__ import annotations
@@ -15,15 +15,16 @@ import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 
-from bench import operators, probe
-from bench.cases import LIMIT_SHARE
-from bench.sides import BEST, BEST_OTHER, OWN, AbsentError, Side, Target
+from bench.core.cases import BenchCase
+from bench.core.families import Limit, Workload, family_of
+from bench.core.probe import ProbeUnavailableError
+from bench.core.results import Pair, Result
+from bench.core.sides import AbsentError, Side, is_own, variant
 
 SAMPLE_SECONDS = 0.01  # calls shorter than this are timed in groups
 MAX_GROUP = 512
@@ -31,77 +32,6 @@ MAX_GROUP = 512
 
 class GateError(AssertionError):
     """A side gives wrong results, so its speed means nothing."""
-
-
-@dataclass(frozen=True)
-class Pair:
-    """Our side against `name`: median seconds a call, and the ratio theirs / ours with its spread over the rounds."""
-
-    name: str
-    ours: float
-    theirs: float
-    ratio: float
-    low: float
-    high: float
-    rounds: int
-
-
-@dataclass(frozen=True)
-class Result:
-    """Everything measured of one case. `absent`: sides that could not run, with the reason."""
-
-    case: Any
-    pairs: list[Pair]
-    limit: probe.Limit | probe.ProductLimit | None
-    absent: dict[str, str] = field(default_factory=dict)
-
-    @property
-    def seconds(self) -> float:
-        """Median time of a call of ours, over all pairs."""
-        return float(np.median([pair.ours for pair in self.pairs]))
-
-    @property
-    def best(self) -> Pair:
-        """The pair with the fastest peer."""
-        return min((pair for pair in self.pairs if pair.name not in OWN), key=lambda pair: pair.ratio)
-
-    @property
-    def baseline(self) -> Pair | None:
-        """The pair with the operator's baseline."""
-        return next((pair for pair in self.pairs if pair.name == operators.of(self.case).baseline), None)
-
-    @property
-    def best_other(self) -> Pair | None:
-        """The pair with the fastest peer that is not the baseline."""
-        others = [pair for pair in self.pairs if pair.name not in (*OWN, operators.of(self.case).baseline)]
-        return min(others, key=lambda pair: pair.ratio, default=None)
-
-    def reaches(self, target: Target) -> bool:
-        """Whether that ratio was measured; no, when the side it is about is absent."""
-        ratios = {pair.name: pair.ratio for pair in self.pairs} | {BEST: self.best.ratio}
-        if self.best_other:
-            ratios[BEST_OTHER] = self.best_other.ratio
-        return ratios.get(target.against, 0.0) >= target.ratio
-
-    def rate(self, pair: Pair | None = None) -> float:
-        """What `case.amount` counts, a second: ours, or that of the other side of `pair`."""
-        return float(self.case.amount / (pair.theirs if pair else self.seconds))
-
-    @property
-    def share(self) -> float | None:
-        """Our rate as a share of the probed limit."""
-        return self.rate() / self.limit.rate if self.limit else None
-
-    @property
-    def reached(self) -> bool:
-        """All targets, no slower than any peer, and LIMIT_SHARE where the case asks for it and a probe ran.
-
-        True of a case that has no target.
-        """
-        if not self.case.targets:
-            return True
-        near = not self.case.near_limit or self.share is None or self.share >= LIMIT_SHARE
-        return near and all(map(self.reaches, (Target(1.0), *self.case.targets)))
 
 
 def gate(side: Side, work: Any) -> None:
@@ -135,21 +65,33 @@ def keep_freed_memory() -> None:
 
 
 @contextmanager
-def quiet(threads: int) -> Iterator[None]:
-    """No garbage collection, and this thread on `threads` CPUs (torch's own threads inherit them)."""
+def pinned(threads: int) -> Iterator[None]:
+    """This thread on `threads` CPUs, with as many threads of torch's, which inherit the CPUs.
+
+    Raises AbsentError where this process may use fewer CPUs.
+    """
     allowed, before = os.sched_getaffinity(0), torch.get_num_threads()
     if len(allowed) < threads:
         raise AbsentError(f"{threads} threads need as many CPUs, this process may use {len(allowed)}")
     torch.set_num_threads(threads)  # before: or torch would start more, all on these CPUs for good
     os.sched_setaffinity(0, sorted(allowed)[:threads])
-    gc.collect()
-    gc.disable()
     try:
         yield
     finally:
-        gc.enable()
         torch.set_num_threads(before)
         os.sched_setaffinity(0, allowed)
+
+
+@contextmanager
+def quiet(threads: int) -> Iterator[None]:
+    """`pinned`, and no garbage collection."""
+    with pinned(threads):
+        gc.collect()
+        gc.disable()
+        try:
+            yield
+        finally:
+            gc.enable()
 
 
 def sample(side: Side, work: Any, first: int, calls: int) -> float:
@@ -191,46 +133,56 @@ def alternate(own: Side, other: Side, work: Any, seconds: float, min_rounds: int
     return Pair(other.name, *middle, float(ratio), float(low), float(high), len(ours))
 
 
+def build_side(name: str, work: Workload, own: Side) -> Side:
+    """Side `name` of a case; `own` is our side of the case. Raises AbsentError where side `name` cannot run."""
+    side = variant(name, own)
+    if side is not None:
+        return side
+    # Pools of threads that a library starts stay on the CPUs on which they were started.
+    with pinned(work.case.threads):
+        return family_of(work.case).peers.PEERS[name](work)
+
+
 class Comparison:
     """One case, ready to be compared: `.own` is our side (gated), `.limit` the probe's result, `.work` the data."""
 
-    def __init__(self, case: Any, quick: bool = False) -> None:
+    def __init__(self, case: BenchCase, quick: bool = False) -> None:
         keep_freed_memory()
-        self.operator = operators.of(case)
-        self.quick, self.work = quick, self.operator.workload(case, quick)
+        self.family = family_of(case)
+        self.quick, self.work = quick, self.family.workload(case, quick)
         self.seconds, self.min_rounds = (0.05, 5) if quick else (2.0, 11)
-        self.limit: probe.Limit | probe.ProductLimit | None = None
+        self.limit: Limit | None = None
         self.no_limit = ""
         try:
             with quiet(case.threads):  # before the tables are there: a probe may need as much memory
-                self.limit = self.operator.peers.limit(self.work)
-        except probe.ProbeUnavailableError as error:
+                self.limit = self.family.peers.limit(self.work)
+        except ProbeUnavailableError as error:
             self.no_limit = str(error)
-        self.own: Side = self.operator.peers.ours(self.work)
+        self.own = self.family.peers.ours(self.work)
         gate(self.own, self.work)
 
     def against(self, name: str) -> tuple[Side, Pair]:
-        """Builds, gates and measures side `name`. Raises AbsentError if it cannot run, GateError if it is wrong."""
+        """Builds, gates and measures side `name`. Raises AbsentError (it cannot run) or GateError (it is wrong)."""
         gc.collect()  # the side before this one may hang in a cycle, with its tables
-        other = self.operator.peers.build(name, self.work, self.own)
+        other = build_side(name, self.work, self.own)
         gate(other, self.work)
         return other, alternate(self.own, other, self.work, self.seconds, self.min_rounds)
 
 
-def measure(case: Any, quick: bool = False) -> Result:
+def measure(case: BenchCase, quick: bool = False) -> Result:
     """Compares our side of `case` with every side that can run here. A peer with wrong results counts as absent.
 
     Raises GateError if our own results are wrong, AbsentError if there are too few CPUs.
     """
     comparison = Comparison(case, quick)
     pairs, absent = [], {}
-    for name in comparison.operator.peers.sides_of(case):
+    for name in comparison.family.peers.sides_of(case):
         try:
             pairs.append(comparison.against(name)[1])
         except AbsentError as error:
             absent[name] = str(error)
         except GateError as error:
-            if name in OWN:
+            if is_own(name):
                 raise
             absent[name] = f"not timed: {error}"
     if comparison.no_limit:

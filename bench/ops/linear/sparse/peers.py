@@ -1,32 +1,35 @@
 """Sparse linear layers: the sides of a comparison, recsys_kernels and what a user might run instead.
 
-All have the same weights but BSR 16x16, which is given weights pruned by its own blocks to the same sparsity: of those
-that are pruned in any other way hardly one block would be empty. The sparse products of torch and scipy take
-activations transposed and give the output so; they are handed views and leave views, and no copy is charged to them.
-Every side adds the bias.
+All sides have the same weights but BSR 16x16, which gets weights that are pruned by blocks of that size to the same
+sparsity: with weights that are pruned in any other way hardly one block would be empty. The sparse products of torch
+and scipy take transposed activations and give a transposed output; they are handed views and leave views, and no copy
+is charged to them. Every side adds the bias.
 """
 
 from __future__ import annotations
 
-import importlib
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 import recsys_kernels as rk
-from bench import probe
-from bench.levels import cap
-from bench.linear_peers import quantized_engine
-from bench.sides import ONE_THREAD, OURS, OWN_FP32_SPARSE, OWN_INT8_DENSE, AbsentError, Side
-from bench.sparse_cases import DENSE, SparseCase, SparseWorkload
-from recsys_kernels.backends import selection as _backends
-from recsys_kernels.backends.native import native
+from bench.core import probe
+from bench.core.levels import cap
+from bench.core.sides import ONE_THREAD, OURS, AbsentError, Side, import_peer
+from bench.ops.linear.layers import numpy_copy, product_limit, quantized_engine
+from bench.ops.linear.sparse.cases import (
+    DENSE,
+    OWN_FP32_SPARSE,
+    OWN_INT8_DENSE,
+    SparseLinearCase,
+    SparseLinearWorkload,
+)
+from recsys_kernels.backends import selection
 from recsys_kernels.ops.linear.sparse import autograd as op
 from recsys_kernels.ops.linear.sparse import formats
 from recsys_kernels.ops.linear.sparse.patterns import parse_pattern
@@ -40,17 +43,17 @@ QNNPACK = "torch sparse int8, qnnpack"
 BLOCK = 16
 
 
-def _packed(work: SparseWorkload, layer: rk.SparseLinear, name: str) -> Side:
+def _packed(work: SparseLinearWorkload, layer: rk.SparseLinear, name: str) -> Side:
     """The operator on a packed layer."""
     case, operands = work.case, layer.operands()
     with torch.no_grad():
-        packed = _backends.implementation("sparse_pack", operands[0])(*operands, int(case.batch > op.FEW_ROWS))
-    run, dtype = _backends.implementation("sparse_packed", packed), _backends.dtype_argument(torch.float32)
+        packed = selection.implementation("sparse_pack", operands[0])(*operands, int(case.batch > op.FEW_ROWS))
+    run, dtype = selection.implementation("sparse_packed", packed), selection.dtype_argument(torch.float32)
     return Side(name, lambda batch: run(batch, packed, case.outs, dtype), threads=case.threads)
 
 
 def _training(
-    work: SparseWorkload,
+    work: SparseLinearWorkload,
     name: str,
     call: Callable[[Tensor], Tensor],
     weight: Tensor,
@@ -71,7 +74,7 @@ def _training(
     return Side(name, run, prepare, work.case.threads, torch.enable_grad, result)
 
 
-def ours(work: SparseWorkload) -> Side:
+def ours(work: SparseLinearWorkload) -> Side:
     """The operator on a packed layer, or the module that a user would take."""
     case = work.case
     if case.kind == "training":
@@ -89,17 +92,17 @@ def ours(work: SparseWorkload) -> Side:
     return _packed(work, layer, OURS)
 
 
-def _own_fp32(work: SparseWorkload) -> Side:
+def _own_fp32(work: SparseLinearWorkload) -> Side:
     return _packed(work, work.layer, OWN_FP32_SPARSE)
 
 
-def _own_int8_dense(work: SparseWorkload) -> Side:
+def _own_int8_dense(work: SparseLinearWorkload) -> Side:
     packed = rk.Int8Linear.from_float(work.linear()).pack()
-    chain, dtype = _backends.implementation("int8_chain", packed), _backends.dtype_argument(torch.float32)
+    chain, dtype = selection.implementation("int8_chain", packed), selection.dtype_argument(torch.float32)
     return Side(OWN_INT8_DENSE, lambda batch: chain(batch, packed, work.case.outs, dtype), threads=work.case.threads)
 
 
-def _dense(work: SparseWorkload) -> Side:
+def _dense(work: SparseLinearWorkload) -> Side:
     if work.case.kind == "training":
         linear = work.linear(trained=True)
         return _training(work, DENSE, linear, linear.weight, linear.bias, lambda of_weight: of_weight)
@@ -108,7 +111,7 @@ def _dense(work: SparseWorkload) -> Side:
     return Side(DENSE, lambda batch: F.linear(batch, work.weight, work.bias), threads=work.case.threads)
 
 
-def _product(work: SparseWorkload, name: str, weight: Tensor) -> Side:
+def _product(work: SparseLinearWorkload, name: str, weight: Tensor) -> Side:
     """A sparse matrix of torch times activations."""
     bias = work.bias
     if work.case.batch == 1 and weight.layout == torch.sparse_csr:
@@ -120,11 +123,11 @@ def _product(work: SparseWorkload, name: str, weight: Tensor) -> Side:
 
 def _sparse_csr(dense: Tensor) -> Tensor:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # it calls its layouts beta
+        warnings.simplefilter("ignore")  # torch calls the layout beta
         return dense.to_sparse_csr()
 
 
-def _csr(work: SparseWorkload) -> Side:
+def _csr(work: SparseLinearWorkload) -> Side:
     weight = _sparse_csr(work.weight)
     if work.case.kind == "forward":
         return _product(work, CSR, weight)
@@ -137,8 +140,8 @@ def _csr(work: SparseWorkload) -> Side:
     return _training(work, CSR, call, weight, bias, lambda of_weight: of_weight.to_dense())
 
 
-def _csr_linear(work: SparseWorkload) -> Side:
-    """It has no kernel for inference mode."""
+def _csr_linear(work: SparseLinearWorkload) -> Side:
+    """F.linear with such a weight has no kernel for inference mode."""
     weight, threads = _sparse_csr(work.weight), work.case.threads
     if work.case.level == "module":
         linear = work.linear()
@@ -147,7 +150,7 @@ def _csr_linear(work: SparseWorkload) -> Side:
     return Side(CSR_LINEAR, lambda batch: F.linear(batch, weight, work.bias), threads=threads, context=torch.no_grad)
 
 
-def _bsr_product(work: SparseWorkload, name: str, dense: Tensor, rows: int, columns: int) -> Side:
+def _bsr_product(work: SparseLinearWorkload, name: str, dense: Tensor, rows: int, columns: int) -> Side:
     if dense.shape[0] % rows or dense.shape[1] % columns:
         raise AbsentError(f"torch has no BSR matrix of {list(dense.shape)} in blocks of {rows}x{columns}")
     with warnings.catch_warnings():
@@ -161,36 +164,29 @@ def _bsr_product(work: SparseWorkload, name: str, dense: Tensor, rows: int, colu
     return side
 
 
-def _bsr(work: SparseWorkload) -> Side:
+def _bsr(work: SparseLinearWorkload) -> Side:
     dense = work.pruned(f"block{BLOCK}x{BLOCK}")
-    return replace(_bsr_product(work, BSR, dense, BLOCK, BLOCK), check=partial(work.check, weight=dense))
+    return replace(_bsr_product(work, BSR, dense, BLOCK, BLOCK), check=partial(work.check_pruned, dense))
 
 
-def _bsr_same(work: SparseWorkload) -> Side:
+def _bsr_same(work: SparseLinearWorkload) -> Side:
     pattern = parse_pattern(work.case.pattern)
     return _bsr_product(work, BSR_SAME, work.weight, pattern.rows, pattern.columns)
 
 
-def _scipy(work: SparseWorkload) -> Side:
-    try:
-        sparse = importlib.import_module("scipy.sparse")
-    except (ImportError, OSError) as error:
-        raise AbsentError(f"scipy: {error}") from error
+def _scipy(work: SparseLinearWorkload) -> Side:
+    (sparse,) = import_peer("scipy.sparse")
     if work.case.threads > 1:
         raise AbsentError("scipy's product runs on one thread")
     weight, bias = sparse.csr_matrix(work.weight.numpy()), work.bias.numpy()
     if work.case.batch == 1:
-        return Side(SCIPY, lambda batch: (weight @ batch[0] + bias)[None], _numpy)
+        return Side(SCIPY, lambda batch: (weight @ batch[0] + bias)[None], numpy_copy)
     column = bias[:, None]
-    return Side(SCIPY, lambda batch: (weight @ batch.T + column).T, _numpy)
+    return Side(SCIPY, lambda batch: (weight @ batch.T + column).T, numpy_copy)
 
 
-def _numpy(batch: Tensor) -> Any:
-    return batch.numpy().copy()
-
-
-def _qnnpack(work: SparseWorkload) -> Side:
-    """torch's sparse int8 layers, in blocks of 1x4; they are what torch.ao.nn.sparse.quantized.dynamic runs."""
+def _qnnpack(work: SparseLinearWorkload) -> Side:
+    """torch's sparse int8 layers, in blocks of 1x4, which torch.ao.nn.sparse.quantized.dynamic runs."""
     if "qnnpack" not in torch.backends.quantized.supported_engines:
         raise AbsentError("this torch has no engine qnnpack")
     if cap():
@@ -207,7 +203,7 @@ def _qnnpack(work: SparseWorkload) -> Side:
     return Side(QNNPACK, lambda batch: run(batch, packed), threads=work.case.threads, context=engine)
 
 
-_PEERS: dict[str, Callable[[SparseWorkload], Side]] = {
+PEERS: dict[str, Callable[[SparseLinearWorkload], Side]] = {
     DENSE: _dense,
     CSR: _csr,
     CSR_LINEAR: _csr_linear,
@@ -220,10 +216,10 @@ _PEERS: dict[str, Callable[[SparseWorkload], Side]] = {
 }
 
 
-def sides_of(case: SparseCase) -> list[str]:
-    """Names of the sides to compare `case` with; those named after recsys_kernels are no peers.
+def sides_of(case: SparseLinearCase) -> list[str]:
+    """The names of the sides that a case is compared with.
 
-    A module has those that a user could put into a model instead; training what has gradients.
+    A module is compared with what a user could put into a model instead, training with what has gradients.
     """
     if case.kind == "training":
         names = [DENSE, CSR]
@@ -237,15 +233,7 @@ def sides_of(case: SparseCase) -> list[str]:
     return [*names, *([ONE_THREAD] if case.threads > 1 else [])]
 
 
-def build(name: str, work: SparseWorkload, own: Side) -> Side:
-    """Side `name` of a case; `own` is what `ours` returned for it. Raises AbsentError where it cannot run."""
-    return replace(own, name=name, threads=1) if name == ONE_THREAD else _PEERS[name](work)
-
-
-def limit(work: SparseWorkload) -> probe.ProductLimit:
+def limit(work: SparseLinearWorkload) -> probe.ProductLimit:
     """What the CPU's instructions for such products could do. Raises ProbeUnavailableError where there are none."""
-    level = native.isa()
-    if level is None:
-        raise probe.ProbeUnavailableError(f"no native library, hence no level to probe: {native.reason}")
     run = probe.probe_int8 if work.case.values == "int8" else probe.probe_float
-    return run(level, work.case.threads)
+    return product_limit(run, work.case.threads)
