@@ -68,11 +68,13 @@ class ModelCall(NamedTuple):
             ) from None
 
     def _arguments_text(self) -> str:
-        kinds = ", ".join(type(argument).__name__ for argument in self.arguments)
+        given = "sample_inputs" if self.name == "forward" else f"the arguments for {self.name!r}"
         if isinstance(self.given_as, (list, dict)):
-            name = type(self.given_as).__name__
-            return f"sample_inputs, a {name}, which is taken for the only argument: give several arguments as a tuple"
-        return f"sample_inputs, taken for {len(self.arguments)} argument(s): ({kinds})"
+            kind = type(self.given_as).__name__
+            return f"{given}, a {kind}, which is taken for the only argument: give several arguments as a tuple"
+        kinds = ", ".join(type(argument).__name__ for argument in self.arguments)
+        count = len(self.arguments)
+        return f"{given}, taken for {count} argument{'' if count == 1 else 's'}: ({kinds})"
 
 
 def model_calls(model: torch.nn.Module, sample_inputs: Any, methods: Methods | None) -> list[ModelCall]:
