@@ -22,7 +22,7 @@ from ._linear_samples import (  # noqa: F401  (part of this module's surface)
     int8_linear_samples,
     sparse_linear_samples,
 )
-from .ops.embedding_bag.op import FeaturePlan
+from .ops.embedding_bag.spec import FeaturePlan
 from .ops.embedding_bag.reference import MAX, MEAN, MODES, SUM
 from .ops.linear_layers import FLOATS
 

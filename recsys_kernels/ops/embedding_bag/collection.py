@@ -9,10 +9,11 @@ from typing import Any, NamedTuple, cast
 
 import torch
 
-from . import op
+from . import autograd
 from .bag import EmbeddingBag
 from .quantized import QuantizedEmbeddingBag
 from .reference import MODES
+from .spec import FeaturePlan
 
 FeatureInput = Mapping[str, tuple[torch.Tensor, torch.Tensor | None] | torch.Tensor]
 _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -147,7 +148,7 @@ class EmbeddingBagCollection(torch.nn.Module):
             bits, exponent = (bag.bits, bag.host_exponent()) if isinstance(bag, QuantizedEmbeddingBag) else (0, 0)
             for _ in config.features:
                 dim = config.embedding_dim
-                features.append(op.FeaturePlan(number, dim, column, MODES[config.pooling], bits, exponent))
+                features.append(FeaturePlan(number, dim, column, MODES[config.pooling], bits, exponent))
                 column += dim
         self._features = tuple(features)
         device = self._bags()[0].weight.device
@@ -241,7 +242,7 @@ class EmbeddingBagCollection(torch.nn.Module):
     ) -> torch.Tensor:
         operands = self._operands()
         plan = cast(torch.Tensor, self._buffers["_plan"])
-        return op.embedding_bag_collection(
+        return autograd.embedding_bag_collection(
             operands.weights,
             operands.scales,
             plan,

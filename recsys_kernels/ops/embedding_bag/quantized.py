@@ -11,7 +11,8 @@ import torch
 from ... import _backends, memory
 from . import drop_in
 from .bag import EmbeddingBag
-from .op import BagSpec, QuantizedTable, quantized_embedding_bag
+from .autograd import quantized_embedding_bag
+from .spec import BagSpec, QuantizedTable
 
 _BITS = (8, 4)
 _MAX_EXPONENT = 126
