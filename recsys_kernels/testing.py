@@ -22,8 +22,8 @@ from ._linear_samples import (  # noqa: F401  (part of this module's surface)
     int8_linear_samples,
     sparse_linear_samples,
 )
-from .ops.embedding_bag.spec import FeaturePlan
 from .ops.embedding_bag.reference import MAX, MEAN, MODES, SUM
+from .ops.embedding_bag.spec import FeaturePlan
 from .ops.linear_layers import FLOATS
 
 FLOAT_DTYPES = (*FLOATS, torch.float64)

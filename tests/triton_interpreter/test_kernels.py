@@ -11,9 +11,9 @@ import torch
 
 import recsys_kernels as rk
 from recsys_kernels.ops.embedding_bag import autograd, reference
-from recsys_kernels.ops.embedding_bag.spec import FeaturePlan
 from recsys_kernels.ops.embedding_bag import triton as kernels
 from recsys_kernels.ops.embedding_bag.reference import MAX, MEAN, SUM
+from recsys_kernels.ops.embedding_bag.spec import FeaturePlan
 from recsys_kernels.testing import (
     FLOAT_DTYPES,
     BagSample,

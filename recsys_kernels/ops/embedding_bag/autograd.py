@@ -5,7 +5,7 @@ over positions i. T is linear in each of ``weight``, ``w`` and ``grad``, and the
 ``embedding_bag`` by ``grad``, ``embedding_bag_backward`` by ``weight``, ``embedding_bag_weights_backward`` by ``w``. So
 the three give each other's gradients and tangents, of any order.
 
-The functions that end in ``Dual`` have a ``jvp`` on top, which ``torch.compile`` does not trace: they serve forward-mode
+The functions that end in ``Dual`` add a ``jvp``, which ``torch.compile`` does not trace: they serve forward-mode
 differentiation only. A max over rows is a gather, and its derivatives are plain torch.
 """
 
@@ -61,25 +61,18 @@ def _added(one: torch.Tensor | None, other: torch.Tensor | None) -> torch.Tensor
 
 
 class _Pool(torch.autograd.Function):
-    """``embedding_bag`` for sum and mean."""
+    """``embedding_bag`` for sum and mean; its operands, and whether the table's gradient is sparse."""
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(
-        weight: torch.Tensor,
-        indices: torch.Tensor,
-        offsets: torch.Tensor | None,
-        per_sample_weights: torch.Tensor | None,
-        spec: BagSpec,
-        sparse: bool,
-    ) -> torch.Tensor:
-        return _run("embedding_bag", weight, weight, indices, offsets, per_sample_weights, *spec)  # type: ignore[no-any-return]
+    def forward(*operands: Any) -> torch.Tensor:
+        return _run("embedding_bag", operands[0], *operands[:-1])
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
-        weight, indices, offsets, per_sample_weights, ctx.spec, ctx.sparse = inputs
-        ctx.num_embeddings = weight.shape[0]
+        weight, indices, offsets, per_sample_weights, *spec, ctx.sparse = inputs
+        ctx.spec, ctx.num_embeddings = BagSpec(*spec), weight.shape[0]
         # Only what the backward reads: a table that it does not read may change before, as in torch.
         keep_weight = per_sample_weights is not None and per_sample_weights.requires_grad
         ctx.save_for_backward(weight if keep_weight else None, indices, offsets, per_sample_weights)
@@ -93,7 +86,7 @@ class _Pool(torch.autograd.Function):
             grad_weight = _sparse_backward(*args) if ctx.sparse else _table_gradient(*args)
         if per_sample_weights is not None and ctx.needs_input_grad[3]:
             grad_samples = _weights_gradient(grad, weight, indices, offsets, ctx.spec).reshape(per_sample_weights.shape)
-        return grad_weight, None, None, grad_samples, None, None
+        return grad_weight, None, None, grad_samples, None, None, None, None
 
 
 class _PoolDual(_Pool):
@@ -124,8 +117,8 @@ def _pool(
 ) -> torch.Tensor:
     args = weight, indices, offsets, per_sample_weights
     if _wants_graph(weight, per_sample_weights):
-        return _apply(_pick(_Pool, _PoolDual), *args, spec, sparse)  # type: ignore[no-any-return]
-    return _run("embedding_bag", weight, *args, *spec)  # type: ignore[no-any-return]
+        return _apply(_pick(_Pool, _PoolDual), *args, *spec, sparse)
+    return _run("embedding_bag", weight, *args, *spec)
 
 
 class _TableGradient(torch.autograd.Function):
@@ -134,22 +127,14 @@ class _TableGradient(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(
-        grad: torch.Tensor,
-        indices: torch.Tensor,
-        offsets: torch.Tensor | None,
-        per_sample_weights: torch.Tensor | None,
-        spec: BagSpec,
-        num_embeddings: int,
-    ) -> torch.Tensor:
-        args = grad, indices, offsets, per_sample_weights
-        return _run("embedding_bag_backward", grad, *args, *spec, num_embeddings)  # type: ignore[no-any-return]
+    def forward(*operands: Any) -> torch.Tensor:
+        return _run("embedding_bag_backward", operands[0], *operands)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
-        *tensors, ctx.spec, ctx.num_embeddings = inputs
-        ctx.save_for_backward(*tensors)
-        ctx.save_for_forward(*tensors)
+        ctx.spec, ctx.num_embeddings = BagSpec(*inputs[4:7]), inputs[7]
+        ctx.save_for_backward(*inputs[:4])
+        ctx.save_for_forward(*inputs[:4])
 
     @staticmethod
     def backward(ctx: Any, upstream: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
@@ -160,7 +145,7 @@ class _TableGradient(torch.autograd.Function):
         if per_sample_weights is not None and ctx.needs_input_grad[3]:
             found = _weights_gradient(grad, upstream, indices, offsets, ctx.spec)
             by_samples = found.reshape(per_sample_weights.shape).to(per_sample_weights.dtype)
-        return by_grad, None, None, by_samples, None, None
+        return by_grad, None, None, by_samples, None, None, None, None
 
 
 class _TableGradientDual(_TableGradient):
@@ -185,8 +170,8 @@ def _table_gradient(
 ) -> torch.Tensor:
     args = grad, indices, offsets, per_sample_weights
     if _wants_graph(grad, per_sample_weights):
-        return _apply(_pick(_TableGradient, _TableGradientDual), *args, spec, num_embeddings)  # type: ignore[no-any-return]
-    return _run("embedding_bag_backward", grad, *args, *spec, num_embeddings)  # type: ignore[no-any-return]
+        return _apply(_pick(_TableGradient, _TableGradientDual), *args, *spec, num_embeddings)
+    return _run("embedding_bag_backward", grad, *args, *spec, num_embeddings)
 
 
 class _WeightsGradient(torch.autograd.Function):
@@ -195,20 +180,14 @@ class _WeightsGradient(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(
-        grad: torch.Tensor,
-        weight: torch.Tensor,
-        indices: torch.Tensor,
-        offsets: torch.Tensor | None,
-        spec: BagSpec,
-    ) -> torch.Tensor:
-        return _run("embedding_bag_weights_backward", grad, grad, weight, indices, offsets, *spec)  # type: ignore[no-any-return]
+    def forward(*operands: Any) -> torch.Tensor:
+        return _run("embedding_bag_weights_backward", operands[0], *operands)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
-        *tensors, ctx.spec = inputs
-        ctx.save_for_backward(*tensors)
-        ctx.save_for_forward(*tensors)
+        ctx.spec = BagSpec(*inputs[4:])
+        ctx.save_for_backward(*inputs[:4])
+        ctx.save_for_forward(*inputs[:4])
 
     @staticmethod
     def backward(ctx: Any, upstream: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
@@ -218,7 +197,7 @@ class _WeightsGradient(torch.autograd.Function):
             by_grad = _pool(weight, indices, offsets, upstream, ctx.spec)
         if ctx.needs_input_grad[1]:
             by_weight = _table_gradient(grad, indices, offsets, upstream, ctx.spec, weight.shape[0])
-        return by_grad, by_weight, None, None, None
+        return by_grad, by_weight, None, None, None, None, None
 
 
 class _WeightsGradientDual(_WeightsGradient):
@@ -238,8 +217,8 @@ def _weights_gradient(
 ) -> torch.Tensor:
     args = grad, weight, indices, offsets
     if _wants_graph(grad, weight):
-        return _apply(_pick(_WeightsGradient, _WeightsGradientDual), *args, spec)  # type: ignore[no-any-return]
-    return _run("embedding_bag_weights_backward", grad, *args, *spec)  # type: ignore[no-any-return]
+        return _apply(_pick(_WeightsGradient, _WeightsGradientDual), *args, *spec)
+    return _run("embedding_bag_weights_backward", grad, *args, *spec)
 
 
 # ---- one table: max ------------------------------------------------------------------------------------------------
@@ -251,10 +230,8 @@ class _Max(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(
-        weight: torch.Tensor, indices: torch.Tensor, offsets: torch.Tensor | None, spec: BagSpec
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        return _run("embedding_bag_max", weight, weight, indices, offsets, *spec[1:], True)  # type: ignore[no-any-return]
+    def forward(*operands: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        return _run("embedding_bag_max", operands[0], *operands)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
@@ -267,7 +244,8 @@ class _Max(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor | None, _: Any) -> tuple[torch.Tensor | None, ...]:
         (argmax,) = ctx.saved_tensors
-        return None if grad is None else _max_backward(grad, argmax, ctx.num_embeddings), None, None, None
+        found = None if grad is None else _max_backward(grad, argmax, ctx.num_embeddings)
+        return found, None, None, None, None, None
 
 
 class _MaxDual(_Max):
@@ -377,11 +355,11 @@ def embedding_bag(
             and (weight.requires_grad or (per_sample_weights is not None and per_sample_weights.requires_grad))
         ):
             if spec.mode == MAX:
-                return _apply(_pick(_Max, _MaxDual), weight, indices, offsets, spec)[0]  # type: ignore[no-any-return]
+                return _apply(_pick(_Max, _MaxDual), weight, indices, offsets, *spec[1:], True)[0]
             return _pool(weight, indices, offsets, per_sample_weights, spec, sparse)
         run = _backends.implementation("embedding_bag", weight)
         mode, padding_idx, include_last_offset = spec
-        return run(weight, indices, offsets, per_sample_weights, mode, padding_idx, include_last_offset)  # type: ignore[no-any-return]
+        return run(weight, indices, offsets, per_sample_weights, mode, padding_idx, include_last_offset)
     except IndexError as error:
         raise index_out_of_range(error) from None
     except RuntimeError:
@@ -414,41 +392,35 @@ def as_index_types(indices: torch.Tensor, offsets: torch.Tensor | None) -> tuple
 
 
 class _QuantizedPool(torch.autograd.Function):
-    """Only per_sample_weights have a gradient: the rows are constants."""
+    """``quantized_embedding_bag``. Only per_sample_weights have a gradient: the rows are constants."""
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(
-        table: QuantizedTable,
-        indices: torch.Tensor,
-        offsets: torch.Tensor | None,
-        per_sample_weights: torch.Tensor,
-        spec: BagSpec,
-        dtype: torch.dtype,
-    ) -> torch.Tensor:
-        args = *table, indices, offsets, per_sample_weights, *spec, dtype
-        return _run("quantized_embedding_bag", indices, *args)  # type: ignore[no-any-return]
+    def forward(*operands: Any) -> torch.Tensor:
+        return _run("quantized_embedding_bag", operands[5], *operands)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
-        ctx.table, indices, offsets, per_sample_weights, ctx.spec, ctx.dtype = inputs
-        ctx.weights_dtype = per_sample_weights.dtype
-        ctx.save_for_backward(indices, offsets)
-        ctx.save_for_forward(indices, offsets)
+        ctx.constants, ctx.spec, ctx.dtype = inputs[2:5], BagSpec(*inputs[8:11]), inputs[11]
+        tensors = *inputs[:2], *inputs[5:7]
+        ctx.save_for_backward(*tensors)
+        ctx.save_for_forward(*tensors)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        indices, offsets = ctx.saved_tensors
-        grad_samples = _quantized_weights_backward(grad, ctx.table, indices, offsets, ctx.spec)
-        return None, None, None, grad_samples, None, None
+        weight, scale_bias, indices, offsets = ctx.saved_tensors
+        table = QuantizedTable(weight, scale_bias, *ctx.constants)
+        grad_samples = _quantized_weights_backward(grad, table, indices, offsets, ctx.spec)
+        return *(None,) * 7, grad_samples, *(None,) * 4
 
 
 class _QuantizedPoolDual(_QuantizedPool):
     @staticmethod
-    def jvp(ctx: Any, _t: Any, _i: Any, _o: Any, samples_t: torch.Tensor, *_: Any) -> torch.Tensor:
-        indices, offsets = ctx.saved_tensors
-        return quantized_embedding_bag(ctx.table, indices, offsets, samples_t, ctx.spec, ctx.dtype)
+    def jvp(ctx: Any, *tangents: Any) -> torch.Tensor:
+        weight, scale_bias, indices, offsets = ctx.saved_tensors
+        table = QuantizedTable(weight, scale_bias, *ctx.constants)
+        return quantized_embedding_bag(table, indices, offsets, tangents[7], ctx.spec, ctx.dtype)
 
 
 def _quantized_weights_backward(
@@ -492,16 +464,18 @@ def quantized_embedding_bag(
     dtype: torch.dtype,
 ) -> torch.Tensor:
     """Lookup over one quantized table, differentiable in per_sample_weights."""
+    if torch.compiler.is_compiling():
+        indices, offsets = as_index_types(indices, offsets)  # a graph cannot find out at run time
     try:
         if per_sample_weights is not None and _wants_graph(per_sample_weights):
             function = _pick(_QuantizedPool, _QuantizedPoolDual)
-            return _apply(function, table, indices, offsets, per_sample_weights, spec, dtype)  # type: ignore[no-any-return]
+            return _apply(function, *table, indices, offsets, per_sample_weights, *spec, dtype)
         run = _backends.implementation("quantized_embedding_bag", indices)
         # Unpacked by hand: a request spends as long on Python as on its rows.
         weight, scale_bias, exponent, dim, bits = table
         mode, padding_idx, last = spec
         number = _backends.dtype_argument(dtype)
-        return run(  # type: ignore[no-any-return]
+        return run(
             weight,
             scale_bias,
             exponent,
@@ -548,7 +522,7 @@ class _Collection(torch.autograd.Function):
         kept = [w if number in read else None for number, w in enumerate(weights)]
         ctx.save_for_backward(indices, offsets, per_sample_weights, *kept)
         run = _backends.implementation("embedding_bag_collection", indices)
-        return run(list(weights), scale_bias, plan, indices, offsets, per_sample_weights, total_dim, dtype)  # type: ignore[no-any-return]
+        return run(list(weights), scale_bias, plan, indices, offsets, per_sample_weights, total_dim, dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
@@ -677,10 +651,10 @@ def embedding_bag_collection(
     if torch.is_grad_enabled() and (
         any(w.requires_grad for w in weights) or (per_sample_weights is not None and per_sample_weights.requires_grad)
     ):
-        return _Collection.apply(  # type: ignore[no-any-return]
+        return _Collection.apply(
             plan, features, total_dim, dtype, scale_bias, indices, offsets, per_sample_weights, *weights
         )
     run = _backends.implementation("embedding_bag_collection", indices)
-    return run(  # type: ignore[no-any-return]
+    return run(
         weights, scale_bias, plan, indices, offsets, per_sample_weights, total_dim, _backends.dtype_argument(dtype)
     )

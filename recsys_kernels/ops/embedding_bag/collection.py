@@ -11,6 +11,7 @@ import torch
 
 from . import autograd
 from .bag import EmbeddingBag
+from .faults import IndexOutOfRangeError
 from .quantized import QuantizedEmbeddingBag
 from .reference import MODES
 from .spec import FeaturePlan
@@ -220,22 +221,30 @@ class EmbeddingBagCollection(torch.nn.Module):
 
         Raises:
             ValueError: missing or unknown features, batch sizes that differ.
-            TypeError: what a mapping has for a feature is neither a pair nor a tensor.
-            IndexError: an index out of range; names table, feature, position, value and range.
-            RuntimeError: wrong types or offsets.
+            TypeError: a list in the place of a tensor, or a feature of a mapping is neither a pair nor a tensor.
+            IndexError: an index out of range; names table, feature, position, value and range. The class is a
+                ``RuntimeError``, too.
+            RuntimeError: wrong types or offsets, or tensors on several devices.
         """
         if not isinstance(indices, torch.Tensor):
+            if not isinstance(indices, Mapping):
+                raise TypeError(
+                    "indices must be a tensor or a mapping from features to (indices, offsets), but is of type "
+                    f"{type(indices).__name__}: torch.as_tensor(indices) makes a tensor"
+                )
             if offsets is not None or per_sample_weights is not None:
                 raise ValueError("offsets and per_sample_weights don't go with a mapping of features")
             indices, offsets = self._join(indices, include_last_offset)
         elif offsets is None:
             raise ValueError(f"offsets must be a tensor of F*B+1 entries (F = {len(self.feature_names)})")
+        elif not isinstance(offsets, torch.Tensor):
+            raise TypeError(f"offsets must be a tensor, but is of type {type(offsets).__name__}")
         if torch.compiler.is_compiling():
             return self._lookup(indices, offsets, per_sample_weights)
         try:
             return self._lookup(indices, offsets, per_sample_weights)
         except IndexError as error:
-            raise IndexError(self._with_names(str(error))) from None
+            raise IndexOutOfRangeError(self._with_names(str(error))) from None
 
     def _lookup(
         self, indices: torch.Tensor, offsets: torch.Tensor, per_sample_weights: torch.Tensor | None
@@ -380,6 +389,12 @@ class EmbeddingBagCollection(torch.nn.Module):
         return indices[:end], offsets[:-1]
 
     def _apply(self, fn: Any, recurse: bool = True) -> EmbeddingBagCollection:
+        for table, bag in zip(self.tables, self._bags(), strict=True):
+            if isinstance(bag, QuantizedEmbeddingBag) and fn(torch.empty(0, dtype=bag.dtype)).dtype == torch.float64:
+                raise TypeError(
+                    f"a collection with integer rows (table {table.name!r}) has no float64 output; use float32, or "
+                    "to_float() of the table's bag"
+                )
         super()._apply(fn, recurse)
         self._refresh_plan()
         return self

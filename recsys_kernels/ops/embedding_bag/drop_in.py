@@ -11,12 +11,14 @@ import torch.nn.functional as F
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from . import autograd
-from .spec import BagSpec
 from .reference import MAX, MEAN, MODES, SUM
-
+from .spec import BagSpec
 
 # torch's own, also where a program has put this module's function in its place.
 _torch_embedding_bag = F.embedding_bag
+
+
+NO_WEIGHTED_MAX = "embedding_bag: per_sample_weights are only supported for mode='sum' and mode='mean', not for 'max'"
 
 
 class PaddingIndexError(RuntimeError, ValueError):
@@ -33,7 +35,7 @@ def check_tensors(**tensors: Any) -> None:
             if isinstance(value, (list, tuple)) or hasattr(value, "shape")
             else ""
         )
-        raise TypeError(f"embedding_bag: {name} must be a tensor, but is a {type(value).__name__}{hint}")
+        raise TypeError(f"embedding_bag: {name} must be a tensor, but is of type {type(value).__name__}{hint}")
 
 
 def check_bags(input: torch.Tensor, offsets: torch.Tensor | None, per_sample_weights: torch.Tensor | None) -> None:
@@ -109,8 +111,8 @@ def embedding_bag(
         offsets: int32 or int64 [B] (with ``include_last_offset`` [B + 1]): where each bag starts in a 1-D input.
         max_norm, norm_type, scale_grad_by_freq: no kernel serves them; such calls run through torch's own operator.
         mode: ``"sum"``, ``"mean"`` or ``"max"``.
-        sparse: the gradient of ``weight`` is a sparse tensor (not for ``"max"``). Compiled training runs through torch's
-            own operator.
+        sparse: the gradient of ``weight`` is a sparse tensor (not for ``"max"``). Compiled training runs through
+            torch's own operator.
         per_sample_weights: one factor an index, of the type of ``weight``, for ``"sum"`` and, beyond torch, for
             ``"mean"`` (the weighted sum over the bag's size, as in FBGEMM and TorchRec). Has a gradient.
         include_last_offset: ``offsets`` has one more entry, the end of the last bag, which is the number of indices.
@@ -159,9 +161,7 @@ def embedding_bag(
         raise ValueError("embedding_bag: mode 'max' does not support sparse gradients")
     if per_sample_weights is not None:
         if spec.mode == MAX:
-            raise NotImplementedError(
-                "embedding_bag: per_sample_weights are only supported for mode='sum' and mode='mean', not for 'max'"
-            )
+            raise NotImplementedError(NO_WEIGHTED_MAX)
         if per_sample_weights.dtype != weight.dtype:
             raise RuntimeError(
                 f"embedding_bag: per_sample_weights must have the same type as weight ({weight.dtype}), "
