@@ -26,8 +26,8 @@ from torch import nn
 from recsys_kernels.data.checksum import sha256
 from recsys_kernels.data.examples import Schema
 from recsys_kernels.ops.embedding_bag import QuantizedEmbeddingBag
-from recsys_kernels.ops.int8_matmul import Int8Linear
-from recsys_kernels.ops.sparse_linear import SparseLinear
+from recsys_kernels.ops.linear.int8 import Int8Linear
+from recsys_kernels.ops.linear.sparse import SparseLinear
 
 from .dlrm import DLRM, MLP_FORMS, SPARSE_FORMS, DLRMConfig, empty_tables, layer_pattern
 from .requests import normalize

@@ -18,7 +18,7 @@ import torch
 from torch._functorch.utils import unwrap_dead_wrappers
 from torch.autograd import forward_ad
 
-from ... import _backends
+from ...backends import selection as _backends
 from . import reference
 from .faults import index_out_of_range
 from .reference import MAX, MEAN, SUM

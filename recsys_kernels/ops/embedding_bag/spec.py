@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ... import _backends
+from ...backends import selection as _backends
 from . import reference
 
 _BAGS = (
