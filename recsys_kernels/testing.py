@@ -12,8 +12,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from .ops.embedding_bag.op import FeaturePlan
 from .ops.embedding_bag.reference import MAX, MEAN, MODES, SUM
+from .ops.embedding_bag.spec import FeaturePlan
 from .ops.linear.operands import FLOATS
 from .ops.linear.samples import (  # noqa: F401  (part of this module's surface)
     INT8_SHAPES,

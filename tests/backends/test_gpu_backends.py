@@ -18,7 +18,7 @@ import recsys_kernels as rk
 from recsys_kernels.backends import native as _native
 from recsys_kernels.backends import selection as _backends
 from recsys_kernels.backends.native import BOUNDS_CHECKS, Fault, native
-from recsys_kernels.ops.embedding_bag import op
+from recsys_kernels.ops.embedding_bag import autograd
 
 PACKAGE = Path(rk.__file__).parent
 ON_GPU: Any = SimpleNamespace(device=torch.device("cuda:0"))
@@ -421,7 +421,7 @@ def test_wrong_indices_count_as_padding_or_the_nearest_row(selected: list[str], 
         ("clamp", 5, ([0, 6, 0, 3, 5, 6], 5, 7)),
     ):
         with rk.bounds_check(mode):
-            found, *rest = op._as_counted(indices, padding, 7)
+            found, *rest = autograd._as_counted(indices, padding, 7)
         assert found.dtype == dtype
         assert (found.tolist(), *rest) == wanted
 
@@ -437,7 +437,7 @@ def test_collections_name_their_own_tables(monkeypatch: pytest.MonkeyPatch, earl
     def lookup(*args: Any) -> None:
         raise IndexError(message)
 
-    monkeypatch.setattr(op, "embedding_bag_collection", lookup)
+    monkeypatch.setattr(autograd, "embedding_bag_collection", lookup)
     with pytest.raises(IndexError) as caught:
         collection(torch.tensor([0, 8]), torch.tensor([0, 1, 2]))
     named = message.replace("the table of feature #1", "table 'item' (feature 'item')")

@@ -9,7 +9,8 @@ import torch
 from torch.nn.parameter import is_lazy
 
 from ...ops.embedding_bag import EmbeddingBag, QuantizedEmbedding, QuantizedEmbeddingBag
-from ...ops.embedding_bag.op import BagSpec, quantized_embedding_bag
+from ...ops.embedding_bag.autograd import quantized_embedding_bag
+from ...ops.embedding_bag.spec import BagSpec
 
 # Values compared at a time: blocks stay in the cache, and no second float table is made.
 _BLOCK_VALUES = 1 << 20

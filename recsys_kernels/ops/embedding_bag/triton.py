@@ -18,6 +18,7 @@ import triton.language as tl
 
 from ...backends import selection as _backends
 from . import triton_kernels as kernels
+from .faults import IndexOutOfRangeError, index_error
 from .reference import MAX, MEAN
 
 # ---- launches ----------------------------------------------------------------------------------------------------
@@ -181,11 +182,8 @@ def _check(bags: _Bags, num_rows: int) -> list[int] | None:
     return flags
 
 
-def _index_error(bags: _Bags, position: int, table: str, num_rows: int) -> IndexError:
-    return IndexError(
-        f"index {int(bags.indices[position])} at position {position} of indices is out of range for {table} "
-        f"with {num_rows} rows"
-    )
+def _index_error(bags: _Bags, position: int, table: str, num_rows: int) -> IndexOutOfRangeError:
+    return index_error(int(bags.indices[position]), position, table, num_rows)
 
 
 def _check_offsets(bags: _Bags, position: int) -> None:

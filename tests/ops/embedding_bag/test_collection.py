@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 import recsys_kernels as rk
 from recsys_kernels import testing
 from recsys_kernels.backends import selection as _backends
-from recsys_kernels.ops.embedding_bag import op
+from recsys_kernels.ops.embedding_bag import autograd
 from recsys_kernels.ops.embedding_bag.reference import MAX, MEAN
 from recsys_kernels.testing import CollectionSample, assert_matches, expected_embedding_bag
 
@@ -82,7 +82,7 @@ def test_gradients(implementation: str, dtype: torch.dtype) -> None:
         factors = sample.per_sample_weights
         factors = None if factors is None else factors.detach().requires_grad_()
         _, scales, plan, indices, offsets, _, total_dim, out_dtype = sample.args
-        out = op.embedding_bag_collection(
+        out = autograd.embedding_bag_collection(
             weights, scales, plan, sample.features, indices, offsets, factors, total_dim, out_dtype
         )
         grad = torch.randn(out.shape, generator=rng).to(out.dtype)

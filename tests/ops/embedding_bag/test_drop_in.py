@@ -156,9 +156,8 @@ def test_errors_are_those_of_torch(implementation: str, call: str) -> None:
     wanted = _error(F.embedding_bag, *args, **kwargs)
     got = _error(rk.functional.embedding_bag, *args, **kwargs)
     assert wanted is not None
-    # Where torch raises its general error we may raise the more precise ValueError.
-    allowed = {wanted} | ({ValueError} if wanted is RuntimeError else set())
-    assert got in allowed, f"torch raises {wanted}, we {got}"
+    assert got is not None
+    assert issubclass(got, wanted), f"torch raises {wanted}, we {got}"
 
 
 def test_errors_say_what_was_wrong(implementation: str) -> None:
@@ -175,7 +174,9 @@ def test_errors_say_what_was_wrong(implementation: str) -> None:
         bag(_IDS, torch.tensor([2, 2]))
     with pytest.raises(RuntimeError, match=r"indices must be int32 or int64, but is .*(float32|int16)"):
         bag(_IDS.float(), torch.tensor([0]))
-    with pytest.raises(ValueError, match=r"per_sample_weights must have the shape of input \(\(3,\)\).*\(2,\)"):
+    with pytest.raises(
+        ValueError, match=r"per_sample_weights must have the same shape as the input \(\(3,\)\).*\(2,\)"
+    ):
         bag(_IDS, torch.tensor([0]), torch.ones(2))
     with pytest.raises(RuntimeError, match="include_last_offset needs at least one offset"):
         rk.functional.embedding_bag(_IDS, _TABLE, _OFFSETS[:0], include_last_offset=True)
@@ -189,16 +190,6 @@ def test_signatures_are_those_of_torch() -> None:
     ):
         got, wanted = (list(inspect.signature(f).parameters.values()) for f in (ours, theirs))
         assert [(p.name, p.default, p.kind) for p in got] == [(p.name, p.default, p.kind) for p in wanted]
-
-
-def test_second_derivatives_are_refused(implementation: str) -> None:
-    """As torch refuses them; a silent zero would make a gradient penalty do nothing."""
-    for mode in MODES:
-        weight = torch.randn(6, 4, requires_grad=True)
-        out = rk.functional.embedding_bag(torch.tensor([[1, 2]]), weight, mode=mode)
-        (grad,) = torch.autograd.grad(out.square().sum(), weight, create_graph=True)
-        with pytest.raises(RuntimeError, match="twice"):
-            grad.square().sum().backward()
 
 
 # ---- as a module ------------------------------------------------------------------------------------------------
