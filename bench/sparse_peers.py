@@ -26,9 +26,9 @@ from bench.linear_peers import quantized_engine
 from bench.sides import ONE_THREAD, OURS, OWN_FP32_SPARSE, OWN_INT8_DENSE, AbsentError, Side
 from bench.sparse_cases import DENSE, SparseCase, SparseWorkload
 from recsys_kernels.backends import selection as _backends
-from recsys_kernels.backends.native import native
-from recsys_kernels.ops.linear.sparse import autograd as op
+from recsys_kernels.backends.registry import native
 from recsys_kernels.ops.linear.sparse import formats
+from recsys_kernels.ops.linear.sparse.crossover import FEW_ROWS
 from recsys_kernels.ops.linear.sparse.patterns import parse_pattern
 
 CSR = "torch CSR"
@@ -44,7 +44,7 @@ def _packed(work: SparseWorkload, layer: rk.SparseLinear, name: str) -> Side:
     """The operator on a packed layer."""
     case, operands = work.case, layer.operands()
     with torch.no_grad():
-        packed = _backends.implementation("sparse_pack", operands[0])(*operands, int(case.batch > op.FEW_ROWS))
+        packed = _backends.implementation("sparse_pack", operands[0])(*operands, int(case.batch > FEW_ROWS))
     run, dtype = _backends.implementation("sparse_packed", packed), _backends.dtype_argument(torch.float32)
     return Side(name, lambda batch: run(batch, packed, case.outs, dtype), threads=case.threads)
 

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 from . import _start  # isort: skip - before torch, whose import takes seconds
 from . import functional
-from .backends import selection as _backends
-from .backends.memory import use_huge_pages
-from .backends.native import native as _native_library
+from .backends import environment as _environment
+from .backends import selection as _selection
+from .backends.registry import native as _native_library
 from .backends.selection import backend, bounds_check, check_bounds
 from .ops.embedding_bag import (
     EmbeddingBag,
@@ -18,6 +18,7 @@ from .ops.embedding_bag import (
     QuantizedEmbedding,
     QuantizedEmbeddingBag,
 )
+from .ops.embedding_bag.memory import use_huge_pages
 from .ops.linear.int8 import Int8Linear, Int8MLP
 
 if TYPE_CHECKING:
@@ -73,9 +74,9 @@ if _native_library.reason is not None:
         RuntimeWarning,
         stacklevel=2,
     )
-_backends.connect_gpu_kernels()
+_selection.connect_gpu_kernels()
 try:
-    _backends.configure_from_environment()
+    _environment.configure()
 except (ValueError, RuntimeError) as error:
     # The command line starts with this import, too, and has no use for a traceback.
     if not _start.IS_COMMAND_LINE:

@@ -15,7 +15,7 @@ import torch
 
 from recsys_kernels import __version__
 from recsys_kernels.backends import selection as _backends
-from recsys_kernels.backends.native import native
+from recsys_kernels.backends.registry import native
 from recsys_kernels.data.examples import Dataset
 from recsys_kernels.data.load import load_dataset
 from recsys_kernels.models.dlrm import DLRM, DLRMConfig

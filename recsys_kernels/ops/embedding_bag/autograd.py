@@ -18,7 +18,7 @@ import torch
 from torch._functorch.utils import unwrap_dead_wrappers
 from torch.autograd import forward_ad
 
-from ...backends import selection as _backends
+from ...backends import selection
 from . import reference
 from .faults import index_out_of_range
 from .reference import MAX, MEAN, SUM
@@ -30,7 +30,7 @@ _INDEX_TYPES = (torch.int32, torch.int64)
 
 def _run(name: str, at: torch.Tensor, *args: Any) -> Any:
     """Runs an operator where a tensor is."""
-    return _backends.implementation(name, at)(*args)
+    return selection.implementation(name, at)(*args)
 
 
 def _apply(function: Any, *args: Any) -> Any:
@@ -57,13 +57,25 @@ def _added(one: torch.Tensor | None, other: torch.Tensor | None) -> torch.Tensor
     return one + other
 
 
+class _Looped(torch.autograd.Function):
+    """A function that ``vmap`` runs once for each entry, on the backend that was asked for."""
+
+    @classmethod
+    def vmap(cls, info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:
+        found = []
+        for entry in range(info.batch_size):
+            own = [a if dim is None else a.select(dim, entry) for a, dim in zip(args, in_dims, strict=True)]
+            found.append(_apply(cls, *own))
+        if isinstance(found[0], tuple):
+            return tuple(torch.stack(parts) for parts in zip(*found, strict=True)), (0,) * len(found[0])
+        return torch.stack(found), 0
+
+
 # ---- one table: the three operators and their derivatives ---------------------------------------------------------
 
 
-class _Pool(torch.autograd.Function):
+class _Pool(_Looped):
     """``embedding_bag`` for sum and mean; its operands, and whether the table's gradient is sparse."""
-
-    generate_vmap_rule = True
 
     @staticmethod
     def forward(*operands: Any) -> torch.Tensor:
@@ -121,10 +133,8 @@ def _pool(
     return _run("embedding_bag", weight, *args, *spec)
 
 
-class _TableGradient(torch.autograd.Function):
+class _TableGradient(_Looped):
     """``embedding_bag_backward``."""
-
-    generate_vmap_rule = True
 
     @staticmethod
     def forward(*operands: Any) -> torch.Tensor:
@@ -174,10 +184,8 @@ def _table_gradient(
     return _run("embedding_bag_backward", grad, *args, *spec, num_embeddings)
 
 
-class _WeightsGradient(torch.autograd.Function):
+class _WeightsGradient(_Looped):
     """``embedding_bag_weights_backward``."""
-
-    generate_vmap_rule = True
 
     @staticmethod
     def forward(*operands: Any) -> torch.Tensor:
@@ -224,10 +232,8 @@ def _weights_gradient(
 # ---- one table: max ------------------------------------------------------------------------------------------------
 
 
-class _Max(torch.autograd.Function):
+class _Max(_Looped):
     """``embedding_bag_max``: the values, and the row that each of them came from."""
-
-    generate_vmap_rule = True
 
     @staticmethod
     def forward(*operands: Any) -> tuple[torch.Tensor, torch.Tensor]:
@@ -319,7 +325,7 @@ def _sparse_backward(
         rows = rows[: int(end)] if spec.include_last_offset else rows
     bag = torch.repeat_interleave(lengths)
     keep = None
-    if rows.is_cuda and _backends.bounds_mode() == "clamp":
+    if rows.is_cuda and selection.bounds_mode() == "clamp":
         rows = rows.clamp(0, num_embeddings - 1)
     elif rows.is_cuda:
         keep = (rows >= 0) & (rows < num_embeddings)
@@ -357,7 +363,7 @@ def embedding_bag(
             if spec.mode == MAX:
                 return _apply(_pick(_Max, _MaxDual), weight, indices, offsets, *spec[1:], True)[0]
             return _pool(weight, indices, offsets, per_sample_weights, spec, sparse)
-        run = _backends.implementation("embedding_bag", weight)
+        run = selection.implementation("embedding_bag", weight)
         mode, padding_idx, include_last_offset = spec
         return run(weight, indices, offsets, per_sample_weights, mode, padding_idx, include_last_offset)
     except IndexError as error:
@@ -391,10 +397,8 @@ def as_index_types(indices: torch.Tensor, offsets: torch.Tensor | None) -> tuple
 # ---- one quantized table ------------------------------------------------------------------------------------------
 
 
-class _QuantizedPool(torch.autograd.Function):
+class _QuantizedPool(_Looped):
     """``quantized_embedding_bag``. Only per_sample_weights have a gradient: the rows are constants."""
-
-    generate_vmap_rule = True
 
     @staticmethod
     def forward(*operands: Any) -> torch.Tensor:
@@ -434,7 +438,7 @@ def _quantized_weights_backward(
     whole = BagSpec(SUM, -1, spec.include_last_offset)
     out = _weights_gradient(grad.float(), rows, position, offsets, whole).reshape(-1)
     padding_idx, num_rows = spec.padding_idx, table.weight.shape[0]
-    if indices.is_cuda and _backends.bounds_mode() != "raise":
+    if indices.is_cuda and selection.bounds_mode() != "raise":
         indices, padding_idx, num_rows = _as_counted(indices, padding_idx, num_rows)
     bags = reference.split_bags(indices, offsets, padding_idx, spec.include_last_offset, num_rows)
     values = out[bags.position]
@@ -447,7 +451,7 @@ def _quantized_weights_backward(
 
 def _as_counted(indices: torch.Tensor, padding_idx: int, num_rows: int) -> tuple[torch.Tensor, int, int]:
     """Indices that are right and count as wrong ones do on a GPU; their padding index, and how many rows they need."""
-    if _backends.bounds_mode() == "clamp":
+    if selection.bounds_mode() == "clamp":
         return indices.clamp(0, num_rows - 1), padding_idx, num_rows
     absent = (indices < 0) | (indices >= num_rows)
     if padding_idx >= 0:
@@ -470,11 +474,11 @@ def quantized_embedding_bag(
         if per_sample_weights is not None and _wants_graph(per_sample_weights):
             function = _pick(_QuantizedPool, _QuantizedPoolDual)
             return _apply(function, *table, indices, offsets, per_sample_weights, *spec, dtype)
-        run = _backends.implementation("quantized_embedding_bag", indices)
+        run = selection.implementation("quantized_embedding_bag", indices)
         # Unpacked by hand: a request spends as long on Python as on its rows.
         weight, scale_bias, exponent, dim, bits = table
         mode, padding_idx, last = spec
-        number = _backends.dtype_argument(dtype)
+        number = selection.dtype_argument(dtype)
         return run(
             weight,
             scale_bias,
@@ -521,7 +525,7 @@ class _Collection(torch.autograd.Function):
         read = {f.table for f in features if all_read or f.mode == MAX}
         kept = [w if number in read else None for number, w in enumerate(weights)]
         ctx.save_for_backward(indices, offsets, per_sample_weights, *kept)
-        run = _backends.implementation("embedding_bag_collection", indices)
+        run = selection.implementation("embedding_bag_collection", indices)
         return run(list(weights), scale_bias, plan, indices, offsets, per_sample_weights, total_dim, dtype)
 
     @staticmethod
@@ -654,7 +658,7 @@ def embedding_bag_collection(
         return _Collection.apply(
             plan, features, total_dim, dtype, scale_bias, indices, offsets, per_sample_weights, *weights
         )
-    run = _backends.implementation("embedding_bag_collection", indices)
+    run = selection.implementation("embedding_bag_collection", indices)
     return run(
-        weights, scale_bias, plan, indices, offsets, per_sample_weights, total_dim, _backends.dtype_argument(dtype)
+        weights, scale_bias, plan, indices, offsets, per_sample_weights, total_dim, selection.dtype_argument(dtype)
     )

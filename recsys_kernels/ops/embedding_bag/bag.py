@@ -6,8 +6,7 @@ from typing import Any
 
 import torch
 
-from ...backends import memory
-from . import autograd, drop_in
+from . import autograd, drop_in, memory
 
 
 class EmbeddingBag(torch.nn.EmbeddingBag):

@@ -7,148 +7,45 @@ without ``zero_start``) take offsets that start anywhere: a collection hands the
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 
-from ...backends import selection as _backends
-from . import reference
+from ...backends import registry
+from ...backends.registry import SymInt, Written
 
-_BAGS = (
-    "Tensor indices, Tensor? offsets, Tensor? per_sample_weights, int mode, int padding_idx, bool include_last_offset"
-)
-
-
-def _num_bags(indices: torch.Tensor, offsets: torch.Tensor | None, include_last_offset: bool) -> int:
-    if offsets is None:
-        return indices.shape[0]
-    return offsets.shape[0] - 1 if include_last_offset else offsets.shape[0]
-
-
-# Shape functions: they name only the arguments that decide the result. The schemas below name all of them.
-
-
-def _fake_embedding_bag(
-    weight: torch.Tensor, indices: torch.Tensor, offsets: torch.Tensor | None, *rest: Any
-) -> torch.Tensor:
-    return weight.new_empty(_num_bags(indices, offsets, rest[-1]), weight.shape[1])
-
-
-def _fake_embedding_bag_max(
-    weight: torch.Tensor, indices: torch.Tensor, offsets: torch.Tensor | None, *rest: Any
-) -> tuple[torch.Tensor, torch.Tensor]:
-    _, include_last_offset, _ = rest
-    shape = (_num_bags(indices, offsets, include_last_offset), weight.shape[1])
-    return weight.new_empty(shape), weight.new_empty(shape, dtype=torch.int64)
-
-
-def _fake_embedding_bag_backward(grad: torch.Tensor, *bags_and_rows: Any) -> torch.Tensor:
-    return grad.new_empty(bags_and_rows[-1], grad.shape[1])
-
-
-def _fake_weights_backward(grad: torch.Tensor, weight: torch.Tensor, indices: torch.Tensor, *rest: Any) -> torch.Tensor:
-    return grad.new_empty(indices.shape)
-
-
-def _fake_quantized_embedding_bag(*args: Any) -> torch.Tensor:
-    weight, _, _, embedding_dim, _, indices, offsets, *_, include_last_offset, dtype = args
-    return weight.new_empty(_num_bags(indices, offsets, include_last_offset), embedding_dim, dtype=dtype)
-
-
-def _fake_collection(*args: Any) -> torch.Tensor:
-    _, _, plan, indices, offsets, _, total_dim, dtype = args
-    return indices.new_empty((offsets.shape[0] - 1) // plan.shape[0], total_dim, dtype=dtype)
-
-
-def _fake_quantize_rowwise(*args: Any) -> None:
-    return None
-
-
-def _check_devices(names: tuple[str, ...], args: tuple[Any, ...]) -> None:
-    """Raises if tensors of a call are on several devices.
-
-    torch lets the meta device decide such a call, and a shape function would then hand out memory that nobody filled.
-    """
-    first: tuple[str, torch.Tensor] | None = None
-    for name, arg in zip(names, args, strict=True):
-        for tensor in arg if isinstance(arg, (list, tuple)) else (arg,):
-            if not isinstance(tensor, torch.Tensor):
-                continue
-            first = first or (name, tensor)
-            if tensor.device == first[1].device:
-                continue
-            if tensor.is_meta or first[1].is_meta:
-                meta, other = (name, first) if tensor.is_meta else (first[0], (name, tensor))
-                raise RuntimeError(
-                    f"{meta} is on the meta device, which holds no values, but {other[0]} is on {other[1].device}"
-                )
-            raise RuntimeError(
-                f"{name} must be on {first[1].device} like the other arguments, but is on {tensor.device}"
-            )
-
-
-def _define(schema: str, run: Callable[..., Any], shape: Callable[..., Any]) -> None:
-    names = tuple(part.split()[-1] for part in schema[schema.index("(") + 1 : schema.index(") ->")].split(","))
-
-    def fake(*args: Any) -> Any:
-        _check_devices(names, args)
-        return shape(*args)
-
-    _backends.define(schema, run, fake)
-
-
-_define(f"embedding_bag(Tensor weight, {_BAGS}) -> Tensor", reference.embedding_bag, _fake_embedding_bag)
-_define(
-    "embedding_bag_max(Tensor weight, Tensor indices, Tensor? offsets, int padding_idx, bool include_last_offset,"
-    " bool zero_start) -> (Tensor, Tensor)",
-    reference.embedding_bag_max,
-    _fake_embedding_bag_max,
-)
-_define(
-    f"embedding_bag_backward(Tensor grad, {_BAGS}, SymInt num_embeddings) -> Tensor",
-    reference.embedding_bag_backward,
-    _fake_embedding_bag_backward,
-)
-_define(
-    "embedding_bag_weights_backward(Tensor grad, Tensor weight, Tensor indices, Tensor? offsets, int mode,"
-    " int padding_idx, bool include_last_offset) -> Tensor",
-    reference.embedding_bag_weights_backward,
-    _fake_weights_backward,
-)
-_define(
-    f"quantized_embedding_bag(Tensor weight, Tensor scale_bias, int exponent, int embedding_dim, int bits, {_BAGS},"
-    " ScalarType dtype) -> Tensor",
-    reference.quantized_embedding_bag,
-    _fake_quantized_embedding_bag,
-)
-_define(
-    "embedding_bag_collection(Tensor[] weights, Tensor[] scale_bias, Tensor plan, Tensor indices, Tensor offsets,"
-    " Tensor? per_sample_weights, int total_dim, ScalarType dtype) -> Tensor",
-    reference.embedding_bag_collection,
-    _fake_collection,
-)
-_define(
-    "quantize_rowwise(Tensor weight, int bits, int exponent, Tensor(a!) rows, Tensor(b!) scale_bias) -> ()",
-    reference.quantize_rowwise,
-    _fake_quantize_rowwise,
-)
-_backends.register_triton(
-    f"{__package__}.triton",
-    (
+FAMILY = registry.register(
+    registry.Family(
         "embedding_bag",
-        "embedding_bag_max",
-        "embedding_bag_backward",
-        "embedding_bag_weights_backward",
-        "quantized_embedding_bag",
-        "embedding_bag_collection",
-    ),
+        __package__,
+        shown={
+            "embedding_bag": ("embedding_bag", "embedding_bag_backward"),
+            "quantized_embedding_bag": ("quantized_embedding_bag",),
+            "embedding_bag_collection": ("embedding_bag_collection",),
+            "quantize_rowwise": ("quantize_rowwise",),
+        },
+        modules=(
+            ".bag:EmbeddingBag",
+            ".quantized:QuantizedEmbeddingBag",
+            ".quantized:QuantizedEmbedding",
+            ".collection:EmbeddingBagCollection",
+        ),
+        samples=".samples:operator_samples",
+        facts=".facts:facts",
+        converters=("recsys_kernels.compress.converters.tables",),
+    )
 )
 
 
-class BagSpec(NamedTuple):
-    """The parts of a call that are not tensors."""
+# ---- operand tables -------------------------------------------------------------------------------------------------
 
+
+class BagOperands(NamedTuple):
+    """What a call looks up. ``offsets``: where each bag begins in ``indices``, or None: every row of a matrix is one."""
+
+    indices: torch.Tensor
+    offsets: torch.Tensor | None
+    per_sample_weights: torch.Tensor | None
     mode: int
     padding_idx: int
     include_last_offset: bool
@@ -162,6 +59,136 @@ class QuantizedTable(NamedTuple):
     exponent: int
     embedding_dim: int
     bits: int
+
+
+class EmbeddingBagOperands(NamedTuple):
+    """Of ``embedding_bag``: ``weight`` [num_embeddings, D]. Gives [B, D]."""
+
+    weight: torch.Tensor
+    bags: BagOperands
+
+
+class MaxOperands(NamedTuple):
+    """Of ``embedding_bag_max``. Gives [B, D] and int64 [B, D], the row that each column came from."""
+
+    weight: torch.Tensor
+    indices: torch.Tensor
+    offsets: torch.Tensor | None
+    padding_idx: int
+    include_last_offset: bool
+    zero_start: bool
+
+
+class BackwardOperands(NamedTuple):
+    """Of ``embedding_bag_backward``: ``grad`` [B, D]. Gives [num_embeddings, D]."""
+
+    grad: torch.Tensor
+    bags: BagOperands
+    num_embeddings: SymInt
+
+
+class WeightsBackwardOperands(NamedTuple):
+    """Of ``embedding_bag_weights_backward``: ``grad`` [B, D]. Gives the shape of ``indices``."""
+
+    grad: torch.Tensor
+    weight: torch.Tensor
+    indices: torch.Tensor
+    offsets: torch.Tensor | None
+    mode: int
+    padding_idx: int
+    include_last_offset: bool
+
+
+class QuantizedOperands(NamedTuple):
+    """Of ``quantized_embedding_bag``. Gives [B, embedding_dim] of type ``dtype``."""
+
+    table: QuantizedTable
+    bags: BagOperands
+    dtype: torch.dtype
+
+
+class CollectionOperands(NamedTuple):
+    """Of ``embedding_bag_collection``: ``plan`` int64 [F, 6], a :class:`FeaturePlan` a row. Gives [B, total_dim]."""
+
+    weights: list[torch.Tensor]
+    scale_bias: list[torch.Tensor]
+    plan: torch.Tensor
+    indices: torch.Tensor
+    offsets: torch.Tensor
+    per_sample_weights: torch.Tensor | None
+    total_dim: int
+    dtype: torch.dtype
+
+
+class QuantizeOperands(NamedTuple):
+    """Of ``quantize_rowwise``, which writes to ``rows`` and ``scale_bias``."""
+
+    weight: torch.Tensor
+    bits: int
+    exponent: int
+    rows: Written
+    scale_bias: Written
+
+
+# ---- shapes ---------------------------------------------------------------------------------------------------------
+
+
+def _num_bags(bags: Any) -> int:
+    if bags.offsets is None:
+        return int(bags.indices.shape[0])
+    return bags.offsets.shape[0] - 1 if bags.include_last_offset else bags.offsets.shape[0]
+
+
+def _pooled(call: EmbeddingBagOperands) -> torch.Tensor:
+    return call.weight.new_empty(_num_bags(call.bags), call.weight.shape[1])
+
+
+def _largest(call: MaxOperands) -> tuple[torch.Tensor, torch.Tensor]:
+    shape = (_num_bags(call), call.weight.shape[1])
+    return call.weight.new_empty(shape), call.weight.new_empty(shape, dtype=torch.int64)
+
+
+def _table_gradient(call: BackwardOperands) -> torch.Tensor:
+    return call.grad.new_empty(call.num_embeddings, call.grad.shape[1])
+
+
+def _weights_gradient(call: WeightsBackwardOperands) -> torch.Tensor:
+    return call.grad.new_empty(call.indices.shape)
+
+
+def _quantized(call: QuantizedOperands) -> torch.Tensor:
+    return call.table.weight.new_empty(_num_bags(call.bags), call.table.embedding_dim, dtype=call.dtype)
+
+
+def _collection(call: CollectionOperands) -> torch.Tensor:
+    batch = (call.offsets.shape[0] - 1) // call.plan.shape[0]
+    return call.indices.new_empty(batch, call.total_dim, dtype=call.dtype)
+
+
+def _nothing(call: QuantizeOperands) -> None:
+    return None
+
+
+# ---- operators ------------------------------------------------------------------------------------------------------
+
+FAMILY.define("embedding_bag", EmbeddingBagOperands, _pooled, triton=True, nested=False)
+FAMILY.define("embedding_bag_max", MaxOperands, _largest, returns="(Tensor, Tensor)", triton=True, nested=False)
+FAMILY.define("embedding_bag_backward", BackwardOperands, _table_gradient, triton=True, nested=False)
+FAMILY.define("embedding_bag_weights_backward", WeightsBackwardOperands, _weights_gradient, triton=True, nested=False)
+FAMILY.define("quantized_embedding_bag", QuantizedOperands, _quantized, triton=True, nested=False)
+FAMILY.define("embedding_bag_collection", CollectionOperands, _collection, triton=True, nested=False)
+FAMILY.define("quantize_rowwise", QuantizeOperands, _nothing, returns="()", nested=False)
+
+
+# ---- parts of a call of a module ------------------------------------------------------------------------------------
+
+
+class BagSpec(NamedTuple):
+    """The parts of a call that are not tensors."""
+
+    mode: int
+    padding_idx: int
+    include_last_offset: bool
 
 
 class FeaturePlan(NamedTuple):

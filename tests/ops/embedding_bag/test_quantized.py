@@ -17,8 +17,8 @@ from safetensors.torch import load_file, save_file
 
 import recsys_kernels as rk
 from recsys_kernels import testing
-from recsys_kernels.backends import memory as memory
 from recsys_kernels.backends import selection as _backends
+from recsys_kernels.ops.embedding_bag import memory
 from recsys_kernels.ops.embedding_bag.reference import MODES
 from recsys_kernels.testing import WIDTHS, BagSample, assert_matches, expected_embedding_bag
 
