@@ -5,32 +5,11 @@ from __future__ import annotations
 import ctypes
 import struct
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 
 ISA_LEVELS = ("generic", "avx2", "avx512", "avx512_vnni")
 BOUNDS_CHECKS = ("raise", "clamp", "ignore")
-
-
-class Fault(NamedTuple):
-    """A wrong index or offset that a CUDA kernel met.
-
-    Attributes:
-        kind: 1 for an index, 2 for an offset, 3 for a row of a collection's plan.
-        feature: the feature of a collection, or -1 for a single table.
-        position: where it stands in ``indices``, ``offsets`` or the plan.
-        value: what stands there.
-        bound: the table's rows, or the number of indices.
-        table: the number of the table in a collection.
-    """
-
-    kind: int
-    feature: int
-    position: int
-    value: int
-    bound: int
-    table: int
 
 
 def _truncated(path: Path) -> bool:
@@ -148,12 +127,15 @@ class NativeLibrary:
         if self._functions is not None and self.has_cuda:
             self._functions.rk_cuda_select_bounds_check(BOUNDS_CHECKS.index(mode))
 
-    def take_fault(self, device: int) -> Fault | None:
-        """What the CUDA kernels of a device found since the last call; the caller has synchronized with them."""
+    def take_fault(self, device: int) -> tuple[int, ...] | None:
+        """What the CUDA kernels of a device found since the last call; the caller has synchronized with them.
+
+        The six numbers mean what the family of the kernels says of them (see ``selection.register_faults``).
+        """
         record = (ctypes.c_int64 * 6)()
         if self._functions is None or not self.has_cuda or not self._functions.rk_cuda_take_fault(device, record):
             return None
-        return Fault(*record)
+        return tuple(record)
 
 
 native = NativeLibrary()

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from .native import BOUNDS_CHECKS, Fault, driver_release, native
+from .native import BOUNDS_CHECKS, driver_release, native
 
 BACKENDS = ("reference", "cpu", "triton", "cuda")
 _DEVICES = {"reference": None, "cpu": "cpu", "triton": "cuda", "cuda": "cuda"}
@@ -29,6 +29,7 @@ library = torch.library.Library("recsys_kernels", "DEF")
 _forced: str | None = None
 _bounds_check = "raise"
 _references: dict[str, Callable[..., Any]] = {}
+_fault_error: Callable[[tuple[int, ...]], Exception] | None = None
 _dispatched: dict[str, Callable[..., Any]] = {}
 _triton_modules: dict[str, str] = {}
 _cuda_operators: set[str] = set()  # whose CUDA tensors the library's own kernels serve
@@ -51,6 +52,12 @@ def register_triton(module: str, names: tuple[str, ...]) -> None:
     """
     for name in names:
         _triton_modules[name] = module
+
+
+def register_faults(error: Callable[[tuple[int, ...]], Exception]) -> None:
+    """Says which exception a record of ``native.take_fault`` stands for; the family whose kernels write them knows."""
+    global _fault_error
+    _fault_error = error
 
 
 def connect_gpu_kernels() -> None:
@@ -276,7 +283,7 @@ def check_bounds(device: torch.device | str | int | None = None) -> None:
         device: a CUDA device; default: the current one. On the CPU, and without a GPU, nothing can be left over.
 
     Raises:
-        IndexError: an index out of range; names its position, value and range.
+        IndexError: an index out of range; names its position, value and range. The class is a RuntimeError, too.
         RuntimeError: an offset that is negative, decreases or exceeds the number of indices.
     """
     if device is None and not torch.cuda.is_available():
@@ -288,23 +295,8 @@ def check_bounds(device: torch.device | str | int | None = None) -> None:
     torch.cuda.synchronize(index)
     fault = native.take_fault(index)
     if fault is not None:
+        assert _fault_error is not None
         raise _fault_error(fault)
-
-
-def _fault_error(fault: Fault) -> Exception:
-    """A fault in the words of the CPU's operators."""
-    if fault.kind == 2:
-        return RuntimeError(
-            f"offsets must start at 0, never decrease and not exceed the number of indices ({fault.bound}), "
-            f"but offsets[{fault.position}] is {fault.value}"
-        )
-    if fault.kind == 3:
-        return RuntimeError(f"plan row {fault.position} does not fit the tables or total_dim")
-    table = "a table" if fault.feature < 0 else f"the table of feature #{fault.feature}"
-    return IndexError(
-        f"index {fault.value} at position {fault.position} of indices is out of range for {table} "
-        f"with {fault.bound} rows"
-    )
 
 
 def configure_from_environment() -> None:

@@ -17,8 +17,9 @@ import torch
 import recsys_kernels as rk
 from recsys_kernels.backends import native as _native
 from recsys_kernels.backends import selection as _backends
-from recsys_kernels.backends.native import BOUNDS_CHECKS, Fault, native
+from recsys_kernels.backends.native import BOUNDS_CHECKS, native
 from recsys_kernels.ops.embedding_bag import autograd
+from recsys_kernels.ops.embedding_bag.faults import Fault
 
 PACKAGE = Path(rk.__file__).parent
 ON_GPU: Any = SimpleNamespace(device=torch.device("cuda:0"))

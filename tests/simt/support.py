@@ -26,7 +26,8 @@ import torch
 from cuda_support import ROOT, build_script, require_toolkit
 
 from recsys_kernels.backends import selection as _backends
-from recsys_kernels.backends.native import BOUNDS_CHECKS, Fault, native
+from recsys_kernels.backends.native import BOUNDS_CHECKS, native
+from recsys_kernels.ops.embedding_bag.faults import Fault, fault_error
 
 HERE = Path(__file__).parent
 EMULATOR = HERE / "emulator"
@@ -247,7 +248,7 @@ class Emulation:
         """Raises what ``rk.check_bounds`` would raise on a GPU."""
         fault = self.take_fault()
         if fault is not None:
-            raise _backends._fault_error(fault)
+            raise fault_error(fault)
 
 
 @functools.cache

@@ -26,6 +26,7 @@ from .spec import BagSpec, FeaturePlan, QuantizedTable
 
 _NO_BAGS = BagSpec(SUM, -1, False)
 _INDEX_TYPES = (torch.int32, torch.int64)
+_transforms_active = torch._C._are_functorch_transforms_active
 
 
 def _run(name: str, at: torch.Tensor, *args: Any) -> Any:
@@ -35,14 +36,17 @@ def _run(name: str, at: torch.Tensor, *args: Any) -> Any:
 
 def _apply(function: Any, *args: Any) -> Any:
     """``function.apply(*args)``, without torch's look at the signature (10 us) where only functorch needs it."""
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+    if torch.compiler.is_compiling() or _transforms_active():
         return function.apply(*args)
     return super(torch.autograd.Function, function).apply(*unwrap_dead_wrappers(args))
 
 
 def _wants_graph(*tensors: torch.Tensor | None) -> bool:
-    """Whether a call on these tensors is differentiated. (The fast path of ``embedding_bag`` asks the same inline.)"""
-    if forward_ad._current_level >= 0:
+    """Whether a call on these tensors is differentiated. (``embedding_bag`` asks the same inline.)
+
+    Under functorch's transforms a tensor does not tell: what ``vmap`` hands out in ``grad`` requires no gradient.
+    """
+    if forward_ad._current_level >= 0 or _transforms_active():
         return True
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
@@ -57,13 +61,25 @@ def _added(one: torch.Tensor | None, other: torch.Tensor | None) -> torch.Tensor
     return one + other
 
 
+class _Looped(torch.autograd.Function):
+    """A function that ``vmap`` runs once for each entry, on the backend that was asked for."""
+
+    @classmethod
+    def vmap(cls, info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:
+        found = []
+        for entry in range(info.batch_size):
+            own = [a if dim is None else a.select(dim, entry) for a, dim in zip(args, in_dims, strict=True)]
+            found.append(_apply(cls, *own))
+        if isinstance(found[0], tuple):
+            return tuple(torch.stack(parts) for parts in zip(*found, strict=True)), (0,) * len(found[0])
+        return torch.stack(found), 0
+
+
 # ---- one table: the three operators and their derivatives ---------------------------------------------------------
 
 
-class _Pool(torch.autograd.Function):
+class _Pool(_Looped):
     """``embedding_bag`` for sum and mean; its operands, and whether the table's gradient is sparse."""
-
-    generate_vmap_rule = True
 
     @staticmethod
     def forward(*operands: Any) -> torch.Tensor:
@@ -72,6 +88,7 @@ class _Pool(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
         weight, indices, offsets, per_sample_weights, *spec, ctx.sparse = inputs
+        ctx.sparse_backward = _sparse_backward
         ctx.spec, ctx.num_embeddings = BagSpec(*spec), weight.shape[0]
         # Only what the backward reads: a table that it does not read may change before, as in torch.
         keep_weight = per_sample_weights is not None and per_sample_weights.requires_grad
@@ -83,7 +100,7 @@ class _Pool(torch.autograd.Function):
         grad_weight = grad_samples = None
         if ctx.needs_input_grad[0]:
             args = grad, indices, offsets, per_sample_weights, ctx.spec, ctx.num_embeddings
-            grad_weight = _sparse_backward(*args) if ctx.sparse else _table_gradient(*args)
+            grad_weight = ctx.sparse_backward(*args) if ctx.sparse else _table_gradient(*args)
         if per_sample_weights is not None and ctx.needs_input_grad[3]:
             grad_samples = _weights_gradient(grad, weight, indices, offsets, ctx.spec).reshape(per_sample_weights.shape)
         return grad_weight, None, None, grad_samples, None, None, None, None
@@ -121,10 +138,8 @@ def _pool(
     return _run("embedding_bag", weight, *args, *spec)
 
 
-class _TableGradient(torch.autograd.Function):
+class _TableGradient(_Looped):
     """``embedding_bag_backward``."""
-
-    generate_vmap_rule = True
 
     @staticmethod
     def forward(*operands: Any) -> torch.Tensor:
@@ -174,10 +189,8 @@ def _table_gradient(
     return _run("embedding_bag_backward", grad, *args, *spec, num_embeddings)
 
 
-class _WeightsGradient(torch.autograd.Function):
+class _WeightsGradient(_Looped):
     """``embedding_bag_weights_backward``."""
-
-    generate_vmap_rule = True
 
     @staticmethod
     def forward(*operands: Any) -> torch.Tensor:
@@ -224,10 +237,8 @@ def _weights_gradient(
 # ---- one table: max ------------------------------------------------------------------------------------------------
 
 
-class _Max(torch.autograd.Function):
+class _Max(_Looped):
     """``embedding_bag_max``: the values, and the row that each of them came from."""
-
-    generate_vmap_rule = True
 
     @staticmethod
     def forward(*operands: Any) -> tuple[torch.Tensor, torch.Tensor]:
@@ -340,6 +351,53 @@ def _sparse_backward(
     return torch.sparse_coo_tensor(rows.long().unsqueeze(0), values, shape, check_invariants=False)
 
 
+def _traced_sparse_backward(
+    grad: torch.Tensor,
+    indices: torch.Tensor,
+    offsets: torch.Tensor | None,
+    per_sample_weights: torch.Tensor | None,
+    spec: BagSpec,
+    num_embeddings: int,
+) -> torch.Tensor:
+    """The same in a graph, which has no values: one row for each index, and what counts for nothing adds zeros to a row
+    that counts."""
+    rows = indices.reshape(-1).long()
+    position = torch.arange(rows.shape[0], device=rows.device)
+    counts = rows != spec.padding_idx
+    if offsets is None:
+        bag = position // max(indices.shape[1], 1)
+    else:
+        bag = torch.searchsorted(offsets.long(), position, right=True) - 1
+        if spec.include_last_offset:
+            counts = counts & (position < offsets[-1])
+            bag = bag.clamp(max=grad.shape[0] - 1)
+    factors = counts.to(grad.dtype)
+    if spec.mode == MEAN:
+        sizes = torch.zeros(grad.shape[0], dtype=torch.float32, device=grad.device)
+        sizes = sizes.index_add(0, bag, counts.float()).clamp(min=1)
+        grad = grad / sizes.unsqueeze(1).to(grad.dtype)
+    if per_sample_weights is not None:
+        factors = factors * per_sample_weights.reshape(-1)
+    if rows.shape[0]:
+        rows = torch.where(counts, rows, rows.index_select(0, counts.to(torch.uint8).argmax(0, keepdim=True)))
+    values = grad.index_select(0, bag) * factors.unsqueeze(1)
+    shape = [num_embeddings, grad.shape[1]]
+    return torch.sparse_coo_tensor(rows.unsqueeze(0), values, shape, check_invariants=False)
+
+
+class _TracedSparsePool(_Pool):
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        ctx.sparse_backward = _traced_sparse_backward
+        return _Pool.backward(ctx, grad)
+
+
+@torch.compiler.allow_in_graph
+def _traced_sparse_pool(*operands: Any) -> torch.Tensor:
+    """A call with a sparse gradient, which only the part of torch.compile behind its Python tracer knows."""
+    return _TracedSparsePool.apply(*operands, True)
+
+
 def embedding_bag(
     weight: torch.Tensor,
     indices: torch.Tensor,
@@ -350,12 +408,18 @@ def embedding_bag(
 ) -> torch.Tensor:
     """Differentiable lookup over one float table; arguments are checked by the caller."""
     try:
-        if forward_ad._current_level >= 0 or (
-            torch.is_grad_enabled()
-            and (weight.requires_grad or (per_sample_weights is not None and per_sample_weights.requires_grad))
+        if (
+            forward_ad._current_level >= 0
+            or _transforms_active()
+            or (
+                torch.is_grad_enabled()
+                and (weight.requires_grad or (per_sample_weights is not None and per_sample_weights.requires_grad))
+            )
         ):
             if spec.mode == MAX:
                 return _apply(_pick(_Max, _MaxDual), weight, indices, offsets, *spec[1:], True)[0]
+            if sparse and torch.compiler.is_compiling():
+                return _traced_sparse_pool(weight, indices, offsets, per_sample_weights, *spec)
             return _pool(weight, indices, offsets, per_sample_weights, spec, sparse)
         run = _backends.implementation("embedding_bag", weight)
         mode, padding_idx, include_last_offset = spec
@@ -391,10 +455,8 @@ def as_index_types(indices: torch.Tensor, offsets: torch.Tensor | None) -> tuple
 # ---- one quantized table ------------------------------------------------------------------------------------------
 
 
-class _QuantizedPool(torch.autograd.Function):
+class _QuantizedPool(_Looped):
     """``quantized_embedding_bag``. Only per_sample_weights have a gradient: the rows are constants."""
-
-    generate_vmap_rule = True
 
     @staticmethod
     def forward(*operands: Any) -> torch.Tensor:
@@ -644,9 +706,7 @@ def embedding_bag_collection(
     ``plan`` is ``features`` as an int64 tensor on the tables' device; ``scale_bias`` has an entry for each table (any
     tensor for a float one), or none at all when every table is float.
     """
-    if forward_ad._current_level >= 0 or (
-        not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
-    ):
+    if forward_ad._current_level >= 0 or _transforms_active():
         return _by_feature(weights, scale_bias, features, indices, offsets, per_sample_weights, dtype)
     if torch.is_grad_enabled() and (
         any(w.requires_grad for w in weights) or (per_sample_weights is not None and per_sample_weights.requires_grad)

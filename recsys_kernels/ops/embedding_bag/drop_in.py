@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from . import autograd
-from .reference import MAX, MEAN, MODES, SUM
+from .reference import MAX, MODES
 from .spec import BagSpec
 
 # torch's own, also where a program has put this module's function in its place.
@@ -111,8 +111,7 @@ def embedding_bag(
         offsets: int32 or int64 [B] (with ``include_last_offset`` [B + 1]): where each bag starts in a 1-D input.
         max_norm, norm_type, scale_grad_by_freq: no kernel serves them; such calls run through torch's own operator.
         mode: ``"sum"``, ``"mean"`` or ``"max"``.
-        sparse: the gradient of ``weight`` is a sparse tensor (not for ``"max"``). Compiled training runs through
-            torch's own operator.
+        sparse: the gradient of ``weight`` is a sparse tensor (not for ``"max"``).
         per_sample_weights: one factor an index, of the type of ``weight``, for ``"sum"`` and, beyond torch, for
             ``"mean"`` (the weighted sum over the bag's size, as in FBGEMM and TorchRec). Has a gradient.
         include_last_offset: ``offsets`` has one more entry, the end of the last bag, which is the number of indices.
@@ -167,37 +166,6 @@ def embedding_bag(
                 f"embedding_bag: per_sample_weights must have the same type as weight ({weight.dtype}), "
                 f"but is {per_sample_weights.dtype}"
             )
-    if not torch.compiler.is_compiling():
-        return autograd.embedding_bag(weight, input, offsets, per_sample_weights, spec, sparse)
-    input, offsets = autograd.as_index_types(input, offsets)  # a graph cannot find out at run time
-    if sparse and torch.is_grad_enabled():
-        return _compiled_sparse(weight, input, offsets, per_sample_weights, spec)
+    if torch.compiler.is_compiling():
+        input, offsets = autograd.as_index_types(input, offsets)  # a graph cannot find out at run time
     return autograd.embedding_bag(weight, input, offsets, per_sample_weights, spec, sparse)
-
-
-def _compiled_sparse(
-    weight: torch.Tensor,
-    input: torch.Tensor,
-    offsets: torch.Tensor | None,
-    per_sample_weights: torch.Tensor | None,
-    spec: BagSpec,
-) -> torch.Tensor:
-    """A call with a sparse gradient in a graph, which can only hold torch's own operator for one."""
-    if offsets is None:
-        offsets = torch.arange(input.shape[0], dtype=input.dtype, device=input.device) * input.shape[1]
-        input = input.reshape(-1)
-        per_sample_weights = None if per_sample_weights is None else per_sample_weights.reshape(-1)
-    weighted_mean = spec.mode == MEAN and per_sample_weights is not None
-    mode = SUM if weighted_mean else spec.mode
-    padding_idx = None if spec.padding_idx < 0 else spec.padding_idx
-    out: torch.Tensor = torch.embedding_bag(
-        weight, input, offsets, False, mode, True, per_sample_weights, spec.include_last_offset, padding_idx
-    )[0]
-    if not weighted_mean:
-        return out
-    ends = offsets[1:]
-    if not spec.include_last_offset:
-        ends = torch.cat([ends, ends.new_full((1,), input.shape[0])])
-    counted = torch.cat([offsets.new_zeros(1), (input != spec.padding_idx).cumsum(0).to(offsets.dtype)])
-    counts = counted[ends] - counted[offsets[: ends.shape[0]]]
-    return out / counts.clamp(min=1).unsqueeze(1).to(out.dtype)

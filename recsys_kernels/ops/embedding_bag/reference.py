@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .faults import index_error
+from .faults import index_error, offsets_error
 
 SUM, MEAN, MAX = 0, 1, 2
 MODES = {"sum": SUM, "mean": MEAN, "max": MAX}
@@ -49,10 +49,7 @@ def _check_offsets(offsets: torch.Tensor, num_indices: int, zero_start: bool) ->
         bad[:1] |= offsets[:1] != 0
     if bad.any():
         at = int(bad.nonzero()[0])
-        raise RuntimeError(
-            "offsets must start at 0, never decrease and not exceed the number of indices "
-            f"({num_indices}), but offsets[{at}] is {int(offsets[at])}"
-        )
+        raise offsets_error(at, int(offsets[at]), num_indices)
 
 
 def split_bags(

@@ -18,7 +18,7 @@ import triton.language as tl
 
 from ...backends import selection as _backends
 from . import triton_kernels as kernels
-from .faults import IndexOutOfRangeError, index_error
+from .faults import IndexOutOfRangeError, index_error, offsets_error
 from .reference import MAX, MEAN
 
 # ---- launches ----------------------------------------------------------------------------------------------------
@@ -188,10 +188,7 @@ def _index_error(bags: _Bags, position: int, table: str, num_rows: int) -> Index
 
 def _check_offsets(bags: _Bags, position: int) -> None:
     if position != kernels.NONE.value:
-        raise RuntimeError(
-            "offsets must start at 0, never decrease and not exceed the number of indices "
-            f"({bags.indices.numel()}), but offsets[{position}] is {int(bags.offsets[position])}"
-        )
+        raise offsets_error(position, int(bags.offsets[position]), bags.indices.numel())
 
 
 # ---- operators ---------------------------------------------------------------------------------------------------
