@@ -11,7 +11,7 @@ differentiation only. A max over rows is a gather, and its derivatives are plain
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -41,14 +41,14 @@ def _apply(function: Any, *args: Any) -> Any:
     return super(torch.autograd.Function, function).apply(*unwrap_dead_wrappers(args))
 
 
-def _wants_graph(*tensors: torch.Tensor | None) -> bool:
+def _wants_graph(one: torch.Tensor, other: torch.Tensor | None = None) -> bool:
     """Whether a call on these tensors is differentiated. (``embedding_bag`` asks the same inline.)
 
     Under functorch's transforms a tensor does not tell: what ``vmap`` hands out in ``grad`` requires no gradient.
     """
     if forward_ad._current_level >= 0 or _transforms_active():
         return True
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    return torch.is_grad_enabled() and (one.requires_grad or (other is not None and other.requires_grad))
 
 
 def _pick(function: Any, dual: Any) -> Any:
@@ -88,7 +88,6 @@ class _Pool(_Looped):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
         weight, indices, offsets, per_sample_weights, *spec, ctx.sparse = inputs
-        ctx.sparse_backward = _sparse_backward
         ctx.spec, ctx.num_embeddings = BagSpec(*spec), weight.shape[0]
         # Only what the backward reads: a table that it does not read may change before, as in torch.
         keep_weight = per_sample_weights is not None and per_sample_weights.requires_grad
@@ -96,14 +95,27 @@ class _Pool(_Looped):
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        weight, indices, offsets, per_sample_weights = ctx.saved_tensors
-        grad_weight = grad_samples = None
-        if ctx.needs_input_grad[0]:
-            args = grad, indices, offsets, per_sample_weights, ctx.spec, ctx.num_embeddings
-            grad_weight = ctx.sparse_backward(*args) if ctx.sparse else _table_gradient(*args)
-        if per_sample_weights is not None and ctx.needs_input_grad[3]:
-            grad_samples = _weights_gradient(grad, weight, indices, offsets, ctx.spec).reshape(per_sample_weights.shape)
-        return grad_weight, None, None, grad_samples, None, None, None, None
+        return *_pool_backward(ctx, grad, _sparse_backward, *ctx.saved_tensors), None, None, None, None
+
+
+def _pool_backward(
+    ctx: Any,
+    grad: torch.Tensor,
+    sparse_gradient: Callable[..., torch.Tensor],
+    weight: torch.Tensor | None,
+    indices: torch.Tensor,
+    offsets: torch.Tensor | None,
+    per_sample_weights: torch.Tensor | None,
+) -> tuple[torch.Tensor | None, ...]:
+    """The gradients of the four tensors of a call."""
+    grad_weight = grad_samples = None
+    if ctx.needs_input_grad[0]:
+        gradient = sparse_gradient if ctx.sparse else _table_gradient
+        grad_weight = gradient(grad, indices, offsets, per_sample_weights, ctx.spec, ctx.num_embeddings)
+    if per_sample_weights is not None and ctx.needs_input_grad[3]:
+        assert weight is not None
+        grad_samples = _weights_gradient(grad, weight, indices, offsets, ctx.spec).reshape(per_sample_weights.shape)
+    return grad_weight, None, None, grad_samples
 
 
 class _PoolDual(_Pool):
@@ -388,14 +400,48 @@ def _traced_sparse_backward(
 class _TracedSparsePool(_Pool):
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        ctx.sparse_backward = _traced_sparse_backward
-        return _Pool.backward(ctx, grad)
+        return *_pool_backward(ctx, grad, _traced_sparse_backward, *ctx.saved_tensors), None, None, None, None
 
 
 @torch.compiler.allow_in_graph
 def _traced_sparse_pool(*operands: Any) -> torch.Tensor:
     """A call with a sparse gradient, which only the part of torch.compile behind its Python tracer knows."""
     return _TracedSparsePool.apply(*operands, True)
+
+
+class _PlainBag(torch.autograd.Function):
+    """``_Pool`` and ``_Max`` where no transform sees the call, which spares it 2 us."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        weight: torch.Tensor,
+        indices: torch.Tensor,
+        offsets: torch.Tensor | None,
+        per_sample_weights: torch.Tensor | None,
+        spec: BagSpec,
+        sparse: bool,
+    ) -> torch.Tensor:
+        ctx.spec, ctx.sparse, ctx.num_embeddings = spec, sparse, weight.shape[0]
+        argmax = None
+        if spec.mode == MAX:
+            run = _backends.implementation("embedding_bag_max", weight)
+            out, argmax = run(weight, indices, offsets, *spec[1:], True)
+        else:
+            run = _backends.implementation("embedding_bag", weight)
+            out = run(weight, indices, offsets, per_sample_weights, *spec)
+        # Only what the backward reads: a table that it does not read may change before, as in torch.
+        keep_weight = per_sample_weights is not None and per_sample_weights.requires_grad
+        ctx.save_for_backward(weight if keep_weight else None, indices, offsets, per_sample_weights, argmax)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        weight, indices, offsets, per_sample_weights, argmax = ctx.saved_tensors
+        if argmax is not None:
+            return _max_backward(grad, argmax, ctx.num_embeddings), None, None, None, None, None
+        grads = _pool_backward(ctx, grad, _sparse_backward, weight, indices, offsets, per_sample_weights)
+        return *grads, None, None
 
 
 def embedding_bag(
@@ -408,19 +454,16 @@ def embedding_bag(
 ) -> torch.Tensor:
     """Differentiable lookup over one float table; arguments are checked by the caller."""
     try:
-        if (
-            forward_ad._current_level >= 0
-            or _transforms_active()
-            or (
-                torch.is_grad_enabled()
-                and (weight.requires_grad or (per_sample_weights is not None and per_sample_weights.requires_grad))
-            )
-        ):
+        if forward_ad._current_level >= 0 or _transforms_active():
             if spec.mode == MAX:
                 return _apply(_pick(_Max, _MaxDual), weight, indices, offsets, *spec[1:], True)[0]
+            return _pool(weight, indices, offsets, per_sample_weights, spec, sparse)
+        if torch.is_grad_enabled() and (
+            weight.requires_grad or (per_sample_weights is not None and per_sample_weights.requires_grad)
+        ):
             if sparse and torch.compiler.is_compiling():
                 return _traced_sparse_pool(weight, indices, offsets, per_sample_weights, *spec)
-            return _pool(weight, indices, offsets, per_sample_weights, spec, sparse)
+            return _PlainBag.apply(weight, indices, offsets, per_sample_weights, spec, sparse)
         run = _backends.implementation("embedding_bag", weight)
         mode, padding_idx, include_last_offset = spec
         return run(weight, indices, offsets, per_sample_weights, mode, padding_idx, include_last_offset)
@@ -526,8 +569,6 @@ def quantized_embedding_bag(
     dtype: torch.dtype,
 ) -> torch.Tensor:
     """Lookup over one quantized table, differentiable in per_sample_weights."""
-    if torch.compiler.is_compiling():
-        indices, offsets = as_index_types(indices, offsets)  # a graph cannot find out at run time
     try:
         if per_sample_weights is not None and _wants_graph(per_sample_weights):
             function = _pick(_QuantizedPool, _QuantizedPoolDual)

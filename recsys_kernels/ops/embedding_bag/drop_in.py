@@ -130,42 +130,54 @@ def embedding_bag(
             ``RuntimeError``, too, as torch raises one (not so for the native kernels in a compiled graph).
         TypeError: lists or arrays in the place of tensors.
     """
-    if not (isinstance(input, torch.Tensor) and isinstance(weight, torch.Tensor)):
-        check_tensors(input=input, weight=weight)
-    if has_torch_function_variadic(input, weight, offsets, per_sample_weights):
-        tensors = (input, weight, offsets, per_sample_weights)
-        rest = (offsets, max_norm, norm_type, scale_grad_by_freq, mode, sparse, per_sample_weights)
-        return handle_torch_function(embedding_bag, tensors, input, weight, *rest, include_last_offset, padding_idx)
-    if weight.dtype == torch.int64 and input.is_floating_point():
-        warnings.warn(
-            "embedding_bag takes (input, weight, ...): the order (weight, input, ...) is deprecated, as in torch",
-            stacklevel=2,
-        )
-        input, weight = weight, input
-    if max_norm is not None or scale_grad_by_freq:
-        rest = (offsets, max_norm, norm_type, scale_grad_by_freq, mode, sparse, per_sample_weights)
-        return _torch_embedding_bag(input, weight, *rest, include_last_offset, padding_idx)
-    if input.is_nested:
-        if offsets is not None:
-            raise ValueError("embedding_bag: offsets must be None when input is a nested tensor")
-        input, offsets, include_last_offset = input.values(), cast(Any, input).offsets(), True
-        if per_sample_weights is not None and per_sample_weights.is_nested:
-            per_sample_weights = per_sample_weights.values()
-    check_tensors(offsets=offsets, per_sample_weights=per_sample_weights)
-    check_bags(input, offsets, per_sample_weights)
-    if weight.dim() != 2:
-        raise ValueError(f"embedding_bag: weight has to be a 2D Tensor, but has {weight.dim()} dimensions")
-    spec = bag_spec(mode, padding_idx, include_last_offset, weight.shape[0])
+    try:
+        if has_torch_function_variadic(input, weight, offsets, per_sample_weights):
+            tensors = (input, weight, offsets, per_sample_weights)
+            rest = (offsets, max_norm, norm_type, scale_grad_by_freq, mode, sparse, per_sample_weights)
+            return handle_torch_function(embedding_bag, tensors, input, weight, *rest, include_last_offset, padding_idx)
+        if max_norm is not None or scale_grad_by_freq:
+            rest = (offsets, max_norm, norm_type, scale_grad_by_freq, mode, sparse, per_sample_weights)
+            return _torch_embedding_bag(input, weight, *rest, include_last_offset, padding_idx)
+        ids, bounds, samples = input, offsets, per_sample_weights
+        if input.is_nested:
+            if offsets is not None:
+                raise ValueError("embedding_bag: offsets must be None when input is a nested tensor")
+            ids, bounds, include_last_offset = input.values(), cast(Any, input).offsets(), True
+            if samples is not None and samples.is_nested:
+                samples = samples.values()
+        check_bags(ids, bounds, samples)
+        if weight.dim() != 2:
+            raise ValueError(f"embedding_bag: weight has to be a 2D Tensor, but has {weight.dim()} dimensions")
+        spec = bag_spec(mode, padding_idx, include_last_offset, weight.shape[0])
+        if sparse or samples is not None:
+            _check_options(spec, sparse, weight, samples)
+        if torch.compiler.is_compiling():
+            ids, bounds = autograd.as_index_types(ids, bounds)  # a graph cannot find out at run time
+        return autograd.embedding_bag(weight, ids, bounds, samples, spec, sparse)
+    except AttributeError:
+        check_tensors(input=input, weight=weight, offsets=offsets, per_sample_weights=per_sample_weights)
+        raise
+    except (ValueError, RuntimeError):
+        if weight.dtype != torch.int64 or not input.is_floating_point():
+            raise
+    # What failed was called in the order of torch 0.3, which torch still takes.
+    warnings.warn(
+        "embedding_bag takes (input, weight, ...): the order (weight, input, ...) is deprecated, as in torch",
+        stacklevel=2,
+    )
+    rest = (offsets, max_norm, norm_type, scale_grad_by_freq, mode, sparse, per_sample_weights)
+    return embedding_bag(weight, input, *rest, include_last_offset, padding_idx)
+
+
+def _check_options(spec: BagSpec, sparse: bool, weight: torch.Tensor, per_sample_weights: torch.Tensor | None) -> None:
     if spec.mode == MAX and sparse:
         raise ValueError("embedding_bag: mode 'max' does not support sparse gradients")
-    if per_sample_weights is not None:
-        if spec.mode == MAX:
-            raise NotImplementedError(NO_WEIGHTED_MAX)
-        if per_sample_weights.dtype != weight.dtype:
-            raise RuntimeError(
-                f"embedding_bag: per_sample_weights must have the same type as weight ({weight.dtype}), "
-                f"but is {per_sample_weights.dtype}"
-            )
-    if torch.compiler.is_compiling():
-        input, offsets = autograd.as_index_types(input, offsets)  # a graph cannot find out at run time
-    return autograd.embedding_bag(weight, input, offsets, per_sample_weights, spec, sparse)
+    if per_sample_weights is None:
+        return
+    if spec.mode == MAX:
+        raise NotImplementedError(NO_WEIGHTED_MAX)
+    if per_sample_weights.dtype != weight.dtype:
+        raise RuntimeError(
+            f"embedding_bag: per_sample_weights must have the same type as weight ({weight.dtype}), "
+            f"but is {per_sample_weights.dtype}"
+        )
