@@ -148,10 +148,11 @@ def embedding_bag(
         check_bags(ids, bounds, samples)
         if weight.dim() != 2:
             raise ValueError(f"embedding_bag: weight has to be a 2D Tensor, but has {weight.dim()} dimensions")
-        spec = bag_spec(mode, padding_idx, include_last_offset, weight.shape[0])
+        compiling = torch.compiler.is_compiling()
+        spec = (_bag_spec if compiling else cached_bag_spec)(mode, padding_idx, include_last_offset, weight.shape[0])
         if sparse or samples is not None:
             _check_options(spec, sparse, weight, samples)
-        if torch.compiler.is_compiling():
+        if compiling:
             ids, bounds = autograd.as_index_types(ids, bounds)  # a graph cannot find out at run time
         return autograd.embedding_bag(weight, ids, bounds, samples, spec, sparse)
     except AttributeError:

@@ -7,6 +7,7 @@ without ``zero_start``) take offsets that start anywhere: a collection hands the
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -91,11 +92,15 @@ def _check_devices(names: tuple[str, ...], args: tuple[Any, ...]) -> None:
 def _define(schema: str, run: Callable[..., Any], shape: Callable[..., Any]) -> None:
     names = tuple(part.split()[-1] for part in schema[schema.index("(") + 1 : schema.index(") ->")].split(","))
 
-    def fake(*args: Any) -> Any:
-        _check_devices(names, args)
-        return shape(*args)
+    def checked(function: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(function)
+        def call(*args: Any) -> Any:
+            _check_devices(names, args)
+            return function(*args)
 
-    _backends.define(schema, run, fake)
+        return call
+
+    _backends.define(schema, checked(run), checked(shape))
 
 
 _define(f"embedding_bag(Tensor weight, {_BAGS}) -> Tensor", reference.embedding_bag, _fake_embedding_bag)
