@@ -78,7 +78,7 @@ class _Looped(torch.autograd.Function):
 # ---- one table: the three operators and their derivatives ---------------------------------------------------------
 
 
-class _Pool(_Looped):
+class Pool(_Looped):
     """``embedding_bag`` for sum and mean; its operands, and whether the table's gradient is sparse."""
 
     @staticmethod
@@ -95,10 +95,10 @@ class _Pool(_Looped):
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        return *_pool_backward(ctx, grad, _sparse_backward, *ctx.saved_tensors), None, None, None, None
+        return *pool_backward(ctx, grad, _sparse_backward, *ctx.saved_tensors), None, None, None, None
 
 
-def _pool_backward(
+def pool_backward(
     ctx: Any,
     grad: torch.Tensor,
     sparse_gradient: Callable[..., torch.Tensor],
@@ -118,10 +118,10 @@ def _pool_backward(
     return grad_weight, None, None, grad_samples
 
 
-class _PoolDual(_Pool):
+class _PoolDual(Pool):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
-        _Pool.setup_context(ctx, inputs, output)
+        Pool.setup_context(ctx, inputs, output)
         ctx.save_for_backward(*inputs[:4])
         ctx.save_for_forward(*inputs[:4])
 
@@ -146,7 +146,7 @@ def _pool(
 ) -> torch.Tensor:
     args = weight, indices, offsets, per_sample_weights
     if _wants_graph(weight, per_sample_weights):
-        return _apply(_pick(_Pool, _PoolDual), *args, *spec, sparse)
+        return _apply(_pick(Pool, _PoolDual), *args, *spec, sparse)
     return _run("embedding_bag", weight, *args, *spec)
 
 
@@ -363,54 +363,8 @@ def _sparse_backward(
     return torch.sparse_coo_tensor(rows.long().unsqueeze(0), values, shape, check_invariants=False)
 
 
-def _traced_sparse_backward(
-    grad: torch.Tensor,
-    indices: torch.Tensor,
-    offsets: torch.Tensor | None,
-    per_sample_weights: torch.Tensor | None,
-    spec: BagSpec,
-    num_embeddings: int,
-) -> torch.Tensor:
-    """The same in a graph, which has no values: one row for each index, and what counts for nothing adds zeros to a row
-    that counts."""
-    rows = indices.reshape(-1).long()
-    position = torch.arange(rows.shape[0], device=rows.device)
-    counts = rows != spec.padding_idx
-    if offsets is None:
-        bag = position // max(indices.shape[1], 1)
-    else:
-        bag = torch.searchsorted(offsets.long(), position, right=True) - 1
-        if spec.include_last_offset:
-            counts = counts & (position < offsets[-1])
-            bag = bag.clamp(max=grad.shape[0] - 1)
-    factors = counts.to(grad.dtype)
-    if spec.mode == MEAN:
-        sizes = torch.zeros(grad.shape[0], dtype=torch.float32, device=grad.device)
-        sizes = sizes.index_add(0, bag, counts.float()).clamp(min=1)
-        grad = grad / sizes.unsqueeze(1).to(grad.dtype)
-    if per_sample_weights is not None:
-        factors = factors * per_sample_weights.reshape(-1)
-    if rows.shape[0]:
-        rows = torch.where(counts, rows, rows.index_select(0, counts.to(torch.uint8).argmax(0, keepdim=True)))
-    values = grad.index_select(0, bag) * factors.unsqueeze(1)
-    shape = [num_embeddings, grad.shape[1]]
-    return torch.sparse_coo_tensor(rows.unsqueeze(0), values, shape, check_invariants=False)
-
-
-class _TracedSparsePool(_Pool):
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        return *_pool_backward(ctx, grad, _traced_sparse_backward, *ctx.saved_tensors), None, None, None, None
-
-
-@torch.compiler.allow_in_graph
-def _traced_sparse_pool(*operands: Any) -> torch.Tensor:
-    """A call with a sparse gradient, which only the part of torch.compile behind its Python tracer knows."""
-    return _TracedSparsePool.apply(*operands, True)
-
-
 class _PlainBag(torch.autograd.Function):
-    """``_Pool`` and ``_Max`` where no transform sees the call, which spares it 2 us."""
+    """``Pool`` and ``_Max`` where no transform sees the call, which spares it 2 us."""
 
     @staticmethod
     def forward(
@@ -440,7 +394,7 @@ class _PlainBag(torch.autograd.Function):
         weight, indices, offsets, per_sample_weights, argmax = ctx.saved_tensors
         if argmax is not None:
             return _max_backward(grad, argmax, ctx.num_embeddings), None, None, None, None, None
-        grads = _pool_backward(ctx, grad, _sparse_backward, weight, indices, offsets, per_sample_weights)
+        grads = pool_backward(ctx, grad, _sparse_backward, weight, indices, offsets, per_sample_weights)
         return *grads, None, None
 
 
@@ -462,7 +416,10 @@ def embedding_bag(
             weight.requires_grad or (per_sample_weights is not None and per_sample_weights.requires_grad)
         ):
             if sparse and torch.compiler.is_compiling():
-                return _traced_sparse_pool(weight, indices, offsets, per_sample_weights, *spec)
+                # torch.compile's tracer, which that module imports, is as much as the rest of torch.
+                from .traced_sparse import pool
+
+                return pool(weight, indices, offsets, per_sample_weights, *spec)
             return _PlainBag.apply(weight, indices, offsets, per_sample_weights, spec, sparse)
         run = _backends.implementation("embedding_bag", weight)
         mode, padding_idx, include_last_offset = spec

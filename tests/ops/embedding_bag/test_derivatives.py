@@ -269,6 +269,18 @@ def test_sparse_gradients_compile(mode: str, padding_idx: int | None) -> None:
         assert_matches(found.to_dense(), wanted.to_dense())
 
 
+def test_sparse_gradients_compile_with_a_last_offset() -> None:
+    """Indices behind the last offset belong to no bag."""
+    torch._dynamo.reset()
+    bag = rk.EmbeddingBag(ROWS, DIM, sparse=True, include_last_offset=True)
+    compiled = torch.compile(bag, fullgraph=True, backend="aot_eager")
+    for last in (5, IDS.numel()):
+        call = (IDS, torch.tensor([0, 3, 3, last]))
+        wanted, found = _trained(bag, *call)[1], _trained(compiled, *call)[1]
+        assert_matches(found.to_dense(), wanted.to_dense())
+        assert set(found.coalesce().indices()[0].tolist()) == set(wanted.coalesce().indices()[0].tolist())
+
+
 def test_small_index_types_compile() -> None:
     torch._dynamo.reset()
     compiled = torch.compile(rk.functional.embedding_bag, fullgraph=True, backend="aot_eager")
