@@ -18,7 +18,7 @@ import torch
 from torch._functorch.utils import unwrap_dead_wrappers
 from torch.autograd import forward_ad
 
-from ...backends import selection as _backends
+from ...backends import selection
 from . import reference
 from .faults import index_out_of_range
 from .reference import MAX, MEAN, SUM
@@ -31,7 +31,7 @@ _transforms_active = torch._C._are_functorch_transforms_active
 
 def _run(name: str, at: torch.Tensor, *args: Any) -> Any:
     """Runs an operator where a tensor is."""
-    return _backends.implementation(name, at)(*args)
+    return selection.implementation(name, at)(*args)
 
 
 def _apply(function: Any, *args: Any) -> Any:
@@ -342,7 +342,7 @@ def _sparse_backward(
         rows = rows[: int(end)] if spec.include_last_offset else rows
     bag = torch.repeat_interleave(lengths)
     keep = None
-    if rows.is_cuda and _backends.bounds_mode() == "clamp":
+    if rows.is_cuda and selection.bounds_mode() == "clamp":
         rows = rows.clamp(0, num_embeddings - 1)
     elif rows.is_cuda:
         keep = (rows >= 0) & (rows < num_embeddings)
@@ -379,10 +379,10 @@ class _PlainBag(torch.autograd.Function):
         ctx.spec, ctx.sparse, ctx.num_embeddings = spec, sparse, weight.shape[0]
         argmax = None
         if spec.mode == MAX:
-            run = _backends.implementation("embedding_bag_max", weight)
+            run = selection.implementation("embedding_bag_max", weight)
             out, argmax = run(weight, indices, offsets, *spec[1:], True)
         else:
-            run = _backends.implementation("embedding_bag", weight)
+            run = selection.implementation("embedding_bag", weight)
             out = run(weight, indices, offsets, per_sample_weights, *spec)
         # Only what the backward reads: a table that it does not read may change before, as in torch.
         keep_weight = per_sample_weights is not None and per_sample_weights.requires_grad
@@ -421,7 +421,7 @@ def embedding_bag(
 
                 return pool(weight, indices, offsets, per_sample_weights, *spec)
             return _PlainBag.apply(weight, indices, offsets, per_sample_weights, spec, sparse)
-        run = _backends.implementation("embedding_bag", weight)
+        run = selection.implementation("embedding_bag", weight)
         mode, padding_idx, include_last_offset = spec
         return run(weight, indices, offsets, per_sample_weights, mode, padding_idx, include_last_offset)
     except IndexError as error:
@@ -496,7 +496,7 @@ def _quantized_weights_backward(
     whole = BagSpec(SUM, -1, spec.include_last_offset)
     out = _weights_gradient(grad.float(), rows, position, offsets, whole).reshape(-1)
     padding_idx, num_rows = spec.padding_idx, table.weight.shape[0]
-    if indices.is_cuda and _backends.bounds_mode() != "raise":
+    if indices.is_cuda and selection.bounds_mode() != "raise":
         indices, padding_idx, num_rows = _as_counted(indices, padding_idx, num_rows)
     bags = reference.split_bags(indices, offsets, padding_idx, spec.include_last_offset, num_rows)
     values = out[bags.position]
@@ -509,7 +509,7 @@ def _quantized_weights_backward(
 
 def _as_counted(indices: torch.Tensor, padding_idx: int, num_rows: int) -> tuple[torch.Tensor, int, int]:
     """Indices that are right and count as wrong ones do on a GPU; their padding index, and how many rows they need."""
-    if _backends.bounds_mode() == "clamp":
+    if selection.bounds_mode() == "clamp":
         return indices.clamp(0, num_rows - 1), padding_idx, num_rows
     absent = (indices < 0) | (indices >= num_rows)
     if padding_idx >= 0:
@@ -530,11 +530,11 @@ def quantized_embedding_bag(
         if per_sample_weights is not None and _wants_graph(per_sample_weights):
             function = _pick(_QuantizedPool, _QuantizedPoolDual)
             return _apply(function, *table, indices, offsets, per_sample_weights, *spec, dtype)
-        run = _backends.implementation("quantized_embedding_bag", indices)
+        run = selection.implementation("quantized_embedding_bag", indices)
         # Unpacked by hand: a request spends as long on Python as on its rows.
         weight, scale_bias, exponent, dim, bits = table
         mode, padding_idx, last = spec
-        number = _backends.dtype_argument(dtype)
+        number = selection.dtype_argument(dtype)
         return run(
             weight,
             scale_bias,
@@ -581,7 +581,7 @@ class _Collection(torch.autograd.Function):
         read = {f.table for f in features if all_read or f.mode == MAX}
         kept = [w if number in read else None for number, w in enumerate(weights)]
         ctx.save_for_backward(indices, offsets, per_sample_weights, *kept)
-        run = _backends.implementation("embedding_bag_collection", indices)
+        run = selection.implementation("embedding_bag_collection", indices)
         return run(list(weights), scale_bias, plan, indices, offsets, per_sample_weights, total_dim, dtype)
 
     @staticmethod
@@ -712,7 +712,7 @@ def embedding_bag_collection(
         return _Collection.apply(
             plan, features, total_dim, dtype, scale_bias, indices, offsets, per_sample_weights, *weights
         )
-    run = _backends.implementation("embedding_bag_collection", indices)
+    run = selection.implementation("embedding_bag_collection", indices)
     return run(
-        weights, scale_bias, plan, indices, offsets, per_sample_weights, total_dim, _backends.dtype_argument(dtype)
+        weights, scale_bias, plan, indices, offsets, per_sample_weights, total_dim, selection.dtype_argument(dtype)
     )

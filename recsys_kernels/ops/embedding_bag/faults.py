@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from ...backends import selection as _backends
+from ...backends import selection
 
 
 class IndexOutOfRangeError(IndexError, RuntimeError):
@@ -66,4 +66,4 @@ def fault_error(record: tuple[int, ...]) -> Exception:
     return index_error(fault.value, fault.position, table, fault.bound)
 
 
-_backends.register_faults(fault_error)
+selection.register_faults(fault_error)

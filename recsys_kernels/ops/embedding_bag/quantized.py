@@ -8,8 +8,7 @@ from typing import Any
 
 import torch
 
-from ...backends import memory
-from ...backends import selection as _backends
+from ...backends import memory, selection
 from . import drop_in
 from .autograd import quantized_embedding_bag
 from .bag import EmbeddingBag
@@ -91,7 +90,7 @@ class _Quantized(torch.nn.Module):
         weight = weight.detach()
         exponent = _table_exponent(weight)
         self.exponent.fill_(exponent)
-        run = _backends.implementation("quantize_rowwise", weight)
+        run = selection.implementation("quantize_rowwise", weight)
         run(weight, self.bits, exponent, self.weight, self.scale_bias)
         self.host_exponent()
 
