@@ -219,8 +219,11 @@ def check_out(folder: Path, ours: frozenset[str]) -> None:
         raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(parent))
     if not os.access(parent, os.W_OK | os.X_OK):
         raise PermissionError(errno.EACCES, "no permission to write into this folder", str(parent))
-    with tempfile.TemporaryDirectory(dir=parent, prefix=f".{place.name}-"):
-        pass
+    try:
+        with tempfile.TemporaryDirectory(dir=parent, prefix=f".{place.name}-"):
+            pass
+    except OSError as error:  # the error of /proc, "No such file or directory", names a folder that nobody asked for
+        raise OSError(error.errno, f"no folder can be made there ({error.strerror})", str(parent)) from None
 
 
 def _place(folder: Path) -> Path:

@@ -382,7 +382,10 @@ class QuantizedEmbedding(_Quantized):
                 class is a ``RuntimeError``, too.
             TypeError: ``input`` is not a tensor.
         """
-        if not isinstance(input, torch.Tensor):
+        try:
+            flat = input.reshape(-1, 1)
+        except (AttributeError, TypeError):
             drop_in.check_tensors(input=input)
-        rows = quantized_embedding_bag(self.table, input.reshape(-1, 1), None, None, BagSpec(0, -1, False), self.dtype)
+            raise
+        rows = quantized_embedding_bag(self.table, flat, None, None, BagSpec(0, -1, False), self.dtype)
         return rows.reshape(*input.shape, self.embedding_dim)

@@ -32,7 +32,7 @@ FAMILY = registry.register(
         ),
         samples=".samples:operator_samples",
         facts=".facts:facts",
-        converters=("recsys_kernels.compress.converters.tables",),
+        converters=("recsys_kernels.compress.converters.embedding_tables",),
     )
 )
 
@@ -41,7 +41,7 @@ FAMILY = registry.register(
 
 
 class BagOperands(NamedTuple):
-    """What a call looks up. ``offsets``: where each bag begins in ``indices``, or None: every row of a matrix is one."""
+    """What a call looks up. ``offsets``: where each bag begins in ``indices``, None: each row of a matrix is one."""
 
     indices: torch.Tensor
     offsets: torch.Tensor | None

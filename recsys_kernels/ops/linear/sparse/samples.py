@@ -64,9 +64,9 @@ class SparseSample:
     @property
     def layer(self) -> SparseLayer:
         """The layer, as sparse_pack takes it."""
-        options = (self.weight_scale, self.bias, self.input_qparams, self.scheme, self.activation)
-        out_features, in_features = self.weight.shape
-        return SparseLayer(*self.stored, out_features, in_features, *options)
+        (values, crow_indices, col_indices), (n, k) = self.stored, self.weight.shape
+        tensors = self.weight_scale, self.bias, self.input_qparams
+        return SparseLayer(values, crow_indices, col_indices, n, k, *tensors, self.scheme, self.activation)
 
     @property
     def args(self) -> tuple[object, ...]:

@@ -30,7 +30,7 @@ FAMILY = registry.register(
         modules=(".layer:SparseLinear", ".mlp:SparseMLP"),
         samples=".samples:operator_samples",
         facts=".facts:facts",
-        converters=("recsys_kernels.compress.converters.sparse",),
+        converters=("recsys_kernels.compress.converters.sparse_linear",),
     )
 )
 
