@@ -133,9 +133,9 @@ class QuantizeOperands(NamedTuple):
 # ---- shapes ---------------------------------------------------------------------------------------------------------
 
 
-def _num_bags(bags: Any) -> int:
+def _num_bags(bags: Any) -> Any:
     if bags.offsets is None:
-        return int(bags.indices.shape[0])
+        return bags.indices.shape[0]
     return bags.offsets.shape[0] - 1 if bags.include_last_offset else bags.offsets.shape[0]
 
 
