@@ -37,7 +37,7 @@ def rating_dataset(log: RatingLog, limit: int | None = None, shares: tuple[float
     check_labels(log.name, labels, bounds)
     train = slice(0, bounds[0])
     raw = _dense_fields(log, train)
-    dense = [DenseFeature(name, name.endswith(("count", "days"))).fit(raw[name][train]) for name in raw]
+    dense = [_dense_feature(name).fit(raw[name][train]) for name in raw]
     scaled = np.stack([feature.scale(raw[feature.name]) for feature in dense], axis=1)
     bags, tables, vocabularies = _bags(log, train)
     return Dataset(
@@ -54,6 +54,12 @@ def rating_dataset(log: RatingLog, limit: int | None = None, shares: tuple[float
         bounds=bounds,
         dropped=("user", "item", "liked_items", "disliked_items"),
     )
+
+
+def _dense_feature(name: str) -> DenseFeature:
+    """The feature before it knows its range: counts and spans of time are skewed, and never negative."""
+    skewed = name.endswith(("count", "days"))
+    return DenseFeature(name, log=skewed, minimum=0.0 if skewed or name == "user_age" else None)
 
 
 def split_by_time(name: str, timestamps: np.ndarray, shares: tuple[float, float]) -> tuple[int, int]:
