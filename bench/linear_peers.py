@@ -36,8 +36,8 @@ from bench import probe
 from bench.levels import cap
 from bench.linear_cases import FP32, LinearCase, LinearWorkload
 from bench.sides import ONE_THREAD, OURS, AbsentError, Side
-from recsys_kernels import _backends
-from recsys_kernels._native import native
+from recsys_kernels.backends import selection as _backends
+from recsys_kernels.backends.native import native
 
 DYNAMIC = {f"torch dynamic, {engine}": engine for engine in ("fbgemm", "onednn")}
 ONNXRUNTIME = "onnxruntime dynamic"

@@ -29,7 +29,7 @@ import recsys_kernels as rk
 from bench import probe
 from bench.cases import BITS, LOOP, Batch, Case, Workload
 from bench.sides import ONE_THREAD, OURS, REFERENCE, AbsentError, Side
-from recsys_kernels import _backends
+from recsys_kernels.backends import selection as _backends
 
 FBGEMM = "fbgemm IntNBit"
 FBGEMM_SPLIT = "fbgemm Split"

@@ -40,8 +40,8 @@ from bench.harness import Pair, Result  # noqa: E402
 from bench.operators import CASES, Operator  # noqa: E402
 from bench.sides import BEST  # noqa: E402
 from recsys_kernels import __version__  # noqa: E402
-from recsys_kernels._backends import chosen  # noqa: E402
-from recsys_kernels._native import native  # noqa: E402
+from recsys_kernels.backends.native import native  # noqa: E402
+from recsys_kernels.backends.selection import chosen  # noqa: E402
 
 UNREADABLE = (ValueError, KeyError, TypeError, StopIteration)  # what a file with other contents leads to
 THP = "THP_MEM_ALLOC_ENABLE"

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import recsys_kernels as rk
 from bench.linear_cases import CHECKED_OUTPUTS, LAYER_SNR, POOL_BYTES, judge
 from bench.sides import BEST_OTHER, ONE_THREAD, OWN_FP32_SPARSE, OWN_INT8_DENSE, Target
-from recsys_kernels.ops.sparse_linear.patterns import keep_mask, parse_pattern
+from recsys_kernels.ops.linear.sparse.patterns import keep_mask, parse_pattern
 
 DENSE = "torch dense"
 UNSTRUCTURED, BLOCK = "unstructured", "block4x1"

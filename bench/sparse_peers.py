@@ -25,10 +25,11 @@ from bench.levels import cap
 from bench.linear_peers import quantized_engine
 from bench.sides import ONE_THREAD, OURS, OWN_FP32_SPARSE, OWN_INT8_DENSE, AbsentError, Side
 from bench.sparse_cases import DENSE, SparseCase, SparseWorkload
-from recsys_kernels import _backends
-from recsys_kernels._native import native
-from recsys_kernels.ops.sparse_linear import formats, op
-from recsys_kernels.ops.sparse_linear.patterns import parse_pattern
+from recsys_kernels.backends import selection as _backends
+from recsys_kernels.backends.native import native
+from recsys_kernels.ops.linear.sparse import autograd as op
+from recsys_kernels.ops.linear.sparse import formats
+from recsys_kernels.ops.linear.sparse.patterns import parse_pattern
 
 CSR = "torch CSR"
 CSR_LINEAR = "F.linear with a CSR weight"

@@ -6,10 +6,11 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from . import _start  # isort: skip - before torch, whose import takes seconds
-from . import _backends, functional
-from ._backends import backend, bounds_check, check_bounds
-from ._native import native as _native_library
-from .memory import use_huge_pages
+from . import functional
+from .backends import selection as _backends
+from .backends.memory import use_huge_pages
+from .backends.native import native as _native_library
+from .backends.selection import backend, bounds_check, check_bounds
 from .ops.embedding_bag import (
     EmbeddingBag,
     EmbeddingBagCollection,
@@ -17,20 +18,20 @@ from .ops.embedding_bag import (
     QuantizedEmbedding,
     QuantizedEmbeddingBag,
 )
-from .ops.int8_matmul import Int8Linear, Int8MLP
+from .ops.linear.int8 import Int8Linear, Int8MLP
 
 if TYPE_CHECKING:
-    from ._doctor import doctor
-    from .compress.calibrate import calibrate
-    from .compress.equalize import equalize
-    from .compress.neurons import prune_neurons
-    from .compress.optimize import optimize
-    from .compress.pruner import CubicSchedule, OneShot, Pruner
-    from .compress.pruning import prune, remove_masks
-    from .compress.sensitivity import sensitivity
+    from .backends.diagnosis import doctor
+    from .compress.prune.masks import prune, remove_masks
+    from .compress.prune.neurons import prune_neurons
+    from .compress.prune.pruner import CubicSchedule, OneShot, Pruner
+    from .compress.prune.sensitivity import sensitivity
+    from .compress.quantize.calibrate import calibrate
+    from .compress.quantize.equalize import equalize
+    from .compress.rewrite.optimize import optimize
     from .models import load_model
-    from .ops.sparse_linear.linear import SparseLinear
-    from .ops.sparse_linear.mlp import SparseMLP
+    from .ops.linear.sparse.layer import SparseLinear
+    from .ops.linear.sparse.mlp import SparseMLP
 
 __version__ = "0.1.0"
 
@@ -84,20 +85,20 @@ except (ValueError, RuntimeError) as error:
 
 # Imported at first use: a program that only looks rows up pays nothing for them.
 _LATER = {
-    "CubicSchedule": ".compress.pruner",
-    "OneShot": ".compress.pruner",
-    "Pruner": ".compress.pruner",
-    "SparseLinear": ".ops.sparse_linear.linear",
-    "SparseMLP": ".ops.sparse_linear.mlp",
-    "calibrate": ".compress.calibrate",
-    "doctor": "._doctor",
-    "equalize": ".compress.equalize",
+    "CubicSchedule": ".compress.prune.pruner",
+    "OneShot": ".compress.prune.pruner",
+    "Pruner": ".compress.prune.pruner",
+    "SparseLinear": ".ops.linear.sparse.layer",
+    "SparseMLP": ".ops.linear.sparse.mlp",
+    "calibrate": ".compress.quantize.calibrate",
+    "doctor": ".backends.diagnosis",
+    "equalize": ".compress.quantize.equalize",
     "load_model": ".models",
-    "optimize": ".compress.optimize",
-    "prune": ".compress.pruning",
-    "prune_neurons": ".compress.neurons",
-    "remove_masks": ".compress.pruning",
-    "sensitivity": ".compress.sensitivity",
+    "optimize": ".compress.rewrite.optimize",
+    "prune": ".compress.prune.masks",
+    "prune_neurons": ".compress.prune.neurons",
+    "remove_masks": ".compress.prune.masks",
+    "sensitivity": ".compress.prune.sensitivity",
 }
 
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from . import __version__, _start
 
 if TYPE_CHECKING:
-    from .compress.job import JobResult, JobSettings
+    from .jobs.compress.run import JobResult, JobSettings
 
 BAD_INPUT, INTERRUPTED, TERMINATED = 2, 130, 143
 # What the extra `demo` brings; anything else that cannot be imported is a fault of this package.
@@ -181,7 +181,7 @@ _positive.__name__ = _natural.__name__ = "number"  # argparse then says: invalid
 
 
 def _doctor() -> int:
-    from ._doctor import doctor
+    from .backends.diagnosis import doctor
 
     try:
         doctor()
@@ -195,7 +195,8 @@ def _compress(options: argparse.Namespace) -> int:
         import safetensors  # noqa: F401 - the package imports it at first use: when the model is saved
 
         from . import data, models
-        from .compress import report, table, variants
+        from .jobs.compress import report, variants
+        from .jobs.compress import terminal as table
     except ImportError as error:
         module = (error.name or "").split(".")[0]
         if module not in DEMO_MODULES:
@@ -237,7 +238,7 @@ def _compress(options: argparse.Namespace) -> int:
 
 def _wrong_pruning(options: argparse.Namespace) -> str | None:
     """What is wrong with the options of pruned MLPs."""
-    from .ops.sparse_linear.patterns import check_sparsity, parse_pattern
+    from .ops.linear.sparse.patterns import check_sparsity, parse_pattern
 
     try:
         pattern = parse_pattern(options.pattern)
@@ -252,7 +253,7 @@ def _wrong_pruning(options: argparse.Namespace) -> str | None:
 
 
 def _settings(options: argparse.Namespace) -> JobSettings:
-    from .compress.job import JobSettings
+    from .jobs.compress.run import JobSettings
     from .models.train import TrainSettings
 
     training = TrainSettings(epochs=options.epochs, batch_size=options.batch_size, seed=options.seed)
@@ -274,7 +275,7 @@ def _run_with_progress(settings: JobSettings) -> JobResult:
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-    from .compress.job import run
+    from .jobs.compress.run import run
 
     console = Console(stderr=True)
     columns = (

@@ -12,7 +12,10 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from ._linear_samples import (  # noqa: F401  (part of this module's surface)
+from .ops.embedding_bag.op import FeaturePlan
+from .ops.embedding_bag.reference import MAX, MEAN, MODES, SUM
+from .ops.linear.operands import FLOATS
+from .ops.linear.samples import (  # noqa: F401  (part of this module's surface)
     INT8_SHAPES,
     SPARSE_PATTERNS,
     Int8Sample,
@@ -22,9 +25,6 @@ from ._linear_samples import (  # noqa: F401  (part of this module's surface)
     int8_linear_samples,
     sparse_linear_samples,
 )
-from .ops.embedding_bag.op import FeaturePlan
-from .ops.embedding_bag.reference import MAX, MEAN, MODES, SUM
-from .ops.linear_layers import FLOATS
 
 FLOAT_DTYPES = (*FLOATS, torch.float64)
 

@@ -10,7 +10,7 @@ import torch
 from support import isa_levels
 
 import recsys_kernels as rk
-from recsys_kernels._native import native
+from recsys_kernels.backends.native import native
 
 HERE = Path(__file__).parent
 # What takes longest comes first, so that no process is left with it in the end.
@@ -19,7 +19,7 @@ FIRST = (
     "gpu/test_cuda_code.py",
     "test_triton.py",
     "simt/test_embedding_bag.py",
-    "test_native.py",
+    "build/test_native.py",
     "gpu/test_triton_aot.py",
 )
 IMPLEMENTATIONS = ("reference", *isa_levels())

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from recsys_kernels.ops.int8_matmul import reference
-from recsys_kernels.ops.int8_matmul.reference import DYNAMIC, STATIC
+from recsys_kernels.ops.linear.int8 import reference
+from recsys_kernels.ops.linear.int8.reference import DYNAMIC, STATIC
 from recsys_kernels.testing import Int8Sample
 
 

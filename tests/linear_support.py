@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import nn
 
-from recsys_kernels.compress import linear as linear_module
-from recsys_kernels.compress.optimize import optimize
-from recsys_kernels.compress.swaps import LayerSwap
+from recsys_kernels.compress.converters import int8 as linear_module
+from recsys_kernels.compress.rewrite.optimize import optimize
+from recsys_kernels.compress.rewrite.report import LayerSwap
 
 WIDTH = 24
 

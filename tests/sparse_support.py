@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 
 import recsys_kernels as rk
-from recsys_kernels import _backends, testing
+from recsys_kernels import testing
+from recsys_kernels.backends import selection as _backends
 
 DTYPES = testing.FLOAT_DTYPES[:3]
 PATTERNS = testing.SPARSE_PATTERNS

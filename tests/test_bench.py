@@ -22,7 +22,7 @@ from bench.linear_cases import FP32, LinearCase, LinearWorkload  # noqa: E402
 from bench.operators import CASES  # noqa: E402
 from bench.sides import BEST_OTHER, ONE_THREAD, OURS, AbsentError, Side, Target  # noqa: E402
 from bench.sparse_cases import DENSE, SparseCase, SparseWorkload  # noqa: E402
-from recsys_kernels._native import native  # noqa: E402
+from recsys_kernels.backends.native import native  # noqa: E402
 
 FLOAT, QUANTIZED = (Case(dtype, 64, 64, 20).resized(None, quick=True) for dtype in ("fp32", "int8"))
 LINEAR, MLP = LinearCase(7, (45, 33)), LinearCase(5, (45, 33, 17, 1), level="module")

@@ -16,8 +16,8 @@ from torch import nn
 
 from recsys_kernels.data.examples import Schema
 from recsys_kernels.ops.embedding_bag import EmbeddingBagCollection, EmbeddingBagConfig
-from recsys_kernels.ops.int8_matmul import Int8Linear, Int8MLP
-from recsys_kernels.ops.sparse_linear import SparseLinear, SparseMLP
+from recsys_kernels.ops.linear.int8 import Int8Linear, Int8MLP
+from recsys_kernels.ops.linear.sparse import SparseLinear, SparseMLP
 
 # Forms of the MLPs, and what `Int8Linear` calls the treatment of activations; the same of pruned ones, `SparseLinear`.
 MLP_FORMS = {"float32": None, "int8": "dynamic", "int8-static": "static", "int8-weight-only": "weight_only"}

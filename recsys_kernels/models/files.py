@@ -24,8 +24,8 @@ from torch import nn
 
 from recsys_kernels.data.examples import Schema
 from recsys_kernels.ops.embedding_bag import QuantizedEmbeddingBag
-from recsys_kernels.ops.int8_matmul import Int8Linear
-from recsys_kernels.ops.sparse_linear import SparseLinear
+from recsys_kernels.ops.linear.int8 import Int8Linear
+from recsys_kernels.ops.linear.sparse import SparseLinear
 
 from .dlrm import DLRM, MLP_FORMS, SPARSE_FORMS, empty_tables, layer_pattern
 from .format import (

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 import recsys_kernels as rk
-from recsys_kernels import _backends
+from recsys_kernels.backends import selection as _backends
 
 
 def moved(value: Any, device: torch.device) -> Any:

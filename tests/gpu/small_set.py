@@ -23,10 +23,10 @@ from on_device import OnDevice, moved  # noqa: E402
 from sparse_gpu_cases import WRONG_STRUCTURES, layer  # noqa: E402
 
 import recsys_kernels as rk  # noqa: E402
-from recsys_kernels import _backends  # noqa: E402
-from recsys_kernels._native import BOUNDS_CHECKS  # noqa: E402
+from recsys_kernels.backends import selection as _backends  # noqa: E402
+from recsys_kernels.backends.native import BOUNDS_CHECKS  # noqa: E402
 from recsys_kernels.ops.embedding_bag.reference import MAX  # noqa: E402
-from recsys_kernels.ops.linear_layers import DYNAMIC, WEIGHT_ONLY  # noqa: E402
+from recsys_kernels.ops.linear.operands import DYNAMIC, WEIGHT_ONLY  # noqa: E402
 from recsys_kernels.testing import FLOAT_DTYPES, SPARSE_PATTERNS, collection_samples  # noqa: E402
 
 KINDS = (

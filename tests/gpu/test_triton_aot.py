@@ -25,13 +25,13 @@ from triton.runtime import driver  # noqa: E402
 from triton_budgets import BUDGETS, TARGETS  # noqa: E402
 
 import recsys_kernels as rk  # noqa: E402
-from recsys_kernels.ops import linear_triton  # noqa: E402
+from recsys_kernels.ops.linear import triton as linear_triton  # noqa: E402
 from recsys_kernels.ops.embedding_bag import triton as operators  # noqa: E402
 from recsys_kernels.ops.embedding_bag import triton_kernels  # noqa: E402
 from recsys_kernels.ops.embedding_bag.reference import MAX, MEAN, SUM  # noqa: E402
-from recsys_kernels.ops.int8_matmul import triton as int8  # noqa: E402
-from recsys_kernels.ops.linear_layers import DYNAMIC, GELU, RELU, WEIGHT_ONLY  # noqa: E402
-from recsys_kernels.ops.sparse_linear import triton as sparse  # noqa: E402
+from recsys_kernels.ops.linear.int8 import triton as int8  # noqa: E402
+from recsys_kernels.ops.linear.operands import DYNAMIC, GELU, RELU, WEIGHT_ONLY  # noqa: E402
+from recsys_kernels.ops.linear.sparse import triton as sparse  # noqa: E402
 
 _GPU_TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),

@@ -25,8 +25,8 @@ import pytest
 import torch
 from cuda_support import ROOT, build_script, require_toolkit
 
-from recsys_kernels import _backends
-from recsys_kernels._native import BOUNDS_CHECKS, Fault, native
+from recsys_kernels.backends import selection as _backends
+from recsys_kernels.backends.native import BOUNDS_CHECKS, Fault, native
 
 HERE = Path(__file__).parent
 EMULATOR = HERE / "emulator"

@@ -10,8 +10,8 @@ from int8_gpu_cases import NOT_VALID, SPOILED_ROWS, WRONG, layer, longest_rows, 
 from support import named
 
 import recsys_kernels as rk
-from recsys_kernels.ops.int8_matmul import reference
-from recsys_kernels.ops.int8_matmul.reference import DYNAMIC, NONE, RELU, STATIC, WEIGHT_ONLY
+from recsys_kernels.ops.linear.int8 import reference
+from recsys_kernels.ops.linear.int8.reference import DYNAMIC, NONE, RELU, STATIC, WEIGHT_ONLY
 from recsys_kernels.testing import FLOAT_DTYPES, Int8Sample, assert_matches, expected_int8_linear, int8_linear_samples
 
 from .support import BUILD, SEEDS, Emulation

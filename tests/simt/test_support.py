@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from recsys_kernels import _backends
+from recsys_kernels.backends import selection as _backends
 
 from . import support
 from .support import BUILD, Emulation, cache_folder, compiled, kernel_sources, require

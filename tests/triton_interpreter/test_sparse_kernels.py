@@ -26,9 +26,9 @@ from sparse_gpu_cases import (
 from test_bad_input import guarded
 
 import recsys_kernels as rk
-from recsys_kernels.ops.linear_layers import DYNAMIC, RELU, STATIC, WEIGHT_ONLY
-from recsys_kernels.ops.sparse_linear import reference
-from recsys_kernels.ops.sparse_linear import triton as kernels
+from recsys_kernels.ops.linear.operands import DYNAMIC, RELU, STATIC, WEIGHT_ONLY
+from recsys_kernels.ops.linear.sparse import reference
+from recsys_kernels.ops.linear.sparse import triton as kernels
 from recsys_kernels.testing import (
     FLOAT_DTYPES,
     SPARSE_PATTERNS,

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from ... import memory
+from ...backends import memory
 from . import drop_in, op
 
 

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.autograd.function import once_differentiable
 
-from ... import _backends
+from ...backends import selection as _backends
 from . import reference
 from .reference import MAX, MEAN, SUM
 

@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from ... import _backends, memory
+from ...backends import memory
+from ...backends import selection as _backends
 from . import drop_in
 from .bag import EmbeddingBag
 from .op import BagSpec, QuantizedTable, quantized_embedding_bag

@@ -16,7 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ... import _backends
+from ...backends import selection as _backends
 from . import triton_kernels as kernels
 from .reference import MAX, MEAN
 

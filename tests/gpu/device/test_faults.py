@@ -11,7 +11,7 @@ import torch
 from test_bad_input import NAMES, calls
 
 import recsys_kernels as rk
-from recsys_kernels import _backends
+from recsys_kernels.backends import selection as _backends
 from recsys_kernels.ops.embedding_bag import reference
 from recsys_kernels.testing import assert_matches
 

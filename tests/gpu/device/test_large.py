@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import recsys_kernels as rk
-from recsys_kernels import _backends
+from recsys_kernels.backends import selection as _backends
 
 
 @pytest.fixture(autouse=True)

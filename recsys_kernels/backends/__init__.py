@@ -1,0 +1,1 @@
+"""Which implementation of an operator runs: registry, selection, environment, diagnosis."""

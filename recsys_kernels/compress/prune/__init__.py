@@ -1,0 +1,1 @@
+"""Pruning: masks, schedules, whole neurons, sensitivity."""

@@ -1,0 +1,1 @@
+"""``optimize``: a copy of a model with smaller layers."""

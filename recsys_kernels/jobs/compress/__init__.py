@@ -1,0 +1,1 @@
+"""Trains a ranking model, compresses it every way, measures each form."""

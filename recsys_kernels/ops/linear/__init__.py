@@ -1,0 +1,1 @@
+"""What linear layers with int8 and with pruned weights share."""

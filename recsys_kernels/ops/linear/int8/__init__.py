@@ -1,0 +1,7 @@
+"""Linear layers with int8 weights: quantization, product and activation function in one pass."""
+
+from . import compiled as kept  # noqa: F401  (registers)
+from .layer import Int8Linear
+from .mlp import Int8MLP
+
+__all__ = ["Int8Linear", "Int8MLP"]

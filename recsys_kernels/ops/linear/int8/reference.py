@@ -1,0 +1,350 @@
+"""What the int8 matmul operators compute, in plain PyTorch: the fallback anywhere and what kernels are tested with.
+
+Each function has the signature of the operator of the same name (see ``op.py`` for the schemas). Integer products are
+taken in float64, where sums of up to 2^53 are exact and which every device multiplies fast.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+from ..operands import (  # noqa: F401  (named here by what runs these operators)
+    DYNAMIC,
+    EPILOGUES,
+    FLOATS,
+    GELU,
+    GROUPS,
+    MAX_IN_FEATURES,
+    MIN_SCALE,
+    NONE,
+    RELU,
+    SCHEMES,
+    SIGMOID,
+    SILU,
+    STATIC,
+    WEIGHT_ONLY,
+    activate,
+    check_input_qparams,
+    check_options,
+    check_qparams,
+    quantize_rows,
+    range_qparams,
+)
+from ..operands import check as _check
+from ..operands import check_floats as _check_floats
+from ..operands import check_width as _check_width
+
+# A packed layer: "RCK8", and the number of output channels that lie side by side.
+_MAGIC, _VERSION, _LANES = 0x384B4352, 1, 16
+_HEADER_BYTES = 64
+
+
+class Layer(NamedTuple):
+    """A quantized layer whose parts have been checked.
+
+    Attributes:
+        weight: int8 [N, K].
+        weight_scale: float32 [N, G], one column a group.
+        group: length of a group along K; 0 for a single one.
+        bias: float32 [N] or None.
+        input_qparams: scale and zero point of the activations (scheme static) or None.
+        scheme: DYNAMIC, STATIC or WEIGHT_ONLY.
+        activation: NONE, RELU, GELU, SIGMOID or SILU.
+    """
+
+    weight: torch.Tensor
+    weight_scale: torch.Tensor
+    group: int
+    bias: torch.Tensor | None
+    input_qparams: tuple[float, float] | None
+    scheme: int
+    activation: int
+
+
+def num_groups(in_features: int, group: int) -> int:
+    """Scales of an output channel."""
+    return 1 if group == 0 else -(-in_features // group)
+
+
+# ---- checks ---------------------------------------------------------------------------------------------------------
+
+
+def _check_input(input: torch.Tensor, weight: torch.Tensor) -> None:
+    _check(input.dim() >= 1, "input must have at least 1 dimension, but has 0")
+    _check(input.device == weight.device, f"input is on {input.device}, but weight on {weight.device}")
+    _check_width(input, weight.shape[1], weight.shape[0])
+
+
+def _check_numbers(in_features: int, out_features: int, group: int, scheme: int, activation: int) -> None:
+    _check(
+        1 <= in_features <= MAX_IN_FEATURES and out_features >= 1,
+        f"weight must have at least one row and 1 to {MAX_IN_FEATURES} columns (beyond, sums overflow int32), "
+        f"but has shape ({out_features}, {in_features})",
+    )
+    _check(group in (0, *GROUPS), f"group must be 0 (none), 32, 64 or 128, but is {group}")
+    check_options(scheme, activation)
+
+
+def _checked_layer(
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor,
+    group: int,
+    bias: torch.Tensor | None,
+    input_qparams: torch.Tensor | None,
+    scheme: int,
+    activation: int,
+) -> Layer:
+    """The arguments that int8_linear and int8_pack share, checked."""
+    _check(weight.dtype == torch.int8, f"weight must be int8, but is {weight.dtype}")
+    _check(weight.dim() == 2, f"weight must have 2 dimension(s), but has {weight.dim()}")
+    out_features, in_features = weight.shape
+    _check_numbers(in_features, out_features, group, scheme, activation)
+    _check(weight_scale.dtype == torch.float32, f"weight_scale must be float32, but is {weight_scale.dtype}")
+    shape = (out_features, num_groups(in_features, group))
+    _check(
+        weight_scale.shape == shape,
+        f"weight_scale must have shape {shape} for a weight of shape {tuple(weight.shape)} and group {group}, "
+        f"but has {tuple(weight_scale.shape)}",
+    )
+    if bias is not None:
+        _check(bias.dtype == torch.float32, f"bias must be float32, but is {bias.dtype}")
+        _check(
+            bias.shape == (out_features,),
+            f"bias must have shape {(out_features,)} for a weight of shape {tuple(weight.shape)}, "
+            f"but has {tuple(bias.shape)}",
+        )
+    for name, tensor in (("weight_scale", weight_scale), ("bias", bias), ("input_qparams", input_qparams)):
+        same = tensor is None or tensor.device == weight.device
+        _check(same, f"{name} must be on the device of weight ({weight.device})")
+    qparams = check_input_qparams(input_qparams, scheme)
+    return Layer(weight, weight_scale, group, bias, qparams, scheme, activation)
+
+
+# ---- one layer ------------------------------------------------------------------------------------------------------
+
+
+def _groups(in_features: int, group: int) -> list[slice]:
+    step = group or in_features
+    return [slice(start, min(start + step, in_features)) for start in range(0, in_features, step)]
+
+
+def _weight_only(x: torch.Tensor, layer: Layer) -> torch.Tensor:
+    out = x.new_zeros(x.shape[0], layer.weight.shape[0])
+    for number, part in enumerate(_groups(x.shape[1], layer.group)):
+        out += F.linear(x[:, part], layer.weight[:, part].float()) * layer.weight_scale[:, number]
+    return out
+
+
+def _integers(x: torch.Tensor, layer: Layer) -> torch.Tensor:
+    finite = torch.isfinite(x).all(1, keepdim=True)
+    q, scale, zero_point = quantize_rows(torch.where(finite, x, 0.0), layer.input_qparams)
+    q, zero_point = q.double(), zero_point.double()
+    sums = []
+    for part in _groups(x.shape[1], layer.group):
+        weight = layer.weight[:, part].double()
+        sums.append((q[:, part] @ weight.t() - zero_point * weight.sum(1)).float())
+    if len(sums) == 1:
+        out = sums[0] * (scale * layer.weight_scale[:, 0])
+    else:
+        out = torch.zeros_like(sums[0])
+        for number, values in enumerate(sums):
+            out += values * layer.weight_scale[:, number]
+        out *= scale
+    return torch.where(finite, out, torch.nan)
+
+
+def _run(x: torch.Tensor, layer: Layer) -> torch.Tensor:
+    """One layer on float32 rows [M, K]."""
+    out = (_weight_only if layer.scheme == WEIGHT_ONLY else _integers)(x, layer)
+    if layer.bias is not None:
+        out = out + layer.bias
+    return activate(out, layer.activation)
+
+
+def int8_linear(
+    input: torch.Tensor,
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor,
+    group: int,
+    bias: torch.Tensor | None,
+    input_qparams: torch.Tensor | None,
+    scheme: int,
+    activation: int,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """One layer over [..., K]: quantization of the input, integer product, scales, bias, activation."""
+    _check_floats(input, dtype)
+    layer = _checked_layer(weight, weight_scale, group, bias, input_qparams, scheme, activation)
+    _check_input(input, weight)
+    rows = input.float().reshape(-1, weight.shape[1])
+    return _run(rows, layer).to(dtype).reshape(*input.shape[:-1], weight.shape[0])
+
+
+def split_layers(
+    weights: list[torch.Tensor],
+    weight_scales: list[torch.Tensor],
+    biases: list[torch.Tensor | None],
+    input_qparams: list[torch.Tensor | None],
+    numbers: list[int],
+) -> list[tuple[torch.Tensor, torch.Tensor, int, torch.Tensor | None, torch.Tensor | None, int, int]]:
+    """The arguments of int8_layers as those of one int8_pack for each layer."""
+    count = len(weights)
+    lists = (weight_scales, biases, input_qparams)
+    _check(
+        count > 0 and all(len(part) == count for part in lists) and len(numbers) == 3 * count,
+        "int8_layers needs at least one layer, and of each a weight, a scale, a bias, qparams and three numbers",
+    )
+    layers = []
+    for number, (weight, scale, bias, qparams) in enumerate(zip(weights, *lists, strict=True)):
+        group, scheme, activation = numbers[3 * number : 3 * number + 3]
+        if scale.shape == (1, 1) and weight.dim() == 2:
+            scale = scale.expand(weight.shape[0], 1)
+        layers.append((weight, scale, group, bias, qparams, scheme, activation))
+    return layers
+
+
+def int8_layers(
+    input: torch.Tensor,
+    weights: list[torch.Tensor],
+    weight_scales: list[torch.Tensor],
+    biases: list[torch.Tensor | None],
+    input_qparams: list[torch.Tensor | None],
+    numbers: list[int],
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """Layers one after the other over [..., K], from their canonical operands; float32 between them."""
+    layers = split_layers(weights, weight_scales, biases, input_qparams, numbers)
+    for layer in layers[:-1]:
+        input = int8_linear(input, *layer, torch.float32)
+    return int8_linear(input, *layers[-1], dtype)
+
+
+# ---- packed layers --------------------------------------------------------------------------------------------------
+
+
+def _padded(size: int, multiple: int) -> int:
+    return -(-size // multiple) * multiple
+
+
+def packed_bytes(out_features: int, in_features: int, group: int) -> int:
+    """The size of a packed layer: header, scales, bias, sums, weights."""
+    channels = _padded(out_features, _LANES)
+    return _HEADER_BYTES + 4 * channels * (2 * num_groups(in_features, group) + 1) + channels * _padded(in_features, 4)
+
+
+def int8_pack(
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor,
+    group: int,
+    bias: torch.Tensor | None,
+    input_qparams: torch.Tensor | None,
+    scheme: int,
+    activation: int,
+) -> torch.Tensor:
+    """A layer as the CPU kernels read it: four bytes of each of 16 channels, then the next four; little endian."""
+    layer = _checked_layer(weight, weight_scale, group, bias, input_qparams, scheme, activation)
+    out_features, in_features = weight.shape
+    channels, depth = _padded(out_features, _LANES), _padded(in_features, 4)
+    missing = channels - out_features
+    scale, zero_point = layer.input_qparams or (1.0, 0.0)
+    (scale_bits,) = struct.unpack("<i", struct.pack("<f", scale))
+    numbers = [_MAGIC, _VERSION, in_features, out_features, group, scheme, activation, int(bias is not None)]
+    header = torch.tensor([*numbers, scale_bits, int(zero_point), *[0] * 6], dtype=torch.int32, device=weight.device)
+    sums = [weight[:, part].sum(1, dtype=torch.int32) for part in _groups(in_features, group)]
+    blocks = F.pad(weight, (0, depth - in_features, 0, missing)).reshape(channels // _LANES, _LANES, depth // 4, 4)
+    parts = (
+        header,
+        F.pad(weight_scale.t(), (0, missing)),
+        F.pad(weight_scale.new_zeros(out_features) if bias is None else bias, (0, missing)),
+        F.pad(torch.stack(sums), (0, missing)),
+        blocks.permute(0, 2, 1, 3),
+    )
+    return torch.cat([part.contiguous().reshape(-1).view(torch.uint8) for part in parts])
+
+
+def _unpack(packed: torch.Tensor) -> Iterator[Layer]:
+    """The layers of a chain, each checked before any of it is read."""
+    _check(packed.dtype == torch.uint8, f"packed must be uint8, but is {packed.dtype}")
+    _check(packed.dim() == 1, f"packed must have 1 dimension(s), but has {packed.dim()}")
+    size = packed.shape[0]
+    _check(size > 0, "packed holds no layer")
+    start = 0
+    while start < size:
+        at = f"packed: the layer at byte {start}"
+        _check(size - start >= _HEADER_BYTES, f"{at} is truncated: {size - start} of {_HEADER_BYTES} bytes of a header")
+        # Copied, as a view of other types needs an aligned start.
+        header = packed[start : start + _HEADER_BYTES].clone().view(torch.int32).tolist()
+        magic, version, in_features, out_features, group, scheme, activation, _, scale_bits, zero_point, *_ = header
+        _check(magic == _MAGIC, f"{at} does not start with the mark of a packed layer")
+        _check(version == _VERSION, f"{at} has version {version}, but this release reads version {_VERSION}")
+        try:
+            _check_numbers(in_features, out_features, group, scheme, activation)
+            qparams = None
+            if scheme == STATIC:
+                (scale,) = struct.unpack("<f", struct.pack("<i", scale_bits))
+                qparams = check_qparams(scale, zero_point)
+        except RuntimeError as error:
+            raise RuntimeError(f"{at}: {error}") from None
+        length = packed_bytes(out_features, in_features, group)
+        _check(size - start >= length, f"{at} is truncated: {size - start} of its {length} bytes")
+        yield _unpack_layer(
+            packed[start + _HEADER_BYTES : start + length],
+            in_features,
+            out_features,
+            group,
+            qparams,
+            scheme,
+            activation,
+        )
+        start += length
+
+
+def _unpack_layer(
+    body: torch.Tensor,
+    in_features: int,
+    out_features: int,
+    group: int,
+    qparams: tuple[float, float] | None,
+    scheme: int,
+    activation: int,
+) -> Layer:
+    groups, channels = num_groups(in_features, group), _padded(out_features, _LANES)
+    scales, bias, _, blocks = body.split(
+        [4 * channels * groups, 4 * channels, 4 * channels * groups, channels * _padded(in_features, 4)]
+    )
+    weight = blocks.view(torch.int8).reshape(channels // _LANES, -1, _LANES, 4).permute(0, 2, 1, 3)
+    return Layer(
+        weight.reshape(channels, -1)[:out_features, :in_features],
+        scales.clone().view(torch.float32).reshape(groups, channels)[:, :out_features].t(),
+        group,
+        bias.clone().view(torch.float32)[:out_features],
+        qparams,
+        scheme,
+        activation,
+    )
+
+
+def int8_chain(input: torch.Tensor, packed: torch.Tensor, out_features: int, dtype: torch.dtype) -> torch.Tensor:
+    """All layers of ``packed`` one after the other over [M, K]; float32 between them."""
+    _check_floats(input, dtype)
+    _check(input.dim() == 2, f"input must have 2 dimension(s), but has {input.dim()}")
+    _check(input.device == packed.device, f"input is on {input.device}, but packed on {packed.device}")
+    layers = list(_unpack(packed))
+    width = layers[0].weight.shape[1]
+    _check_width(input, width, layers[0].weight.shape[0])
+    for number, layer in enumerate(layers):
+        _check(
+            layer.weight.shape[1] == width,
+            f"packed: layer {number} takes {layer.weight.shape[1]} features, but the one before it gives {width}",
+        )
+        width = layer.weight.shape[0]
+    _check(width == out_features, f"packed gives {width} features, but out_features is {out_features}")
+    x = input.float()
+    for layer in layers:
+        x = _run(x, layer)
+    return x.to(dtype).contiguous()
