@@ -55,7 +55,7 @@ _TAIL = 0.005
 class DenseFeature:
     """A number: optionally log(1 + x), cut to the range of training, then standardized.
 
-    Outside the range of the training rows a model would extrapolate: days since a user's first rating, for example, only
+    Outside the range of the training rows a model would extrapolate: days since a first rating, for example, only
     grow. Models whose activations are quantized by ranges of training examples would then differ from the others for
     a reason that has nothing to do with quantization.
 

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 from small_data import ITEMS, RATINGS, USERS, WRITERS, World, criteo_lines, log_of, write_criteo
 
-from recsys_kernels.data import DataError, features, fetch
+from recsys_kernels.data import DataError, Schema, features, fetch
 from recsys_kernels.data.checksum import sha256
 from recsys_kernels.data.criteo import CATEGORIES, COLUMNS, MIN_COUNT, read_criteo
-from recsys_kernels.data.examples import Bags
+from recsys_kernels.data.examples import Bags, DenseFeature
 from recsys_kernels.data.features import HISTORY, PRIOR, rating_dataset, split_by_time
 from recsys_kernels.data.history import past_counts, previous
 from recsys_kernels.data.load import load_dataset
@@ -144,6 +144,33 @@ def test_dense_features_against_a_loop() -> None:
     np.testing.assert_allclose(train.mean(axis=0), 0, atol=1e-5)
 
 
+def test_dense_features_stay_in_the_range_of_training() -> None:
+    world = World(4)
+    order = np.argsort(world.times, kind="stable")
+    world.times[order[-60:]] += 4000 * 86400  # days since the first rating that training never saw
+    data = rating_dataset(log_of(world))
+    column = [feature.name for feature in data.schema.dense].index("user_days")
+    train, later = data.dense[data.rows("train")], data.dense[data.rows("test")]
+    assert (later.max(axis=0) <= train.max(axis=0)).all()
+    assert (later.min(axis=0) >= train.min(axis=0)).all()
+    feature = data.schema.dense[column]
+    assert feature.high is not None
+    assert np.expm1(feature.high) < 100
+    assert feature.scale(np.array([1e3, 1e300]))[0] == feature.scale(np.array([1e300]))[0] == later[:, column].max()
+    # The range is kept in the files, and without one (older files) nothing is cut.
+    again = Schema.from_json(data.schema.to_json(), {t: v.tokens for t, v in data.schema.vocabularies.items()})
+    assert again.dense == data.schema.dense
+    assert DenseFeature("x", mean=1.0, std=2.0).scale(np.array([101.0])).item() == 50.0
+
+
+def test_a_constant_dense_feature_is_zero_and_huge_numbers_stay_finite() -> None:
+    constant = DenseFeature("x").fit(np.full(77, 0.1))
+    assert constant.std == 1.0
+    np.testing.assert_allclose(constant.scale(np.array([0.1, 5.0])), 0.0, atol=1e-12)
+    assert np.isfinite(DenseFeature("x", std=1e-300).scale(np.array([1e300, -1e300, np.inf, np.nan]))).all()
+    assert DenseFeature("x").fit(np.array([np.nan])) == DenseFeature("x")
+
+
 def test_blocks_of_users_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = rating_dataset(log_of(World(4)))
     monkeypatch.setattr(features, "_BLOCK_ROWS", 7)
@@ -247,7 +274,8 @@ def test_criteo(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
             assert data.bags[feature].values[row] == expected
     assert "deadbeef" not in data.schema.vocabularies["C1"].tokens
     assert "" not in data.schema.vocabularies["C1"].tokens
-    raw = [np.log1p(max(float(line[1]), 0)) for line in lines[:240] if line[1]]
+    raw = np.array([np.log1p(max(float(line[1]), 0)) for line in lines[:240] if line[1]])
+    raw = raw.clip(*np.quantile(raw, (0.005, 0.995)))
     assert data.schema.dense[0].mean == pytest.approx(np.mean(raw), rel=1e-5)
     missing = next(row for row, line in enumerate(lines) if line[1] == "")
     assert data.dense[missing, 0] == 0
@@ -286,6 +314,18 @@ def _csv(header: str) -> Callable[[Path], Path]:
     return write
 
 
+def _parquet(folder: Path) -> Path:
+    (folder / "part-0.parquet").write_bytes(b"PAR1\x15\x04\x00PAR1")
+    return folder
+
+
+def _criteo_folder(folder: Path) -> Path:
+    (folder / ".hidden").write_bytes(b"")
+    (folder / "readme.bin").write_bytes(b"\xff\xfe\x00")
+    write_criteo(folder / "train.txt", criteo_lines(40))
+    return folder
+
+
 BAD: dict[str, tuple[Callable[[Path], Path], str]] = {
     "no such path": (lambda folder: folder / "nowhere", "no such file or folder"),
     "unknown folder": (lambda folder: folder, r"looked for u\.data .* ratings\.csv"),
@@ -316,6 +356,12 @@ BAD: dict[str, tuple[Callable[[Path], Path], str]] = {
     "criteo columns": (_criteo(lambda lines: [line.pop() for line in lines]), "nor a Criteo TSV of 40 columns"),
     "criteo text": (_criteo(lambda lines: lines[0].__setitem__(3, "abc")), "wrong content .*abc"),
     "criteo short": (_criteo(lambda lines: lines.__delitem__(slice(2, None))), "2 lines cannot be split"),
+    "parquet": (
+        lambda folder: _parquet(folder) / "part-0.parquet",
+        r"is a Parquet file, .* write it as text first: pand",
+    ),
+    "parquet folder": (_parquet, r"holds Parquet files \(part-0.parquet\), .* write it as text first: pandas"),
+    "criteo folder": (_criteo_folder, r"is a folder with a Criteo log; name the file itself: --data .*/train\.txt$"),
     "criteo gz": (lambda folder: _write(folder / "day.gz", b"not gzip"), "cannot be read"),
 }
 

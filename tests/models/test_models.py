@@ -6,6 +6,7 @@ import copy
 import errno
 import hashlib
 import json
+import math
 import os
 import re
 import time
@@ -215,11 +216,13 @@ def test_predict_takes_what_callers_have(data: Dataset, model: DLRM) -> None:
 @pytest.mark.parametrize(
     ("examples", "message"),
     [
-        ("user", "an iterable of dicts, one an example, not a str"),
-        (None, "an iterable of dicts, one an example, not None"),
+        ("user", r"an iterable of dicts, one an example, such as \[.*\], not a str"),
+        (None, r"an iterable of dicts, one an example, such as \[.*\], not None"),
         ({"user": "3"}, "not a dict: put a single example into a list"),
         (pd.DataFrame({"user": ["3"]}), r'not a DataFrame: give the DataFrame\'s \.to_dict\("records"\)'),
-        ([{}, "user"], "but number 1 is a str"),
+        ([{}, "user"], r"but number 1 is a str \('user'\)"),
+        ([196, 242], r"such as \[{'user': '196', 'item': '242'}\], but number 0 is an int \(196\)"),
+        ([{"user": ["3", "4"]}], r"feature 'user' takes one value, not a list of 2 \(\['3', '4'\]\)"),
         ([{"user_age": "old"}], r"feature 'user_age' takes a number, not a str \('old'\)"),
         ([{"user_age": [30]}], "feature 'user_age' takes a number, not a list"),
         ([{"user_age": np.array([30.0])}], "feature 'user_age' takes a number, not a ndarray"),
@@ -233,6 +236,28 @@ def test_predict_takes_what_callers_have(data: Dataset, model: DLRM) -> None:
 def test_predict_says_what_is_wrong(examples: Any, message: str, data: Dataset, model: DLRM) -> None:
     with pytest.raises(TypeError, match=message):
         RankingModel(model, data.schema).predict(examples)
+
+
+@pytest.mark.parametrize(
+    ("example", "message"),
+    [
+        ({"user": 1.5}, "feature 'user' takes ids, and 1.5 is none"),
+        ({"liked_items": [1, np.float32(2.5)]}, "feature 'liked_items' takes ids, and 2.5 is none"),
+        ({"item": math.inf}, "feature 'item' takes ids, and inf is none"),
+        ({"item_count": -3}, "feature 'item_count' takes a number of at least 0, not -3"),
+        ({"user_days": -0.5}, "feature 'user_days' takes a number of at least 0, not -0.5"),
+        ({"user_age": torch.tensor(-1)}, "feature 'user_age' takes a number of at least 0, not -1"),
+        ({"user_mean": -math.inf}, "feature 'user_mean' takes a finite number, not -inf"),
+    ],
+)
+def test_predict_refuses_numbers_that_a_feature_cannot_have(
+    example: dict[str, Any], message: str, data: Dataset, model: DLRM, tmp_path: Path
+) -> None:
+    save_model(model, data.schema, tmp_path)
+    for served in (RankingModel(model, data.schema), load_model(tmp_path)):
+        with pytest.raises(ValueError, match=message):
+            served.predict([{}, example])
+    served.predict([{"user_bias": -1.5, "user_count": 0, "user": -1, "item": 10**30}])
 
 
 @pytest.mark.parametrize("form", ["int8", "int4"])
