@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -77,7 +77,8 @@ class DenseFeature:
 
     def scale(self, raw: np.ndarray) -> np.ndarray:
         """float [N] (NaN where unknown) -> float32 [N]; unknown becomes 0, the training mean."""
-        values = (self._shape(raw) - self.mean) / self.std
+        with np.errstate(over="ignore"):  # infinity is cut as well
+            values = (self._shape(raw) - self.mean) / self.std
         return np.nan_to_num(np.clip(values, -_FARTHEST, _FARTHEST), nan=0.0).astype(np.float32)
 
     def fit(self, raw: np.ndarray) -> DenseFeature:
@@ -211,7 +212,7 @@ class Dataset:
         bags: the categorical features.
         labels: float32 [N], 0 or 1.
         bounds: rows [0, bounds[0]) train, [bounds[0], bounds[1]) validate, the rest test.
-        dropped: categorical features that are replaced by the unknown row at random in training.
+        dropped: categorical features of which ids are replaced by the unknown row at random in training -> the share.
     """
 
     name: str
@@ -220,7 +221,7 @@ class Dataset:
     bags: dict[str, Bags]
     labels: np.ndarray
     bounds: tuple[int, int]
-    dropped: tuple[str, ...] = ()
+    dropped: Mapping[str, float] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -236,15 +237,15 @@ class Dataset:
 
         Args:
             rows: int64 [B].
-            drop: share of the ids of `dropped` features to replace by the unknown row, which teaches the
-                model what to do with users and items that it has never seen.
+            drop: 1 replaces the shares of ids that `dropped` names by the unknown row, which teaches the model what to
+                do with users and items that it has never seen; 0.5 half of that, 0 nothing.
             random: needed when `drop` is above 0.
         """
         values, lengths = [], []
         for name, bags in self.bags.items():
             picked, count = bags.take(rows)
             if drop and random is not None and name in self.dropped:
-                picked = np.where(random.random(len(picked)) < drop, UNKNOWN, picked)
+                picked = np.where(random.random(len(picked)) < drop * self.dropped[name], UNKNOWN, picked)
             values.append(picked)
             lengths.append(count)
         offsets = np.zeros(len(rows) * len(lengths) + 1, np.int64)

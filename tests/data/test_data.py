@@ -15,7 +15,7 @@ from recsys_kernels.data import DataError, Schema, features, fetch
 from recsys_kernels.data.checksum import sha256
 from recsys_kernels.data.criteo import CATEGORIES, COLUMNS, MIN_COUNT, read_criteo
 from recsys_kernels.data.examples import Bags, DenseFeature
-from recsys_kernels.data.features import HISTORY, PRIOR, rating_dataset, split_by_time
+from recsys_kernels.data.features import HIDDEN, HISTORY, PRIOR, RECENT_PRIOR, rating_dataset, split_by_time
 from recsys_kernels.data.history import past_counts, previous
 from recsys_kernels.data.load import load_dataset
 from recsys_kernels.data.movielens import LIKED, read_movielens
@@ -128,12 +128,22 @@ def test_dense_features_against_a_loop() -> None:
     order = np.argsort(world.times, kind="stable")
     names = [feature.name for feature in data.schema.dense]
     overall = world.ratings[order][: data.bounds[0]].mean()
+    beyond = np.empty(RATINGS)  # what a rating says beyond the item's past mean
+    for row in range(RATINGS):
+        past = (world.items == world.items[row]) & (world.times < world.times[row])
+        level = (world.ratings[past] - overall).sum() / (past.sum() + PRIOR)
+        beyond[row] = world.ratings[row] - overall - level
+    decades = np.array(world.years)[world.items - 1] // 10
     for row in (0, 150, RATINGS - 1):
         one = order[row]
         past = (world.users == world.users[one]) & (world.times < world.times[one])
         mean = overall + (world.ratings[past] - overall).sum() / (past.sum() + PRIOR)
+        latest = np.flatnonzero(past)[np.argsort(world.times[past], kind="stable")][-5:]
+        alike = past & (decades == decades[one])
         for name, raw in (
             ("user_mean", mean),
+            ("user_bias_last_5", beyond[latest].sum() / (len(latest) + RECENT_PRIOR)),
+            ("decade_bias", beyond[alike].sum() / (alike.sum() + PRIOR)),
             ("user_count", past.sum()),
             ("user_age", world.ages[world.users[one] - 1]),
         ):
@@ -221,13 +231,21 @@ def test_batch_is_feature_major() -> None:
 def test_dropping_hides_only_the_named_ids() -> None:
     data = rating_dataset(log_of(World(8)))
     rows = data.rows("train")
+    assert data.dropped == HIDDEN
+    data.dropped = dict.fromkeys(HIDDEN, 1.0)
     full, dropped = data.batch(rows), data.batch(rows, 1.0, np.random.default_rng(0))
     kept = [name for name in data.bags if name not in data.dropped]
     for number, name in enumerate(data.bags):
         start, end = full.offsets[number * len(rows)], full.offsets[(number + 1) * len(rows)]
         part = dropped.indices[start:end]
         assert part.equal(full.indices[start:end]) if name in kept else not part.any()
-    assert set(data.dropped) == {"user", "item", "liked_items", "disliked_items"}
+    data.dropped = {"genres": 0.6}
+    half = data.batch(rows, 0.5, np.random.default_rng(0))
+    names = list(data.bags)
+    begin, end = (full.offsets[(names.index("genres") + more) * len(rows)] for more in (0, 1))
+    hidden = (half.indices == 0) & (full.indices != 0)
+    assert hidden[begin:end].float().mean() == pytest.approx(0.3, abs=0.05)
+    assert int(hidden.sum()) == int(hidden[begin:end].sum())
 
 
 def test_limit_keeps_the_latest_ratings() -> None:
