@@ -8,11 +8,11 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from sklearn.metrics import log_loss, roc_auc_score
 from torch import nn
 
 from recsys_kernels.data.examples import Dataset
 
+from .metrics import Quality, quality_of
 from .plain import model_input
 
 # The average of the weights: step i of n counts about (i / n) ** 8, so that the last ninth of all steps so far carries
@@ -50,14 +50,6 @@ class Epoch:
     """What one pass gave: mean training loss, validation AUC and log loss."""
 
     loss: float
-    auc: float
-    log_loss: float
-
-
-@dataclass(frozen=True)
-class Quality:
-    """How well probabilities fit labels: area under the ROC curve, and log loss in nats."""
-
     auc: float
     log_loss: float
 
@@ -191,8 +183,7 @@ def _batch_size(settings: TrainSettings, rows: int) -> int:
 def evaluate(model: nn.Module, data: Dataset, part: str) -> Quality:
     """Quality of a `DLRM` or `PlainDLRM` on one part of the data; the model is left in eval mode."""
     labels = data.labels[data.rows(part)]
-    scores = predict(model, data, part)
-    return Quality(float(roc_auc_score(labels, scores)), float(log_loss(labels, scores, labels=[0, 1])))
+    return quality_of(labels, predict(model, data, part))
 
 
 def predict(model: nn.Module, data: Dataset, part: str, batch_size: int = 4096) -> np.ndarray:
