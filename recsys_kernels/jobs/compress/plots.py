@@ -53,19 +53,28 @@ def latency(report: Report, key: str | None = None) -> Figure:
                 else:
                     axes.plot(1.08 * most, row, marker=">", color=_RED, markersize=5)
             # The numbers stand in columns of their own: beside a bar that of the median would seem that of the mark.
-            _column(axes, 1.24, "median", [_micros(value) for value in median], _BLUE)
-            _column(axes, 1.5, "p99", [_micros(value) for value in tail], _RED)
+            _column(axes, 42, "median", [_micros(value) for value in median], _BLUE)
+            _column(axes, 82, "p99", [_micros(value) for value in tail], _RED)
             axes.set_title(f"{int(size)} example{'s' if int(size) > 1 else ''} a call", pad=16)
         axes.set_xlabel("time of one call, µs")
     return figure
 
 
 def _column(axes: Axes, place: float, head: str, texts: Sequence[str], color: str) -> None:
-    """Numbers right of the axes, one a row, whose right edge is at `place` widths of the axes."""
-    transform = axes.get_yaxis_transform()
-    for row, text in enumerate(texts):
-        axes.text(place, row, text, transform=transform, va="center", ha="right", color=color, fontsize=10)
-    axes.text(place, -0.75, head, transform=transform, va="bottom", ha="right", color=color, fontsize=10)
+    """Numbers right of the axes, one a row, whose right edge is `place` points away."""
+    for row, text in ((-0.95, head), *enumerate(texts)):
+        axes.annotate(
+            text,
+            (1, row),
+            (place, 0),
+            xycoords=axes.get_yaxis_transform(),
+            textcoords="offset points",
+            annotation_clip=False,
+            va="center",
+            ha="right",
+            color=color,
+            fontsize=10,
+        )
 
 
 def table_size(report: Report) -> Figure:
@@ -80,7 +89,7 @@ def table_size(report: Report) -> Figure:
         totals = [a + b for a, b in zip(tables, others, strict=True)]
         _bars(axes, [v["title"] for v in variants], tables, _colors(report), [""] * len(tables), totals, max(totals))
         rows = list(range(len(variants)))
-        axes.barh(rows, others, left=tables, color="#d9dee3", height=0.6)
+        axes.barh(rows, others, left=tables, color="#b8c1c9", height=0.6)
         for row, total in enumerate(totals):
             axes.text(total, row, f" {total:,.{digits}f}", va="center")
         axes.set_xlabel(f"size, {unit}")
@@ -96,7 +105,6 @@ def auc_change(report: Report) -> Figure:
         _changes(axes, variants, [_BLUE] * len(variants), report["auc_tolerance"])
         axes.set_ylim(len(variants) - 0.5, -0.5)
         axes.set_yticks(range(len(variants)), [variant["title"] for variant in variants])
-        _column(axes, 1.5, "change", [str(change(variant)) for variant in variants], "#444")
         axes.set_xlabel("change of AUC (no unit)")
     return figure
 
@@ -106,7 +114,7 @@ def _changes(axes: Axes, variants: Sequence[dict[str, Any]], colors: Sequence[st
     rows = list(range(len(variants)))
     changes = [variant["auc_change"] for variant in variants]
     spreads = [2 * variant["auc_change_deviation"] for variant in variants]
-    axes.axvspan(-tolerance, tolerance, color="#e6f0e6")
+    axes.axvspan(-tolerance, tolerance, color="#d0e6d0")
     axes.axvline(0, color="#444", linewidth=1)
     axes.hlines(rows, *zip(*((c - s, c + s) for c, s in zip(changes, spreads, strict=True)), strict=True), color=colors)
     axes.scatter(changes, rows, color=colors, s=40, zorder=3)
@@ -156,7 +164,7 @@ def overview(report: Report) -> Figure:
         _bars(second, titles, median, _colors(report), [_micros(value) for value in median], median, max(median))
         second.set_xlabel(f"time for {int(size)} examples, µs")
         _changes(third, variants, _colors(report), report["auc_tolerance"])
-        third.set_xlabel("change of test AUC, ± 2 deviations")
+        third.set_xlabel("AUC change, ± 2 deviations")
         grown = report["grown_rows"]
         where = f"tables of {grown:,} rows" if grown else report["data"]["name"]
         figure.suptitle(f"One ranking model, {where}; AUC on {report['data']['name']}", fontsize=11)
