@@ -205,7 +205,7 @@ def cuda_of_library() -> str | None:
 
 def built_operators() -> set[str]:
     """The operators that op_cuda.cu implements, by its own words; none if the library was built without nvcc."""
-    sources = (PACKAGE.parent / "csrc").glob("*/op_cuda.cu")
+    sources = (PACKAGE.parent / "csrc").rglob("op_cuda.cu")
     named = re.findall(r'm\.impl\("(\w+)"', "".join(path.read_text() for path in sources))
     return set(named) if native.has_cuda else set()
 
@@ -348,7 +348,7 @@ def test_modes_have_the_numbers_of_the_library(monkeypatch: pytest.MonkeyPatch) 
         native.select_bounds_check(mode)
     assert numbers == [0, 1, 2]
     if native.has_cuda:
-        header = (PACKAGE.parent / "csrc" / "common" / "cuda_faults.cuh").read_text()
+        header = (PACKAGE.parent / "csrc" / "cuda" / "faults.cuh").read_text()
         named = re.search(r"enum class BoundsCheck[^{]*{(.*?)};", header, re.DOTALL)
         assert named is not None
         assert tuple(re.findall(r"^\s*(\w+),", named[1], re.MULTILINE)) == BOUNDS_CHECKS

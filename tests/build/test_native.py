@@ -300,7 +300,7 @@ def test_checkout_may_have_any_name(tmp_path: Path) -> None:
     checked(*command, cwd=root)
     assert (root / "recsys_kernels" / "_C.so").exists()
     assert "no work to do" in checked(*command, cwd=root)
-    (root / "csrc" / "common" / "isa.h").touch()
+    (root / "csrc" / "core" / "isa.h").touch()
     assert "no work to do" not in checked(*command, cwd=root), "ninja did not learn which headers were read"
 
 

@@ -25,10 +25,10 @@ from triton.runtime import driver  # noqa: E402
 from triton_budgets import BUDGETS, TARGETS  # noqa: E402
 
 import recsys_kernels as rk  # noqa: E402
-from recsys_kernels.ops.linear import triton as linear_triton  # noqa: E402
 from recsys_kernels.ops.embedding_bag import triton as operators  # noqa: E402
 from recsys_kernels.ops.embedding_bag import triton_kernels  # noqa: E402
 from recsys_kernels.ops.embedding_bag.reference import MAX, MEAN, SUM  # noqa: E402
+from recsys_kernels.ops.linear import triton as linear_triton  # noqa: E402
 from recsys_kernels.ops.linear.int8 import triton as int8  # noqa: E402
 from recsys_kernels.ops.linear.operands import DYNAMIC, GELU, RELU, WEIGHT_ONLY  # noqa: E402
 from recsys_kernels.ops.linear.sparse import triton as sparse  # noqa: E402

@@ -93,7 +93,7 @@ class SparseConverter(LinearConverter):
 def leave_dense(plan: Plan, batch_size: int | None, timed: bool) -> None:
     """Keeps layers dense that are known to be faster so, and those that would only get larger.
 
-    What is known is in the table that ships with the kernels (``ops/sparse_linear/crossover.py``). Layers with int8
+    What is known is in the table that ships with the kernels (``ops/linear/sparse/crossover.py``). Layers with int8
     values become dense int8 ones, if those are smaller than the float ones. To be called after :meth:`Plan.convert`.
 
     Args:

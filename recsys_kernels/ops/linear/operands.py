@@ -1,4 +1,4 @@
-"""What the operators of linear layers share, as ``csrc/common/linear.h`` does for their kernels.
+"""What the operators of linear layers share, as ``csrc/linear/types.h`` does for their kernels.
 
 Names and numbers of options, quantization of activations to 8 bits, functions that are applied to a result, and what
 their modules have in common.
