@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Iterator
 from html.parser import HTMLParser
@@ -93,7 +94,7 @@ def test_figures_carry_deviations(numbers: dict[str, Any], result: JobResult, tm
     lead = numbers["variants"][0]["auc"] - numbers["boosted"]["auc"]
     assert numbers["boosted"]["lead"] == pytest.approx(lead)
     page = " ".join(report.render(numbers, tmp_path, "{}").split())
-    console = Console(width=80, record=True, quiet=True)
+    console = Console(width=80, file=io.StringIO(), record=True)
     console.print(terminal.summary(result))
     table = console.export_text()
     for text in (page, table):
@@ -109,7 +110,7 @@ def test_a_small_test_says_that_it_is_small(
     numbers: dict[str, Any], result: JobResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def texts() -> tuple[str, str]:
-        console = Console(width=100, record=True, quiet=True)
+        console = Console(width=100, file=io.StringIO(), record=True)
         console.print(terminal.summary(result))
         fresh = json.loads(json.dumps({**job.to_json(result), "saved": "int8"}))
         return report.render(fresh, tmp_path, "{}"), console.export_text()

@@ -193,10 +193,12 @@ def _bars(
     ends: Sequence[float],
     most: float,
 ) -> None:
-    """Horizontal bars with a text each, which avoids the mark at `ends`; the axis shows values up to `most`."""
+    """Horizontal bars with a text each, beside what ends at `ends`; the axis shows values up to `most`."""
     rows = list(range(len(titles)))
     axes.barh(rows, values, color=colors, height=0.6)
     for row, (value, text, end) in enumerate(zip(values, texts, ends, strict=True)):
+        if not text:
+            continue
         if value > 0.25 * most:
             axes.text(value, row, f"{text} ", va="center", ha="right", color="white")
         else:

@@ -268,19 +268,6 @@ def to_json(result: JobResult) -> dict[str, Any]:
         labels = data.labels[data.rows(part)]
         parts[part] = {"rows": len(labels), "positive_share": float(labels.mean())}
     config = result.models[VARIANTS[0].name].config
-    variants = [
-        {
-            "name": name,
-            "title": result.title(name),
-            **asdict(result.quality[name]),
-            "auc_change": result.change[name].value,
-            "auc_change_deviation": result.change[name].deviation,
-            "validation_auc": result.validation[name],
-            **asdict(result.cost[name]),
-            "grown": asdict(result.grown[name]) if result.grown else None,
-        }
-        for name in result.models
-    ]
     return {
         "format": 1,
         "data": {"name": data.name, "parts": parts, "dense": [f.name for f in data.schema.dense]},
@@ -316,10 +303,23 @@ def to_json(result: JobResult) -> dict[str, Any]:
         },
         "chosen": result.chosen,
         "chosen_pruned": result.chosen_pruned,
-        "variants": variants,
+        "variants": [_variant_json(result, name) for name in result.models],
         "without_tables": asdict(result.without_tables),
         "seconds": result.seconds,
         "machine": machine(),
+    }
+
+
+def _variant_json(result: JobResult, name: str) -> dict[str, Any]:
+    return {
+        "name": name,
+        "title": result.title(name),
+        **asdict(result.quality[name]),
+        "auc_change": result.change[name].value,
+        "auc_change_deviation": result.change[name].deviation,
+        "validation_auc": result.validation[name],
+        **asdict(result.cost[name]),
+        "grown": asdict(result.grown[name]) if result.grown else None,
     }
 
 
