@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import torch
+from torch.nn.parameter import is_lazy
+
+from ..converters.converter import LayerDecision
+from ..sizes import dtype_name, stored_bytes
+from .plan import RewritePlan
+
 
 @dataclass(frozen=True)
-class LayerSwap:
-    """One layer that was swapped or kept.
+class LayerReport:
+    """One layer that was replaced or kept.
 
     Attributes:
         names: every place in the model where it is.
@@ -61,19 +69,19 @@ class OptimizeReport:
         notes: what else is different in the new model.
     """
 
-    layers: tuple[LayerSwap, ...]
+    layers: tuple[LayerReport, ...]
     bytes_before: int
     bytes_after: int
     output_error: float | None = None
     notes: tuple[str, ...] = ()
 
     @property
-    def swapped(self) -> tuple[LayerSwap, ...]:
+    def swapped(self) -> tuple[LayerReport, ...]:
         """The layers that have a new form."""
         return tuple(layer for layer in self.layers if layer.action != "kept")
 
     @property
-    def kept(self) -> tuple[LayerSwap, ...]:
+    def kept(self) -> tuple[LayerReport, ...]:
         """The layers that were left alone."""
         return tuple(layer for layer in self.layers if layer.action == "kept")
 
@@ -112,7 +120,7 @@ class OptimizeReport:
         return "\n".join([*lines, *self.notes])
 
 
-def _cells(layer: LayerSwap) -> tuple[str, ...]:
+def _cells(layer: LayerReport) -> tuple[str, ...]:
     rows, columns = layer.shape
     size, error = f"{layer.bytes_before:,}", ""
     if layer.max_error is not None and layer.relative_error is not None:
@@ -127,3 +135,47 @@ def _line(row: tuple[str, ...], widths: list[int]) -> str:
         cell.ljust(w) if i in left else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=False))
     ]
     return "  ".join([*cells, row[7]]).rstrip()
+
+
+def report_of(
+    plan: RewritePlan, model: torch.nn.Module, new: torch.nn.Module, output_error: float | None
+) -> OptimizeReport:
+    """The report of a plan that was carried out."""
+    contents = plan.contents
+    order = {key: number for number, key in enumerate((*contents.modules, *contents.unregistered))}
+    decisions = [plan.decisions[key] for key in sorted(plan.decisions, key=order.__getitem__)]
+    return OptimizeReport(
+        layers=tuple(_describe(layer, plan.masked) for layer in decisions),
+        bytes_before=stored_bytes(model),
+        bytes_after=stored_bytes(new),
+        output_error=output_error,
+        notes=tuple(dict.fromkeys(plan.notes)),
+    )
+
+
+def _describe(layer: LayerDecision, masked: Mapping[int, torch.nn.Module]) -> LayerReport:
+    module, given = layer.module, masked.get(id(layer.module), layer.module)
+    tensors = [*given.parameters(), *given.buffers()]
+    before = sum(tensor.nbytes for tensor in tensors if not is_lazy(tensor))
+    new = layer.replacement
+    error = relative = None
+    if new is not None:
+        error = layer.converter.max_error(module, new)
+        largest = max(abs(value.item()) for value in module.weight.detach().aminmax())
+        relative = error / largest if largest else 0.0
+    return LayerReport(
+        names=tuple(layer.names),
+        kind=type(module).__name__,
+        action="kept" if new is None else layer.choice,
+        reason=layer.reason_to_keep or "; ".join(layer.notes),
+        shape=layer.converter.shape(module),
+        dtype=dtype_name(tensors[0]) if tensors else "",
+        bytes_before=before,
+        bytes_after=before if new is None else stored_bytes(new),
+        max_error=error,
+        relative_error=relative,
+        sqnr=layer.sqnr,
+        float_us=layer.float_us,
+        int8_us=layer.replacement_us,
+        **({} if new is None else layer.converter.report_fields(layer)),
+    )

@@ -18,7 +18,7 @@ from torch.nn.utils import parametrizations, prune
 
 import recsys_kernels as rk
 from recsys_kernels.compress.rewrite.optimize import optimize
-from recsys_kernels.compress.rewrite.report import LayerSwap
+from recsys_kernels.compress.rewrite.report import LayerReport
 
 ROWS, DIM, BATCH, LENGTH = 50, 16, 6, 4
 QUANTIZED = (rk.QuantizedEmbedding, rk.QuantizedEmbeddingBag)
@@ -53,7 +53,7 @@ def ids(*shape: int, high: int = ROWS) -> torch.Tensor:
     return torch.randint(high, shape, generator=torch.Generator().manual_seed(1))
 
 
-def only(report: Any) -> LayerSwap:
+def only(report: Any) -> LayerReport:
     (layer,) = report.layers
     return layer
 

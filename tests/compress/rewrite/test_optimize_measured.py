@@ -12,7 +12,7 @@ from linear_support import WIDTH, by_name, kinds, mlp, only_linear, rows, withou
 from torch import nn
 
 import recsys_kernels as rk
-from recsys_kernels.compress.converters import int8 as linear_module
+from recsys_kernels.compress.converters import linear as linear_module
 from recsys_kernels.compress.rewrite.optimize import optimize
 
 pytestmark = pytest.mark.usefixtures("one_thread")

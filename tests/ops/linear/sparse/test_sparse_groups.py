@@ -18,7 +18,7 @@ from support import named
 
 import recsys_kernels as rk
 from recsys_kernels.backends import selection as _backends
-from recsys_kernels.compress.converters.tables import stored_bytes
+from recsys_kernels.compress.sizes import stored_bytes
 from recsys_kernels.ops.linear.operands import DYNAMIC, STATIC, WEIGHT_ONLY
 from recsys_kernels.ops.linear.sparse import crossover, reference
 from recsys_kernels.ops.linear.sparse import prepared as kept
