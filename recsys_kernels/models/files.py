@@ -271,8 +271,12 @@ def check_out(folder: Path, ours: frozenset[str]) -> None:
         raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(parent))
     if not os.access(parent, os.W_OK | os.X_OK):
         raise PermissionError(errno.EACCES, "no permission to write into this folder", str(parent))
-    with tempfile.TemporaryDirectory(dir=parent, prefix=f".{place.name}-"):
-        pass
+    try:
+        with tempfile.TemporaryDirectory(dir=parent, prefix=f".{place.name}-"):
+            pass
+    except OSError as error:  # such as /proc, which takes no folders; its words name the scratch folder
+        reason = f"no folder can be created in {parent} ({error.strerror or error})"
+        raise OSError(error.errno, reason, str(folder)) from None
 
 
 def _place(folder: Path) -> Path:

@@ -37,6 +37,7 @@ from recsys_kernels.models import (
     load_model,
     save_model,
 )
+from recsys_kernels.models import train as training
 from recsys_kernels.models.requests import normalize
 from recsys_kernels.models.train import TrainSettings, evaluate, imitate, predict, train
 
@@ -154,6 +155,24 @@ def test_training_learns_through_the_tables_and_is_reproducible() -> None:
     assert quality.auc == roc_auc_score(data.labels[data.rows("test")], predict(model, data, "test", batch_size=7))
     # The weights kept are those of the best epoch.
     assert evaluate(model, data, "validation").auc == max(epoch.auc for epoch in epochs)
+
+
+def test_the_average_weights_late_steps_most() -> None:
+    model = nn.Linear(1, 1, bias=False)
+    average = training._Average(model)
+    total = 4000
+    for step in range(1, total + 1):
+        with torch.no_grad():
+            model.weight.fill_(step / total)
+        average.add()
+    # The mean of x under the density 9 x ** 8 on [0, 1].
+    assert average.model.weight.item() == pytest.approx(0.9, abs=0.001)
+    assert model.weight.item() == 1.0
+    first = training._Average(model)
+    with torch.no_grad():
+        model.weight.fill_(7.0)
+    first.add()
+    assert first.model.weight.item() == 7.0
 
 
 def material(data: Dataset) -> Material:
@@ -754,6 +773,18 @@ def test_a_folder_without_write_permission_is_refused_at_once(
     with pytest.raises(PermissionError, match="no permission to write") as caught:
         files.check_out(tmp_path / "out", OURS)
     assert caught.value.filename == str(locked)
+
+
+def test_a_place_that_takes_no_folders_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # What making a folder in /proc says; an error of the scratch folder would name a path that nobody has heard of.
+    def fail(*args: object, **options: object) -> None:
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(tmp_path / ".out-scratch"))
+
+    monkeypatch.setattr(files.tempfile, "mkdtemp", fail)
+    with pytest.raises(OSError, match=f"no folder can be created in {tmp_path}") as caught:
+        files.check_out(tmp_path / "out", OURS)
+    assert caught.value.filename == str(tmp_path / "out")
+    assert "scratch" not in str(caught.value)
 
 
 def test_what_a_link_leads_to_is_replaced(tmp_path: Path) -> None:
