@@ -12,7 +12,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from . import __version__, _start
+from . import __version__
 
 if TYPE_CHECKING:
     from .jobs.compress.run import JobResult, JobSettings
@@ -54,9 +54,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Args:
         arguments: without the program's name; `sys.argv[1:]` by default.
     """
-    _start.leave_interrupts_to_python()
     try:
         return _run(_parser(), arguments)
+    except KeyboardInterrupt:
+        return _fail("interrupted; nothing was written", INTERRUPTED)
     finally:
         _print("")  # what argparse printed, too, meets a closed pipe here and not at exit
 

@@ -274,9 +274,8 @@ def check_out(folder: Path, ours: frozenset[str]) -> None:
     try:
         with tempfile.TemporaryDirectory(dir=parent, prefix=f".{place.name}-"):
             pass
-    except OSError as error:  # such as /proc, which takes no folders; its words name the scratch folder
-        reason = f"no folder can be created in {parent} ({error.strerror or error})"
-        raise OSError(error.errno, reason, str(folder)) from None
+    except OSError as error:  # the error of /proc, "No such file or directory", names a folder that nobody asked for
+        raise OSError(error.errno, f"no folder can be made there ({error.strerror})", str(parent)) from None
 
 
 def _place(folder: Path) -> Path:

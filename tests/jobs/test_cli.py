@@ -202,6 +202,7 @@ BAD: dict[str, tuple[Callable[[Path], list[object]], str]] = {
     "out is the current folder": (lambda folder: ["--out", "."], r"\.: is the current folder"),
     "out is the current folder's name": (lambda folder: ["--out", Path.cwd()], "is the current folder"),
     "out is a mount point": (lambda folder: ["--out", "/"], "/: is a mount point.*name a folder inside it"),
+    "no folders there": (lambda folder: ["--out", "/proc/x"], r"/proc: no folder can be made there"),
     "out under a file": (lambda folder: ["--out", folder / "u.data" / "out"], "u.data"),
 }
 
@@ -319,7 +320,7 @@ def test_an_interrupt_while_torch_is_imported_is_one_line(tmp_path: Path) -> Non
         assert child.stdout.readline() == "importing\n"
         child.send_signal(signal.SIGINT)
         assert child.wait(30) == 130
-        assert one_line(child.stderr.read()) == "recsys-kernels: interrupted; nothing was written"
+        assert child.stderr.read() == "recsys_kernels: interrupted while it was imported; nothing was done\n"
 
 
 def test_interrupt_while_writing_leaves_nothing(

@@ -781,9 +781,9 @@ def test_a_place_that_takes_no_folders_is_named(tmp_path: Path, monkeypatch: pyt
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(tmp_path / ".out-scratch"))
 
     monkeypatch.setattr(files.tempfile, "mkdtemp", fail)
-    with pytest.raises(OSError, match=f"no folder can be created in {tmp_path}") as caught:
+    with pytest.raises(OSError, match="no folder can be made there") as caught:
         files.check_out(tmp_path / "out", OURS)
-    assert caught.value.filename == str(tmp_path / "out")
+    assert caught.value.filename == str(tmp_path)
     assert "scratch" not in str(caught.value)
 
 
