@@ -9,8 +9,9 @@ from typing import Any, ClassVar
 import torch
 
 from ...ops.embedding_bag import EmbeddingBag, EmbeddingBagCollection, QuantizedEmbedding, QuantizedEmbeddingBag
+from ...ops.embedding_bag.autograd import quantized_embedding_bag
 from ...ops.embedding_bag.dequantizing import DequantizingEmbedding, DequantizingEmbeddingBag
-from ...ops.embedding_bag.op import BagSpec, quantized_embedding_bag
+from ...ops.embedding_bag.spec import BagSpec
 from ..sizes import stored_bytes
 from .converter import Check, Converter, LayerDecision, ObservedCall, Options, RewriteState, register
 from .measure import median_microseconds, times_text

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
-from .op import BagSpec, quantized_embedding_bag
+from .autograd import quantized_embedding_bag
 from .quantized import QuantizedEmbedding, QuantizedEmbeddingBag
+from .spec import BagSpec
 
 _TENSOR: Any = torch.Tensor
 # Functions that read no values: the sizes and the type of a tensor answer them.

@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 
-from ...backends import memory
-from ...backends import selection as _backends
-from . import drop_in
+from ...backends import selection
+from . import drop_in, memory
+from .autograd import quantized_embedding_bag
 from .bag import EmbeddingBag
-from .op import BagSpec, QuantizedTable, quantized_embedding_bag
+from .spec import BagSpec, QuantizedTable
 
 _BITS = (8, 4)
 _MAX_EXPONENT = 126
@@ -39,6 +39,20 @@ def _canonical(tensor: torch.Tensor) -> torch.Tensor:
     """The tensor alone in its memory, without gaps. (A view of a single row counts as contiguous.)"""
     alone = tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.nbytes
     return tensor if alone or tensor.is_meta else tensor.clone(memory_format=torch.contiguous_format)
+
+
+def _scale_fault(scale_bias: Any) -> str | None:
+    """What is wrong with the scales and biases of a state_dict, or None: they are finite, and scales at least 0."""
+    if not isinstance(scale_bias, torch.Tensor) or scale_bias.is_meta or scale_bias.dim() != 2:
+        return None  # a wrong shape is torch's to say
+    bad = ~torch.isfinite(scale_bias).all(1)
+    if scale_bias.shape[1]:
+        bad |= scale_bias[:, 0] < 0
+    if not bad.any():
+        return None
+    row = int(bad.nonzero()[0])
+    values = ", ".join(f"{value:g}" for value in scale_bias[row].tolist())
+    return f"must hold finite values and no negative scale, but row {row} of the table has (scale, bias) = ({values})"
 
 
 class _Quantized(torch.nn.Module):
@@ -76,7 +90,7 @@ class _Quantized(torch.nn.Module):
         weight = weight.detach()
         exponent = _table_exponent(weight)
         self.exponent.fill_(exponent)
-        run = _backends.implementation("quantize_rowwise", weight)
+        run = selection.implementation("quantize_rowwise", weight)
         run(weight, self.bits, exponent, self.stored_rows, self.scale_bias)
         self.host_exponent()
 
@@ -163,6 +177,10 @@ class _Quantized(torch.nn.Module):
         exponent = state_dict.get(prefix + "exponent")
         if isinstance(exponent, torch.Tensor) and not exponent.is_meta and abs(int(exponent)) > _MAX_EXPONENT:
             errors.append(f"{prefix}exponent must be within {_MAX_EXPONENT}, but is {int(exponent)} in the state_dict")
+            return
+        fault = _scale_fault(state_dict.get(prefix + "scale_bias"))
+        if fault is not None:
+            errors.append(f"{prefix}scale_bias of the state_dict {fault}")
             return
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)
         self.host_exponent()
@@ -309,9 +327,13 @@ class QuantizedEmbeddingBag(_Quantized):
 
         Errors are those of :func:`recsys_kernels.functional.embedding_bag`.
         """
-        drop_in.check_bags(input, offsets, per_sample_weights)
+        try:
+            drop_in.check_bags(input, offsets, per_sample_weights)
+        except AttributeError:
+            drop_in.check_tensors(input=input, offsets=offsets, per_sample_weights=per_sample_weights)
+            raise
         if per_sample_weights is not None and self.mode == "max":
-            raise NotImplementedError("embedding_bag: per_sample_weights need mode 'sum' or 'mean', not 'max'")
+            raise NotImplementedError(drop_in.NO_WEIGHTED_MAX)
         return quantized_embedding_bag(self.table, input, offsets, per_sample_weights, self._spec, self.dtype)
 
     def extra_repr(self) -> str:
@@ -365,7 +387,14 @@ class QuantizedEmbedding(_Quantized):
         """Looks up int32 or int64 indices of any shape; returns [*input.shape, embedding_dim].
 
         Raises:
-            IndexError: an index that is not a row of the table; names its position in the flat input and its value.
+            IndexError: an index that is not a row of the table; names its position in the flat input and its value. The
+                class is a ``RuntimeError``, too.
+            TypeError: ``input`` is not a tensor.
         """
-        rows = quantized_embedding_bag(self.table, input.reshape(-1, 1), None, None, BagSpec(0, -1, False), self.dtype)
+        try:
+            flat = input.reshape(-1, 1)
+        except (AttributeError, TypeError):
+            drop_in.check_tensors(input=input)
+            raise
+        rows = quantized_embedding_bag(self.table, flat, None, None, BagSpec(0, -1, False), self.dtype)
         return rows.reshape(*input.shape, self.embedding_dim)
