@@ -159,7 +159,7 @@ def parser() -> argparse.ArgumentParser:
         "--save",
         metavar="FORM",
         help="form of the model to save: fp32, int8, int4, int8-mlp, int8-mlp-static, int8-mlp-qat, pruned, "
-        "int8-pruned, int4-mlp (default: the smallest that keeps the AUC within 0.001)",
+        "int8-pruned, int4-mlp (default: the smallest that surely keeps the AUC within 0.001)",
     )
     return parser
 

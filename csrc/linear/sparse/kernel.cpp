@@ -24,6 +24,63 @@ using simd::tile_columns;
 
 constexpr int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
 
+// ---- damaged packs ----
+
+// Chunks exist, and the slabs have as many steps as there are between their start and their end. Kernels go
+// from one slab to the next without looking at its start.
+bool slabs_intact(const SparseLayer& layer, int64_t first, int64_t last) {
+  constexpr int64_t most_parts = 1 << 16;  // so that sums fit into 32 bits: these loops become vectors
+  const uint32_t chunks = static_cast<uint32_t>(layer.chunks);
+  int64_t all_steps = 0;
+  for (int64_t part = first * layer.chunks, end = last * layer.chunks; part < end; part += most_parts) {
+    const int64_t parts = end - part < most_parts ? end - part : most_parts;
+    const uint8_t* steps = layer.steps + part;
+    const int32_t* order = layer.order + part;
+    uint32_t sum = 0, outside = 0;
+    for (int64_t p = 0; p < parts; ++p) sum += steps[p];
+    for (int64_t p = 0; p < parts; ++p) outside |= static_cast<uint32_t>(order[p]) >= chunks;
+    if (outside != 0) return false;
+    all_steps += sum;
+  }
+  return all_steps == layer.slab_starts[last] - layer.slab_starts[first];
+}
+
+// Groups exist in their band, and the entries of a block are those between its start and the next one's.
+// Every group has an item in the first block, which begins its sums.
+bool bands_intact(const SparseLayer& layer, int64_t first, int64_t last) {
+  for (int64_t band = first; band < last; ++band) {
+    const uint32_t groups = static_cast<uint32_t>(layer.band_groups[band + 1] - layer.band_groups[band]);
+    for (int64_t block = 0; block < layer.blocks; ++block) {
+      const SparseStream& s = layer.streams[band * layer.blocks + block];
+      const bool is_last = band + 1 == layer.bands && block + 1 == layer.blocks;
+      const int64_t next_item = is_last ? layer.item_count : (&s)[1].first_item;
+      const int64_t next_entry = is_last ? layer.entries : (&s)[1].first_entry;
+      if (s.first_item < 0 || s.items < 0 || s.items > groups || s.first_item > layer.item_count - s.items ||
+          s.first_item + s.items != next_item || s.first_entry < 0 || s.first_entry > layer.entries) {
+        return false;
+      }
+      const SparseItem* items = layer.items + s.first_item;
+      uint32_t sum = 0, outside = 0;  // at most 2^31 groups of 2^8 cells
+      uint64_t all_groups = 0;
+      for (int64_t i = 0; i < s.items; ++i) {
+        const uint32_t group = static_cast<uint32_t>(items[i].group),
+                       count = static_cast<uint32_t>(items[i].count);
+        outside |= (group >= groups) | (count > block_cells);
+        sum += count;
+        all_groups += group;
+      }
+      if (outside != 0 || sum != next_entry - s.first_entry) return false;
+      if (block == 0 && (s.items != groups || all_groups != uint64_t{groups} * (groups - 1) / 2))
+        return false;
+    }
+  }
+  return true;
+}
+
+bool intact(const SparseLayer& layer, bool few, int64_t first, int64_t last) {
+  return few ? slabs_intact(layer, first, last) : bands_intact(layer, first, last);
+}
+
 // ---- results ----
 
 // Floats of the rows [row, row + rows) of the output, from `column` on.
@@ -551,4 +608,4 @@ void all_from_floats(const float* x, int64_t count, const Matrix& m) { from_floa
 }  // namespace
 
 extern "C" const rk::SparseLinearKernels RK_CONCAT(rk_sparse_linear_, RK_ISA) = {
-    few, many, gradient, all_to_floats, all_from_floats};
+    intact, few, many, gradient, all_to_floats, all_from_floats};

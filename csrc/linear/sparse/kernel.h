@@ -53,6 +53,7 @@ struct SparseLayer {
   const uint8_t*
       cell;  // of every entry: its cell within the chunk or the block; few: [steps][slab_rows / group]
   const uint8_t* value;  // many: [entries][group]; few: [steps][slab_rows]
+  int64_t entries;       // few: steps
 
   // few
   int64_t slabs, chunks;
@@ -66,13 +67,16 @@ struct SparseLayer {
   const int64_t* band_groups;   // [bands + 1]: the groups of a band, and with it its rows
   const SparseStream* streams;  // [bands][blocks]
   const SparseItem* items;
+  int64_t item_count;
 
   int64_t padded_n() const { return (n + slab_rows - 1) / slab_rows * slab_rows; }
 };
 
 // Memory of one thread.
 struct SparseScratch {
-  int32_t* x;        // [cells rounded up to chunk_cells][panel columns, or few_rows]
+  // [cells rounded up to block_cells, and block_cells more][panel columns, or few_rows]: any byte counts a
+  // cell that is there, so that nobody has to look at the cells of a pack that may be damaged.
+  int32_t* x;
   int32_t* y;        // [rows of the largest band, a multiple of 16][panel columns]; many
   float* floats;     // [16][k]: activations of another float type, or bytes that become floats again
   uint8_t* bytes;    // [panel columns][4 * cells]: quantized activations, of f32 as floats
@@ -94,6 +98,9 @@ struct SparseGradientScratch {
 };
 
 struct SparseLinearKernels {
+  // Whether what says where the weights of slabs or bands [first, last) are stays within the pack. The pack
+  // may be damaged: its header and the places of slabs and bands have been checked, and nothing else.
+  bool (*intact)(const SparseLayer&, bool few, int64_t first, int64_t last);
   // Up to few_rows rows of `in`, slabs [first, last) of the output.
   void (*few)(const SparseLayer&, const Matrix& in, const Matrix& out, int64_t rows, int64_t first,
               int64_t last, const SparseScratch&);

@@ -3,6 +3,7 @@
 
 #include <torch/csrc/stable/library.h>
 
+#include <atomic>
 #include <cmath>
 
 #include "core/pages.h"
@@ -249,7 +250,7 @@ void in_pieces(int64_t pieces, const F& piece) {
 }
 
 SparseScratch scratch_for(const SparseLayer& layer, int64_t columns, int64_t y_rows) {
-  const int64_t x = round_up(4 * columns * round_up(layer.cells, rk::chunk_cells), 64);
+  const int64_t x = 4 * columns * (round_up(layer.cells, rk::block_cells) + rk::block_cells);
   const int64_t y = round_up(4 * columns * y_rows, 64), floats = round_up(4 * 16 * layer.k, 64);
   const int64_t bytes = round_up(4 * columns * layer.cells, 64);
   const int64_t scales = columns * static_cast<int64_t>(sizeof(RowScale));
@@ -268,6 +269,10 @@ Matrix rows_from(const Matrix& m, int64_t row) {
   return {static_cast<uint8_t*>(m.data) + row * m.stride * size, m.stride, m.type};
 }
 
+[[noreturn]] void raise_damaged() {
+  rk::raise<std::runtime_error>("packed is damaged: what it says of where its weights are does not fit them");
+}
+
 void run_few(const SparseLayer& layer, const Matrix& in, const Matrix& out, int64_t m) {
   const int64_t* starts = layer.slab_starts;
   const int64_t steps = starts[layer.slabs];
@@ -276,13 +281,19 @@ void run_few(const SparseLayer& layer, const Matrix& in, const Matrix& out, int6
     return p == pieces ? layer.slabs
                        : std::lower_bound(starts, starts + layer.slabs, steps * p / pieces) - starts;
   };
+  std::atomic<bool> damaged{false};
   in_pieces(pieces, [&](int64_t p) {
+    if (!kernels().intact(layer, true, bound(p), bound(p + 1))) {
+      damaged = true;
+      return;
+    }
     const SparseScratch scratch = scratch_for(layer, rk::few_rows, 0);
     for (int64_t row = 0; row < m; row += rk::few_rows) {
       kernels().few(layer, rows_from(in, row), rows_from(out, row), std::min(rk::few_rows, m - row), bound(p),
                     bound(p + 1), scratch);
     }
   });
+  if (damaged) raise_damaged();
 }
 
 struct Panel {
@@ -304,13 +315,14 @@ std::vector<Panel> panels_of(const SparseLayer& layer, int64_t m, int64_t thread
   return panels;
 }
 
-void run_many(const SparseLayer& layer, int64_t entries, const Matrix& in, const Matrix& out, int64_t m) {
+void run_many(const SparseLayer& layer, const Matrix& in, const Matrix& out, int64_t m) {
   // What the bands up to each one cost.
   std::vector<int64_t> costs{0};
   int64_t y_rows = 0;
   for (int64_t b = 0; b < layer.bands; ++b) {
     const int64_t rows = (layer.band_groups[b + 1] - layer.band_groups[b]) * layer.group;
-    const int64_t next = b + 1 < layer.bands ? layer.streams[(b + 1) * layer.blocks].first_entry : entries;
+    const int64_t next =
+        b + 1 < layer.bands ? layer.streams[(b + 1) * layer.blocks].first_entry : layer.entries;
     costs.push_back(costs.back() + (next - layer.streams[b * layer.blocks].first_entry) * layer.group +
                     8 * rows);
     y_rows = std::max(y_rows, round_up(rows, rk::slab_rows));
@@ -328,15 +340,81 @@ void run_many(const SparseLayer& layer, int64_t entries, const Matrix& in, const
     if (band > 0 && part - costs[band - 1] < costs[band] - part) --band;
     return panel * layer.bands + band;
   };
+  std::atomic<bool> damaged{false};
   in_pieces(pieces, [&](int64_t p) {
     const SparseScratch scratch = scratch_for(layer, panels[0].columns, y_rows);
+    int64_t checked = layer.bands;  // these and the bands after them
     for (int64_t at = bound(p), end = bound(p + 1); at < end;) {
       const Panel& panel = panels[at / layer.bands];
       const int64_t first = at % layer.bands, last = std::min(layer.bands, first + end - at);
+      if (!kernels().intact(layer, false, first, std::min(last, checked))) {
+        damaged = true;
+        return;
+      }
+      checked = std::min(checked, first);
       kernels().many(layer, in, out, panel.row, panel.rows, panel.columns, first, last, scratch);
       at += last - first;
     }
   });
+  if (damaged) raise_damaged();
+}
+
+// Whether a header can be that of a layer in so many bytes. Numbers are bounded before they are multiplied.
+bool fits(const SparseHeader& h, int64_t bytes) {
+  const auto is_one_of = [](auto x, auto... values) { return ((x == values) || ...); };
+  if (h.magic != rk::sparse_magic || h.version != rk::sparse_version) return false;
+  if (h.n < 1 || h.n > bytes / 4 || h.k < 1 || h.k > INT32_MAX - 64) return false;
+  if (!is_one_of(h.few, 0, 1) || !is_one_of(h.group, 1, 4)) return false;
+  if (h.entries < 0 || h.entries > bytes || h.items < 0 || h.items > bytes) return false;
+  if (h.bands < (h.few ? 0 : 1) || h.bands > h.n) return false;
+  if (static_cast<int32_t>(h.epilogue) < 0 || h.epilogue > Epilogue::silu) return false;
+  const bool exact = h.type == ElementType::i8x4;
+  if (h.has_scales != (exact || h.type == ElementType::i8)) return false;
+  if (exact && h.k > 65536) return false;
+  if (h.type == ElementType::f32 || exact) {
+    if (!is_one_of(h.scheme, Scheme::dynamic, Scheme::fixed, Scheme::weight_only)) return false;
+    if (exact && h.scheme == Scheme::weight_only) return false;
+  } else {
+    if (!is_one_of(h.type, ElementType::f16, ElementType::bf16, ElementType::i8)) return false;
+    if (h.scheme != Scheme::weight_only) return false;
+  }
+  if (!(std::isfinite(h.input.scale) && h.input.scale >= 0x1p-100f)) return false;
+  if (h.input.zero_point < 0 || h.input.zero_point > 255) return false;
+  return rk::SparseParts(h).end == bytes;
+}
+
+// The places of slabs or bands, which say how the work is shared out.
+bool places_fit(const SparseLayer& layer, const SparseHeader& h) {
+  if (h.few) {
+    const int64_t* starts = layer.slab_starts;
+    bool rising = starts[0] == 0 && starts[layer.slabs] == h.entries;
+    for (int64_t s = 0; s < layer.slabs; ++s) rising &= starts[s] <= starts[s + 1];
+    return rising;
+  }
+  const int64_t* groups = layer.band_groups;
+  const int64_t step = rk::slab_rows / layer.group;
+  if (groups[0] != 0 || groups[layer.bands] != (layer.n + layer.group - 1) / layer.group) return false;
+  int64_t entry = 0;
+  for (int64_t b = 0; b < layer.bands; ++b) {
+    if (groups[b] >= groups[b + 1] || groups[b] % step != 0) return false;
+    const int64_t next = layer.streams[b * layer.blocks].first_entry;
+    if (next < entry || next > layer.entries) return false;
+    entry = next;
+  }
+  return layer.streams[0].first_item == 0 && layer.streams[0].first_entry == 0;
+}
+
+// The header of a packed layer, checked.
+SparseHeader header_of(const Tensor& packed, const char* name) {
+  rk::check_cpu(packed, name);
+  check(packed.scalar_type() == ScalarType::Byte && packed.dim() == 1 && packed.is_contiguous() &&
+            reinterpret_cast<uintptr_t>(packed.data_ptr()) % 8 == 0,
+        name, " must be a contiguous, aligned uint8 vector");
+  SparseHeader h;
+  check(packed.numel() >= static_cast<int64_t>(sizeof h), name, " holds no layer");
+  std::memcpy(&h, packed.data_ptr(), sizeof h);
+  check(fits(h, packed.numel()), name, " holds no layer of this version");
+  return h;
 }
 
 Tensor run(const Tensor& packed, const Matrix& in, int64_t m, const std::vector<int64_t>& sizes,
@@ -345,29 +423,15 @@ Tensor run(const Tensor& packed, const Matrix& in, int64_t m, const std::vector<
   SparseHeader h;
   std::memcpy(&h, data, sizeof h);
   const SparseLayer layer = rk::sparse_layer_at(data, h);
+  if (!places_fit(layer, h)) raise_damaged();
   Tensor out = rk::empty_tensor(sizes, dtype);
   const Matrix to{out.data_ptr(), h.n, float_type(dtype, "dtype")};
-  if (m > 0) h.few ? run_few(layer, in, to, m) : run_many(layer, h.entries, in, to, m);
+  if (m > 0) h.few ? run_few(layer, in, to, m) : run_many(layer, in, to, m);
   return out;
 }
 
-// The header of a packed layer, checked.
-SparseHeader header_of(const Tensor& packed) {
-  rk::check_cpu(packed, "packed");
-  check(packed.scalar_type() == ScalarType::Byte && packed.dim() == 1 && packed.is_contiguous() &&
-            reinterpret_cast<uintptr_t>(packed.data_ptr()) % 8 == 0,
-        "packed must be a contiguous, aligned uint8 vector");
-  SparseHeader h;
-  check(packed.numel() >= static_cast<int64_t>(sizeof h), "packed holds no layer");
-  std::memcpy(&h, packed.data_ptr(), sizeof h);
-  check(h.magic == rk::sparse_magic && h.version == rk::sparse_version &&
-            rk::SparseParts(h).end == packed.numel(),
-        "packed holds no layer of this version");
-  return h;
-}
-
 Tensor sparse_packed(const Tensor& input_arg, const Tensor& packed, int64_t out_features, ScalarType dtype) {
-  const SparseHeader h = header_of(packed);
+  const SparseHeader h = header_of(packed, "packed");
   const Tensor input = rk::with_contiguous_rows(input_arg, "input");
   check(input.size(1) == h.k, "input must have ", h.k, " columns, but has ", input.size(1));
   check(out_features == h.n, "the layer has ", h.n, " outputs, not ", out_features);
@@ -378,7 +442,7 @@ Tensor sparse_packed(const Tensor& input_arg, const Tensor& packed, int64_t out_
 
 // What stands at the places of weights in `places` is the number of the value that belongs there, from 1 on.
 Tensor sparse_repack(const Tensor& places, const Tensor& values_arg, const std::optional<Tensor>& bias) {
-  const SparseHeader h = header_of(places);
+  const SparseHeader h = header_of(places, "places");
   check(h.type == ElementType::f32, "places must be packed from float32 values");
   const Tensor values = contiguous_cpu(values_arg, "values");
   check(values.scalar_type() == ScalarType::Float, "values must be float32, but is ",

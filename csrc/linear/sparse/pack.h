@@ -81,6 +81,7 @@ inline SparseLayer sparse_layer_at(const uint8_t* data, const SparseHeader& h) {
   layer.band_groups = reinterpret_cast<const int64_t*>(data + at.band_groups);
   layer.streams = reinterpret_cast<const SparseStream*>(data + at.streams);
   layer.items = reinterpret_cast<const SparseItem*>(data + at.items);
+  layer.entries = h.entries, layer.item_count = h.items;
   return layer;
 }
 
