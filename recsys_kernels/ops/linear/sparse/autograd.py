@@ -139,8 +139,8 @@ class _SparseLinear(torch.autograd.Function):
         ctx.save_for_backward(
             input if again or ctx.needs_input_grad[4] else None,
             layer.values,
-            layer.crow_indices,
-            layer.col_indices,
+            layer.crow_indices if structure is None else structure.crow_indices,
+            layer.col_indices if structure is None else structure.col_indices,
             layer.weight_scale,
             layer.bias if again else None,
             layer.input_qparams if again else None,

@@ -8,7 +8,7 @@ from ....backends import selection
 from ..operands import NONE, WEIGHT_ONLY
 from . import autograd as op
 from . import crossover
-from .prepared import runs_packed
+from .packs import runs_packed
 from .spec import SparseLayer, block_shape
 
 
@@ -22,8 +22,10 @@ class Structure:
     """
 
     def __init__(self, layer: SparseLayer) -> None:
-        values, self._crow, self._col, self._out_features, self._in_features, *_, self._scheme, self._activation = layer
-        self._shape, self._block = values.shape, block_shape(values)
+        values, crow, col, self._out_features, self._in_features, *_, self._scheme, self._activation = layer
+        # Copies: a backward reads them, whatever was written to the layer's own tensors since its forward.
+        self.crow_indices, self.col_indices = crow.detach().clone(), col.detach().clone()
+        self.shape, self._block = values.shape, block_shape(values)
         self._transposed: op.Transposed | None = None
         self._places: dict[tuple[bool, int], torch.Tensor] = {}
 
@@ -31,7 +33,7 @@ class Structure:
         """The transposed structure."""
         if self._transposed is None:
             sizes = self._out_features, self._in_features
-            self._transposed = op.transpose_structure(self._crow, self._col, *self._block, *sizes)
+            self._transposed = op.transpose_structure(self.crow_indices, self.col_indices, *self._block, *sizes)
         return self._transposed
 
     def packs(self, values: torch.Tensor) -> bool:
@@ -51,7 +53,7 @@ class Structure:
         return op.packed(grad, pack, self.transposed().out_features, torch.float32)[:, : self._in_features]
 
     def _kind(self, many: bool, block_rows: int) -> int:
-        sizes = self._out_features, self._in_features, self._shape.numel()
+        sizes = self._out_features, self._in_features, self.shape.numel()
         return 0 if not many and crossover.has_slabs(block_rows, *sizes) else 1
 
     def _pack(self, transposed: bool, kind: int, values: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -63,8 +65,8 @@ class Structure:
 
     def _find_places(self, transposed: bool, kind: int) -> torch.Tensor:
         # A layer whose values are the bits of their numbers, from 1 on: 0 is where no value belongs.
-        numbers = torch.arange(1, self._shape.numel() + 1, dtype=torch.int32).view(torch.float32).reshape(self._shape)
-        layer = numbers, self._crow, self._col, self._out_features, self._in_features
+        numbers = torch.arange(1, self.shape.numel() + 1, dtype=torch.int32).view(torch.float32).reshape(self.shape)
+        layer = numbers, self.crow_indices, self.col_indices, self._out_features, self._in_features
         numbered = (*layer, None, None, None, self._scheme, self._activation)
         if transposed:
             other = self.transposed()
