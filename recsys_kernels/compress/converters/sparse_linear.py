@@ -8,7 +8,9 @@ from typing import Any, ClassVar
 import torch
 
 from ...ops.linear.int8 import Int8Linear
-from ...ops.linear.operands import MAX_IN_FEATURES
+from ...ops.linear.operands import (
+    MAX_IN_FEATURES,
+)
 from ...ops.linear.sparse import SparseLinear
 from ...ops.linear.sparse.crossover import FEW_ROWS, runs_dense
 from ...ops.linear.sparse.packs import runs_packed

@@ -9,11 +9,26 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 
 from ....backends import selection
-from ..operands import MODULES, FixedTypes, epilogue_number, input_qparams, num_groups, scheme_number
+from ..activation import (
+    MIN_SCALE,
+    STATIC,
+    WEIGHT_ONLY,
+    epilogue_number,
+    input_qparams,
+    scheme_number,
+)
+from ..layer import (
+    MODULES,
+    FixedTypes,
+)
+from ..operands import (
+    FLOATS,
+    GROUPS,
+    MAX_IN_FEATURES,
+    num_groups,
+)
 from ..prepared import Prepared, count_writes, trained
 from . import autograd as op
-from . import reference
-from .reference import GROUPS, MAX_IN_FEATURES, MIN_SCALE, STATIC, WEIGHT_ONLY
 from .spec import Int8Layer
 
 if TYPE_CHECKING:
@@ -23,7 +38,7 @@ T = TypeVar("T")
 # What ``selection.implementation`` gives unless another backend was asked for.
 CHAIN = torch.ops.recsys_kernels.int8_chain.default
 # What it takes for a type: looked up, for it is half a percent of a request's time.
-NUMBERS: dict[torch.dtype, Any] = {dtype: selection.dtype_argument(dtype) for dtype in reference.FLOATS}
+NUMBERS: dict[torch.dtype, Any] = {dtype: selection.dtype_argument(dtype) for dtype in FLOATS}
 
 
 def quantize_weight(weight: torch.Tensor, granularity: str | int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -5,7 +5,12 @@ from __future__ import annotations
 import torch
 
 from ....backends.registry import native
-from ..operands import MAX_IN_FEATURES, WEIGHT_ONLY
+from ..activation import (
+    WEIGHT_ONLY,
+)
+from ..operands import (
+    MAX_IN_FEATURES,
+)
 from . import reference
 from .spec import SparseLayer, block_shape
 

@@ -9,18 +9,22 @@ from typing import Any, TypeVar
 import torch
 
 from ....backends import selection
+from ..activation import (
+    MIN_SCALE,
+    STATIC,
+    WEIGHT_ONLY,
+    epilogue_number,
+    input_qparams,
+    scheme_number,
+)
+from ..layer import (
+    MODULES,
+    FixedTypes,
+)
 from ..operands import (
     FLOATS,
     GROUPS,
     MAX_IN_FEATURES,
-    MIN_SCALE,
-    MODULES,
-    STATIC,
-    WEIGHT_ONLY,
-    FixedTypes,
-    epilogue_number,
-    input_qparams,
-    scheme_number,
 )
 from ..prepared import Prepared, count_writes, trained
 from . import autograd as op

@@ -6,11 +6,28 @@ import torch
 import torch.nn.functional as F
 
 from ....backends import selection
-from ..operands import FLOATS, activate
+from ..activation import (
+    activate,
+)
+from ..operands import (
+    FLOATS,
+)
 from ..prepared import PreparedByTensor
 from . import crossover, formats, reference
-from .autograd import packed
 from .spec import FAMILY, SparseLayer, block_shape
+
+
+def packed(input: torch.Tensor, layer: torch.Tensor, out_features: int, dtype: torch.dtype) -> torch.Tensor:
+    """A packed layer over an input of any shape [..., K]; no gradient."""
+    run = selection.implementation("sparse_packed", input)
+    number = selection.dtype_argument(dtype)
+    if input.dim() == 2:
+        return run(input, layer, out_features, number)
+    if input.dim() == 0:
+        raise RuntimeError("input must have at least 1 dimension, but has 0")
+    # Not -1, which an empty input leaves open.
+    out = run(input.flatten(0, -2) if input.dim() > 2 else input.unsqueeze(0), layer, out_features, number)
+    return out.reshape(*input.shape[:-1], out_features)
 
 
 class Packs:

@@ -11,7 +11,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from ..operands import activate
+from ..activation import (
+    activate,
+)
 from . import formats
 from .spec import SparseLayer
 

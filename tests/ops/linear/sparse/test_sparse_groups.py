@@ -19,7 +19,11 @@ from support import named
 import recsys_kernels as rk
 from recsys_kernels.backends import selection as _backends
 from recsys_kernels.compress.sizes import stored_bytes
-from recsys_kernels.ops.linear.operands import DYNAMIC, STATIC, WEIGHT_ONLY
+from recsys_kernels.ops.linear.activation import (
+    DYNAMIC,
+    STATIC,
+    WEIGHT_ONLY,
+)
 from recsys_kernels.ops.linear.sparse import crossover, reference
 from recsys_kernels.ops.linear.sparse.crossover import FEW_ROWS
 from recsys_kernels.testing import assert_matches, expected_sparse_linear

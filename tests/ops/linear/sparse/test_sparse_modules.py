@@ -414,7 +414,7 @@ def test_layers_that_run_dense(monkeypatch: pytest.MonkeyPatch, kind: str, limit
                 with Calls() as calls:
                     out = other(rows(count))
                 assert_matches(out, result.double())
-                dense = limits[count > op.FEW_ROWS] == 0.0
+                dense = limits[count > crossover.FEW_ROWS] == 0.0
                 assert ("recsys_kernels::sparse_packed" in calls.names) != dense
                 assert ("recsys_kernels::int8_chain" in calls.names) == (dense and kind != "float")
                 assert other(rows(count).reshape(count, 1, 41)).shape == (count, 1, 22)
