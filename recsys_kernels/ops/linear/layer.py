@@ -41,3 +41,6 @@ class FixedTypes(torch.nn.Module):
         super()._apply(keep_type, recurse)
         self.dtype = dtype
         return self
+
+    def refresh(self) -> None:
+        """Forgets what was made of the tensors; a module that keeps nothing has nothing to forget."""

@@ -32,7 +32,7 @@ from . import autograd as op
 from .spec import Int8Layer
 
 if TYPE_CHECKING:
-    from .qat import QATLinear
+    from ..qat import QATLinear
 
 T = TypeVar("T")
 # What ``selection.implementation`` gives unless another backend was asked for.
@@ -214,7 +214,7 @@ class Int8Linear(FixedTypes):
     ) -> QATLinear:
         """A trainable layer for quantization-aware training; its ``convert()`` gives the deployed one, bit for bit.
 
-        (Jacob et al., 2018, see the class. The gradients: see :class:`~recsys_kernels.ops.linear.int8.qat.QATLinear`.)
+        (Jacob et al., 2018, see the class. The gradients: see :class:`~recsys_kernels.ops.linear.qat.QATLinear`.)
 
         Args:
             linear: the float layer to start from, which is not changed.
@@ -228,7 +228,7 @@ class Int8Linear(FixedTypes):
             TypeError: not a ``torch.nn.Linear``.
             ValueError: an unknown option, or what :meth:`from_float` refuses.
         """
-        from .qat import QATLinear
+        from ..qat import QATLinear
 
         return QATLinear(linear, activation, epilogue, granularity, ranges, input_range, momentum)
 

@@ -9,6 +9,7 @@ import torch
 
 from ....backends import selection
 from ..prepared import Prepared
+from ..sequence import LinearSequence, check_widths
 from .crossover import FEW_ROWS
 from .layer import DENSE, PACKED, SparseLinear
 from .packs import Packs, runs_packed
@@ -30,7 +31,7 @@ class _Known(NamedTuple):
     steps: list[list[_Step] | None]
 
 
-class SparseMLP(torch.nn.Sequential):
+class SparseMLP(LinearSequence):
     """A ``torch.nn.Sequential`` whose :class:`SparseLinear` layers need less time between them.
 
     On the CPU, where no gradient is needed, their packed copies run straight after one check that all of them are
@@ -50,12 +51,10 @@ class SparseMLP(torch.nn.Sequential):
         members = list(self._modules.values())
         if not any(isinstance(member, SparseLinear) for member in members):
             raise ValueError("a SparseMLP needs at least one SparseLinear")
-        for number in range(1, len(members)):
-            first, second = members[number - 1], members[number]
-            if isinstance(first, SparseLinear) and isinstance(second, SparseLinear):
-                given, taken = first.out_features, second.in_features
-                if given != taken:
-                    raise ValueError(f"layer {number} takes {taken} features, but the one before it gives {given}")
+        check_widths(members, SparseLinear)
+        self._forget()
+
+    def _forget(self) -> None:
         self._known: _Known | None = None
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
@@ -127,18 +126,6 @@ class SparseMLP(torch.nn.Sequential):
         both[many] = steps
         known = [(member, member._prepared if isinstance(member, SparseLinear) else None) for member in members]
         self._known = _Known(known, both)
-
-    def refresh(self) -> None:
-        """Forgets the packed copies; see :meth:`SparseLinear.refresh`."""
-        self._known = None
-        for member in self._modules.values():
-            if isinstance(member, SparseLinear):
-                member.refresh()
-
-    def _apply(self, fn: Any, recurse: bool = True) -> SparseMLP:
-        super()._apply(fn, recurse)
-        self._known = None
-        return self
 
     def __getstate__(self) -> dict[str, Any]:
         # Copies and files hold the canonical state only.
