@@ -166,6 +166,11 @@ def _has_own(name: str, backend: str) -> bool:
     return backend != "cuda" or name in _cuda_operators
 
 
+def without_wrapper(operator: Any) -> Callable[..., Any]:
+    """What an operator of the dispatcher calls, without torch's Python function around it (0.25 us a call)."""
+    return getattr(operator, "_op", operator)
+
+
 # torch's numbers of the types that operators return.
 _SCALAR_TYPES = {torch.float16: 5, torch.float32: 6, torch.float64: 7, torch.bfloat16: 15}
 

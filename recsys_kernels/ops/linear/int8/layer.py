@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 # What ``selection.implementation`` gives unless another backend was asked for.
 CHAIN = torch.ops.recsys_kernels.int8_chain.default
+RUN_CHAIN = selection.without_wrapper(CHAIN)
 # What it takes for a type: looked up, for it is half a percent of a request's time.
 NUMBERS: dict[torch.dtype, Any] = {dtype: selection.dtype_argument(dtype) for dtype in FLOATS}
 
@@ -362,7 +363,7 @@ class Int8Linear(FixedTypes):
             if prepared is not None and self.is_fresh(prepared) and input.dim() == 2:
                 needs_grad = torch.is_grad_enabled() and (input.requires_grad or self.is_trained())
                 if not needs_grad and selection.implementation("int8_chain", input) is CHAIN:
-                    return CHAIN(input, prepared.value, self.out_features, NUMBERS.get(dtype, dtype))
+                    return RUN_CHAIN(input, prepared.value, self.out_features, NUMBERS.get(dtype, dtype))
         return self.run(input, self.dtype)
 
     def run(self, input: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

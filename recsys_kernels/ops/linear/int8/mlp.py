@@ -11,7 +11,7 @@ from ....backends import selection
 from ..prepared import Prepared, count_writes
 from ..sequence import LinearSequence, check_widths
 from . import autograd as op
-from .layer import CHAIN, NUMBERS, Int8Linear, run_compiled, runs_compiled, runs_packed
+from .layer import CHAIN, NUMBERS, RUN_CHAIN, Int8Linear, run_compiled, runs_compiled, runs_packed
 
 if TYPE_CHECKING:
     from ..qat import QATMLP
@@ -180,7 +180,7 @@ class Int8MLP(LinearSequence):
             if packed is not None and input.dim() == 2 and self._is_fresh(layers):  # noqa: SIM102
                 if selection.implementation("int8_chain", input) is CHAIN:
                     dtype = last.dtype
-                    return CHAIN(input, packed, last.out_features, NUMBERS.get(dtype, dtype))
+                    return RUN_CHAIN(input, packed, last.out_features, NUMBERS.get(dtype, dtype))
         self._check_layers()
         if not needs_grad:
             if torch.compiler.is_compiling():

@@ -39,6 +39,7 @@ from .torch_masks import as_called
 # What ``selection.implementation`` gives unless another backend was asked for.
 PACKED = torch.ops.recsys_kernels.sparse_packed.default
 DENSE = torch.ops.recsys_kernels.int8_chain.default
+RUN_PACKED, RUN_DENSE = selection.without_wrapper(PACKED), selection.without_wrapper(DENSE)
 T = TypeVar("T")
 _STRUCTURE = ("values", "crow_indices", "col_indices")
 
@@ -457,9 +458,10 @@ class SparseLinear(FixedTypes):
                 many = input.shape[0] > crossover.FEW_ROWS
                 pack = packs.pack(many, input)
                 if pack is not None:
-                    name = "int8_chain" if packs.runs_dense[many] else "sparse_packed"
-                    run = selection.implementation(name, input)
-                    if run is PACKED or run is DENSE:
+                    dense = packs.runs_dense[many]
+                    chosen = selection.implementation("int8_chain" if dense else "sparse_packed", input)
+                    if chosen is PACKED or chosen is DENSE:
+                        run = RUN_DENSE if dense else RUN_PACKED
                         return run(input, pack, self.out_features, selection.dtype_argument(self.dtype))
                 elif isinstance(packs, Packs) and packs.runs_dense[many] and runs_packed(self.values):
                     return packs.run(input, self.operands(), self.dtype)

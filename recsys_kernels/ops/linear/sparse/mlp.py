@@ -11,7 +11,7 @@ from ....backends import selection
 from ..prepared import Prepared
 from ..sequence import LinearSequence, check_widths
 from .crossover import FEW_ROWS
-from .layer import DENSE, PACKED, SparseLinear
+from .layer import PACKED, RUN_DENSE, RUN_PACKED, SparseLinear
 from .packs import Packs, runs_packed
 from .spec import SparseLayer
 
@@ -149,7 +149,7 @@ def _step(member: torch.nn.Module, input: torch.Tensor, many: bool) -> _Step | N
     is_dense, pack = packs.runs_dense[many], packs.pack(many, input)
     if pack is not None:
         number = selection.dtype_argument(member.dtype)
-        return DENSE if is_dense else PACKED, pack, member.out_features, number
+        return RUN_DENSE if is_dense else RUN_PACKED, pack, member.out_features, number
     if is_dense and member.activation is None:
         return _dense, (packs, member.operands()), member.out_features, member.dtype
     return None
