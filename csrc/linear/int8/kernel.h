@@ -21,8 +21,6 @@ struct LayerHeader {
 };
 static_assert(sizeof(LayerHeader) == 64);
 constexpr int32_t layer_magic = 0x384b4352, layer_version = 1;
-// Beyond this the sums of 255 * 127 would leave 32 bits.
-constexpr int64_t max_k = 65536;
 
 // A packed layer: y = epilogue(x W^T + bias) for W [n][k].
 struct Layer {
