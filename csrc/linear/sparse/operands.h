@@ -43,6 +43,9 @@ struct SparseArguments : LayerArguments {
   template <typename Operands>
   explicit SparseArguments(const Operands& o)
       : LayerArguments(o), values(contiguous_of(o.values)), n(o.out_features), k(o.in_features) {
+    constexpr int64_t most = INT32_MAX - 64;
+    check(n >= 1 && n <= most, "out_features must be 1 to ", most, ", but is ", n);
+    check(k >= 1 && k <= most, "in_features must be 1 to ", most, ", but is ", k);
     type = type_of(values.scalar_type());
     check(values.dim() >= 1 && values.dim() <= 3, "values must have 1, 2 or 3 dimensions, but has ",
           values.dim());
