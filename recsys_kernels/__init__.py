@@ -8,9 +8,8 @@ from . import _importing
 
 with _importing.explained():
     from . import functional
-    from .backends import selection
-    from .backends.memory import use_huge_pages
-    from .backends.native import native
+    from .backends import environment, selection
+    from .backends.registry import native
     from .backends.selection import backend, bounds_check, check_bounds
     from .ops.embedding_bag import (
         EmbeddingBag,
@@ -19,6 +18,7 @@ with _importing.explained():
         QuantizedEmbedding,
         QuantizedEmbeddingBag,
     )
+    from .ops.embedding_bag.memory import use_huge_pages
     from .ops.linear.int8 import Int8Linear, Int8MLP
 
     # The operators are defined by now, so the library finds their schemas when its kernels register.
@@ -77,7 +77,7 @@ if native.reason is not None:
     )
 selection.connect_gpu_kernels()
 try:
-    selection.configure_from_environment()
+    environment.configure()
 except (ValueError, RuntimeError) as error:
     _importing.print_in_one_line(error, str(error), _importing.WRONG_ENVIRONMENT)
     raise

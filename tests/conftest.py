@@ -10,7 +10,7 @@ import torch
 from support import isa_levels
 
 import recsys_kernels as rk
-from recsys_kernels.backends.native import native
+from recsys_kernels.backends.registry import native
 
 HERE = Path(__file__).parent
 # What takes longest comes first, so that no process is left with it in the end.

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from recsys_kernels.ops.linear.int8 import reference
 from recsys_kernels.ops.linear.int8.reference import DYNAMIC, STATIC
+from recsys_kernels.ops.linear.operands import num_groups
 from recsys_kernels.testing import Int8Sample
 
 
@@ -21,7 +21,7 @@ def layer(rows: int, width: int, columns: int, scheme: int = DYNAMIC, group: int
             f"{rows}x{width}x{columns}-{scheme}-{group}",
             torch.randn(rows, width, generator=rng),
             torch.randint(-128, 128, (columns, width), generator=rng, dtype=torch.int8),
-            torch.ones(columns, reference.num_groups(width, group)),
+            torch.ones(columns, num_groups(width, group)),
             group,
             None,
             torch.tensor([0.03, 117.0]) if scheme == STATIC else None,

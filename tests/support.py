@@ -6,7 +6,7 @@ from typing import Any
 
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from recsys_kernels.backends.native import ISA_LEVELS, native
+from recsys_kernels.backends.registry import ISA_LEVELS, native
 
 
 def isa_levels() -> tuple[str, ...]:

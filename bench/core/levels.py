@@ -38,7 +38,7 @@ def of_sides() -> dict[str, str]:
     """The level that every side runs at in this process, as text."""
     import torch
 
-    from recsys_kernels.backends.native import native
+    from recsys_kernels.backends.registry import native
 
     def switched(variable: str) -> str:
         value = os.environ.get(variable)

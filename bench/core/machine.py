@@ -13,7 +13,7 @@ from importlib import metadata
 from pathlib import Path
 
 from recsys_kernels import __version__
-from recsys_kernels.backends.native import native
+from recsys_kernels.backends.registry import native
 from recsys_kernels.backends.selection import chosen
 
 ROOT = Path(__file__).resolve().parent.parent.parent

@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from recsys_kernels.backends.native import ISA_LEVELS
+from recsys_kernels.backends.registry import ISA_LEVELS
 
 SOURCE = Path(__file__).with_name("gather_probe.c")
 INT8_SOURCE = Path(__file__).with_name("int8_probe.c")

@@ -1,5 +1,5 @@
 // Checks, threads and registration of the embedding-bag operators for CPU tensors. The schemas are in
-// recsys_kernels/ops/embedding_bag.
+// recsys_kernels/ops/embedding_bag/spec.py.
 
 #include <torch/csrc/stable/library.h>
 

@@ -1,5 +1,5 @@
 // Checks, launches and registration of the embedding-bag operators for CUDA tensors. The schemas are in
-// recsys_kernels/ops/embedding_bag.
+// recsys_kernels/ops/embedding_bag/spec.py.
 //
 // Nothing here waits for the device, and the forward allocates nothing but its result: calls can be captured
 // in a CUDA graph. Wrong indices and offsets are found by the kernels and raised later (cuda/faults).

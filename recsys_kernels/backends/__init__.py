@@ -1,1 +1,1 @@
-"""Which implementation of an operator runs: registry, selection, environment, diagnosis."""
+"""Which operators there are, which implementation of each runs, and what this machine has."""

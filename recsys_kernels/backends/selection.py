@@ -1,16 +1,13 @@
-"""Which implementation of an operator runs, and the one place that reads environment variables.
+"""Which implementation of an operator runs.
 
-Every operator is a torch operator (``torch.ops.recsys_kernels.*``). Its schema and reference are defined here, so that
-it exists with the right answer on any machine; torch's dispatcher then picks the native CPU kernel or the GPU's by the
-device of the tensors. For CUDA tensors that is the CUDA C++ kernel if this build has one that can run here, else the
-Triton kernel, else the reference. A backend that was asked for by name bypasses the dispatcher.
+torch's dispatcher picks the native CPU kernel or the GPU's by the device of the tensors. For CUDA tensors that is the
+CUDA C++ kernel if this build has one that can run here, else the Triton kernel, else the reference. A backend that was
+asked for by name bypasses the dispatcher.
 """
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
-import os
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,45 +15,27 @@ from typing import Any
 
 import torch
 
-from .native import BOUNDS_CHECKS, Fault, driver_release, native
+from .registry import BOUNDS_CHECKS, Operator, dispatched, driver_release, library, native, operators
 
 BACKENDS = ("reference", "cpu", "triton", "cuda")
 _DEVICES = {"reference": None, "cpu": "cpu", "triton": "cuda", "cuda": "cuda"}
 
-# Must live as long as the process: torch drops the operators when the object dies.
-library = torch.library.Library("recsys_kernels", "DEF")
-
 _forced: str | None = None
 _bounds_check = "raise"
-_references: dict[str, Callable[..., Any]] = {}
-_dispatched: dict[str, Callable[..., Any]] = {}
-_triton_modules: dict[str, str] = {}
+_fault_error: Callable[[tuple[int, ...]], Exception] | None = None
 _cuda_operators: set[str] = set()  # whose CUDA tensors the library's own kernels serve
 
 
-def define(schema: str, reference: Callable[..., Any], fake: Callable[..., Any]) -> None:
-    """Defines an operator with its reference (any device) and its shape function."""
-    name = schema.split("(", 1)[0]
-    library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    library.impl(name, reference, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"recsys_kernels::{name}", fake, lib=library)
-    _references[name] = reference
-    _dispatched[name] = getattr(torch.ops.recsys_kernels, name).default
-
-
-def register_triton(module: str, names: tuple[str, ...]) -> None:
-    """Says that ``module`` holds a Triton implementation of the named operators, under the same names.
-
-    The module is imported at the first call: importing Triton costs more than importing this package.
-    """
-    for name in names:
-        _triton_modules[name] = module
+def register_faults(error: Callable[[tuple[int, ...]], Exception]) -> None:
+    """Says which exception a record of ``native.take_fault`` stands for; the family whose kernels write them knows."""
+    global _fault_error
+    _fault_error = error
 
 
 def connect_gpu_kernels() -> None:
     """Leaves CUDA tensors to the library's kernels where they can run, else to Triton; called once it has loaded."""
     usable = _cuda_reason() is None
-    for name in _references:
+    for name in operators:
         built = native.has_cuda and torch._C._dispatch_has_kernel_for_dispatch_key(f"recsys_kernels::{name}", "CUDA")
         if built and usable:
             _cuda_operators.add(name)
@@ -77,10 +56,11 @@ def _leave_unserved_gpus() -> None:
 
 def _serve_without_library(name: str, built: bool) -> None:
     """CUDA tensors get Triton's kernel, or the reference; `built`: in the place of a kernel that the library has."""
-    if name in _triton_modules and _triton_reason() is None:
-        kernel = _lazy(_triton_modules[name], name)
+    operator = operators[name]
+    if operator.has_triton and _triton_reason() is None:
+        kernel = _when_called(operator)
     elif built:
-        kernel = _references[name]
+        kernel = operator.reference
     else:
         return
     with warnings.catch_warnings():
@@ -89,9 +69,11 @@ def _serve_without_library(name: str, built: bool) -> None:
         library.impl(name, kernel, "CUDA")
 
 
-def _lazy(module: str, name: str) -> Callable[..., Any]:
+def _when_called(operator: Operator) -> Callable[..., Any]:
+    """The Triton implementation, imported at the first call."""
+
     def run(*args: Any) -> Any:
-        return getattr(importlib.import_module(module), name)(*args)
+        return operator.triton(*args)
 
     return run
 
@@ -164,23 +146,24 @@ def why_not(backend: str) -> str | None:
 def implementation(name: str, tensor: torch.Tensor) -> Callable[..., Any]:
     """The implementation of an operator for tensors where ``tensor`` is: the dispatcher, or the backend asked for."""
     if _forced is None:
-        return _dispatched[name]
+        return dispatched[name]
     device = tensor.device
     if _forced == "reference" or not _has_own(name, _forced):
-        return _references[name]
+        return operators[name].reference
     if _forced == "triton":
         if device.type != "cuda" and not _triton_interprets():
             raise RuntimeError(f"backend 'triton' was asked for, but the tensors are on {device}")
-        return getattr(importlib.import_module(_triton_modules[name]), name)
+        return operators[name].triton
     if device.type != _DEVICES[_forced]:
         raise RuntimeError(f"backend {_forced!r} was asked for, but the tensors are on {device}")
-    return _dispatched[name]
+    return dispatched[name]
 
 
 def _has_own(name: str, backend: str) -> bool:
     """Whether a backend that can run has an implementation of its own of an operator; else the reference serves it."""
-    owned = {"triton": _triton_modules, "cuda": _cuda_operators}.get(backend)
-    return owned is None or name in owned
+    if backend == "triton":
+        return operators[name].has_triton
+    return backend != "cuda" or name in _cuda_operators
 
 
 # torch's numbers of the types that operators return.
@@ -200,15 +183,29 @@ def chosen(name: str, device_type: str) -> str:
         return "cpu" if native.reason is None else "reference"
     if name in _cuda_operators:
         return "cuda"
-    return "triton" if name in _triton_modules and _triton_reason() is None else "reference"
+    return "triton" if operators[name].has_triton and _triton_reason() is None else "reference"
 
 
-def _check(backend: str) -> None:
+def check(backend: str) -> None:
+    """ValueError for a backend that does not exist, RuntimeError for one that cannot run here."""
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, but is {backend!r}")
     reason = why_not(backend)
     if reason is not None:
         raise RuntimeError(f"backend {backend!r} cannot run here: {reason}")
+
+
+def force(name: str | None) -> None:
+    """Runs every operator on one backend from here on; None: on the one that fits the tensors.
+
+    Raises:
+        ValueError: no such backend.
+        RuntimeError: the backend cannot run on this machine; the message says why.
+    """
+    global _forced
+    if name is not None:
+        check(name)
+    _forced = name
 
 
 @contextmanager
@@ -226,7 +223,7 @@ def backend(name: str) -> Iterator[None]:
         RuntimeError: it cannot run on this machine; the message says why.
     """
     global _forced
-    _check(name)
+    check(name)
     previous, _forced = _forced, name
     try:
         yield
@@ -276,7 +273,7 @@ def check_bounds(device: torch.device | str | int | None = None) -> None:
         device: a CUDA device; default: the current one. On the CPU, and without a GPU, nothing can be left over.
 
     Raises:
-        IndexError: an index out of range; names its position, value and range.
+        IndexError: an index out of range; names its position, value and range. The class is a RuntimeError, too.
         RuntimeError: an offset that is negative, decreases or exceeds the number of indices.
     """
     if device is None and not torch.cuda.is_available():
@@ -288,38 +285,5 @@ def check_bounds(device: torch.device | str | int | None = None) -> None:
     torch.cuda.synchronize(index)
     fault = native.take_fault(index)
     if fault is not None:
+        assert _fault_error is not None
         raise _fault_error(fault)
-
-
-def _fault_error(fault: Fault) -> Exception:
-    """A fault in the words of the CPU's operators."""
-    if fault.kind == 2:
-        return RuntimeError(
-            f"offsets must start at 0, never decrease and not exceed the number of indices ({fault.bound}), "
-            f"but offsets[{fault.position}] is {fault.value}"
-        )
-    if fault.kind == 3:
-        return RuntimeError(f"plan row {fault.position} does not fit the tables or total_dim")
-    table = "a table" if fault.feature < 0 else f"the table of feature #{fault.feature}"
-    return IndexError(
-        f"index {fault.value} at position {fault.position} of indices is out of range for {table} "
-        f"with {fault.bound} rows"
-    )
-
-
-def configure_from_environment() -> None:
-    """Applies RECSYS_KERNELS_ISA and RECSYS_KERNELS_BACKEND; called once, after the library has loaded."""
-    global _forced
-    isa = os.environ.get("RECSYS_KERNELS_ISA")
-    if isa:
-        try:
-            native.select_isa(isa)
-        except (ValueError, RuntimeError) as error:
-            raise type(error)(f"RECSYS_KERNELS_ISA: {error}") from None
-    name = os.environ.get("RECSYS_KERNELS_BACKEND")
-    if name:
-        try:
-            _check(name)
-        except (ValueError, RuntimeError) as error:
-            raise type(error)(f"RECSYS_KERNELS_BACKEND: {error}") from None
-        _forced = name

@@ -16,11 +16,9 @@ import torch
 import torch.nn.functional as F
 
 import recsys_kernels as rk
-from recsys_kernels import testing
 from recsys_kernels.backends import selection as _backends
-from recsys_kernels.backends.native import ISA_LEVELS, native
-from recsys_kernels.ops.embedding_bag.reference import MAX, MODES
-from recsys_kernels.ops.linear.sparse.reference import block_shape
+from recsys_kernels.backends.registry import ISA_LEVELS, native, operator_samples, operators
+from recsys_kernels.ops.embedding_bag.reference import MODES
 from recsys_kernels.testing import assert_matches
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -53,61 +51,7 @@ OPERATORS = (
 
 def operator_calls() -> list[tuple[str, tuple[Any, ...]]]:
     """Calls of every operator; also run in a process without the native library."""
-    calls: list[tuple[str, tuple[Any, ...]]] = []
-    # Each opcheck takes 20 ms, so that a few of the samples must do: each kind of input once.
-    names = (
-        "width-33",
-        "int32",
-        "matrix",
-        "no-bags",
-        "matrix-no-rows",
-        "strided-table",
-        "strided-indices",
-        "padding-6",
-    )
-    for sample in testing.embedding_bag_samples(torch.float32):
-        if not any(sample.name.startswith(f"{name}-{mode}") for name in names for mode in MODES):
-            continue
-        grad = torch.randn(sample.num_bags, sample.weight.shape[1])
-        calls.append(("embedding_bag", sample.args))
-        if sample.mode == MAX:
-            max_args = (sample.weight, sample.indices, sample.offsets, sample.padding_idx, sample.include_last_offset)
-            calls.append(("embedding_bag_max", (*max_args, True)))
-            continue
-        calls.append(("embedding_bag_backward", (grad, *sample.bag_args, sample.weight.shape[0])))
-        spec = (sample.mode, sample.padding_idx, sample.include_last_offset)
-        if sample.per_sample_weights is not None:
-            args = (grad, sample.weight, sample.indices, sample.offsets, *spec)
-            calls.append(("embedding_bag_weights_backward", args))
-            bag = torch.nn.EmbeddingBag.from_pretrained(sample.weight)
-            table = rk.QuantizedEmbeddingBag.from_float(bag, 8 if sample.mode else 4).table
-            calls.append(("quantized_embedding_bag", (*table, *sample.bag_args, torch.bfloat16)))
-    calls += [("embedding_bag_collection", sample.args) for sample in testing.collection_samples()]
-    for bits in (8, 4):
-        rows = torch.zeros(6, 9 if bits == 8 else 5, dtype=torch.uint8)
-        calls.append(("quantize_rowwise", (torch.randn(6, 9), bits, -3, rows, torch.zeros(6, 2, dtype=torch.float16))))
-    layers = testing.int8_linear_samples(torch.bfloat16, small=True)[::37]
-    calls += [("int8_linear", layer.args) for layer in layers]
-    calls += [("int8_pack", layer.layer) for layer in layers]
-    for layer in layers:
-        rows_of_layer = layer.input.reshape(-1, layer.weight.shape[1])
-        packed = ops.int8_pack(*layer.layer)
-        calls.append(("int8_chain", (rows_of_layer, packed, layer.weight.shape[0], layer.dtype)))
-    for layer in layers:
-        weight, scale, group, bias, qparams, *kind = layer.layer
-        lists = ([weight], [scale], [bias], [qparams], [group, *kind])
-        calls.append(("int8_layers", (layer.input, *lists, layer.dtype)))
-    for sparse in testing.sparse_linear_samples(torch.bfloat16, small=True)[::23]:
-        rows = sparse.input.reshape(sparse.input.shape[:-1].numel(), sparse.weight.shape[1])
-        grad, (values, *structure) = torch.randn(rows.shape[0], sparse.weight.shape[0]), sparse.stored
-        calls += [("sparse_linear", sparse.args), ("sparse_layer", sparse.args), ("sparse_pack", (*sparse.layer, 0))]
-        packed = _backends.implementation("sparse_pack", values)(*sparse.layer, 1)
-        calls.append(("sparse_packed", (rows, packed, sparse.weight.shape[0], sparse.dtype)))
-        floats = torch.zeros_like(values, dtype=torch.float32), *sparse.layer[1:5], None, None, None, 2, 0
-        packed = _backends.implementation("sparse_pack", values)(*floats, 1)
-        calls.append(("sparse_repack", (packed, floats[0], None)))
-        calls.append(("sparse_weight_gradient", (grad, rows, *structure, *block_shape(values), torch.float32)))
-    return calls
+    return list(operator_samples())
 
 
 def opcheck_all(every: int = 1) -> set[str]:
@@ -124,7 +68,7 @@ def test_opcheck() -> None:
 
 
 def test_every_operator_is_tested() -> None:
-    assert set(_backends._references) == set(OPERATORS)
+    assert set(operators) == set(OPERATORS)
 
 
 def test_fake_kernels_give_the_shape_and_type_of_the_real_ones(implementation: str) -> None:
@@ -361,7 +305,7 @@ import torch
 torch.set_num_threads(1)
 import recsys_kernels as rk
 from recsys_kernels.backends import selection as _backends
-from recsys_kernels.backends.native import native
+from recsys_kernels.backends.registry import native
 print(native.isa(), _backends.chosen("embedding_bag", "cpu"), native.reason, sep="|")
 """
 
@@ -445,7 +389,7 @@ import recsys_kernels as rk
 assert rk.__file__.startswith(sys.argv[1]), rk.__file__
 from recsys_kernels.backends import selection as _backends
 from recsys_kernels import testing
-from recsys_kernels.backends.native import native
+from recsys_kernels.backends.registry import native
 print("reason:", native.reason)
 assert native.reason is not None and native.isa() is None and native.isa_supported() is None
 assert _backends.chosen("embedding_bag", "cpu") == "reference"
@@ -509,7 +453,7 @@ def test_opcheck_without_a_library(tmp_path: Path) -> None:
 import sys, importlib.util, torch
 torch.set_num_threads(1)
 import recsys_kernels
-from recsys_kernels.backends.native import native
+from recsys_kernels.backends.registry import native
 assert native.reason is not None and recsys_kernels.__file__.startswith({str(tmp_path)!r})
 spec = importlib.util.spec_from_file_location("test_backends", {str(tests / "backends" / "test_backends.py")!r})
 module = importlib.util.module_from_spec(spec)

@@ -15,10 +15,11 @@ import pytest
 import torch
 
 import recsys_kernels as rk
-from recsys_kernels.backends import native as _native
+from recsys_kernels.backends import registry as _native
 from recsys_kernels.backends import selection as _backends
-from recsys_kernels.backends.native import BOUNDS_CHECKS, Fault, native
-from recsys_kernels.ops.embedding_bag import op
+from recsys_kernels.backends.registry import BOUNDS_CHECKS, native, operators
+from recsys_kernels.ops.embedding_bag import autograd
+from recsys_kernels.ops.embedding_bag.faults import Fault
 
 PACKAGE = Path(rk.__file__).parent
 ON_GPU: Any = SimpleNamespace(device=torch.device("cuda:0"))
@@ -182,10 +183,12 @@ if {capability!r}:
             call()
     if _backends.chosen("embedding_bag", "cuda") != "cuda":
         assert "GPU 0 (old) is sm_" in _backends.why_not("cuda")
-for name in sorted(_backends._references):
+from recsys_kernels.backends.registry import operators
+for name in sorted(operators):
     table = torch._C._dispatch_dump("recsys_kernels::" + name)
     found = re.search("^CUDA: (.*)$", table, re.MULTILINE)
-    kernel = "none" if found is None else "python" if "_backends.py" in found[1] else "library"
+    in_python = found and re.search("(selection|registry)[.]py", found[1])
+    kernel = "none" if found is None else "python" if in_python else "library"
     print(name, _backends.chosen(name, "cuda"), kernel)
 """
 
@@ -213,11 +216,11 @@ def built_operators() -> set[str]:
 @pytest.mark.parametrize("capability", [None, (9, 0)])
 def test_library_serves_cuda_tensors_where_it_can(capability: tuple[int, int] | None) -> None:
     table = dispatched(cuda_of_library(), capability=capability)
-    assert set(table) == set(_backends._references)
+    assert set(table) == set(operators)
     for name, found in table.items():
         if name in built_operators():
             assert found == ("cuda", "library"), name
-        elif name in _backends._triton_modules and TRITON:
+        elif operators[name].has_triton and TRITON:
             assert found == ("triton", "python"), name
         else:
             assert found == ("reference", "none"), name
@@ -234,7 +237,7 @@ CANNOT: list[dict[str, Any]] = [
 def test_triton_serves_where_the_library_cannot(words: dict[str, Any]) -> None:
     """Also in the place of kernels that the library registered; torch's warning about that is not passed on."""
     for name, found in dispatched(**words).items():
-        if name in _backends._triton_modules:
+        if operators[name].has_triton:
             assert found == ("triton", "python"), name
         else:
             assert found == ("reference", "python" if name in built_operators() else "none"), name
@@ -266,11 +269,11 @@ def test_backends_that_are_asked_for(machine: Machine, monkeypatch: pytest.Monke
         # What the library lacks must not end at Triton, which the dispatcher would pick.
         for name in ("embedding_bag_max", "quantize_rowwise"):
             assert _backends.chosen(name, "cuda") == "reference"
-            assert implementation(name) is _backends._references[name]
+            assert implementation(name) is operators[name].reference
         with pytest.raises(RuntimeError, match="backend 'cuda' was asked for, but the tensors are on cpu"):
             rk.functional.embedding_bag(torch.zeros(1, 1, dtype=torch.int64), torch.ones(2, 3))
     with rk.backend("reference"):
-        assert implementation("embedding_bag") is _backends._references["embedding_bag"]
+        assert implementation("embedding_bag") is operators["embedding_bag"].reference
 
 
 @pytest.mark.skipif(not TRITON, reason="Triton is not installed")
@@ -281,11 +284,12 @@ def test_triton_can_be_asked_for_where_the_library_serves(machine: Machine, monk
     with rk.backend("triton"):
         assert _backends.chosen("embedding_bag", "cuda") == "triton"
         assert _backends.implementation("embedding_bag", ON_GPU) is kernels.embedding_bag
-        assert _backends.implementation("quantize_rowwise", ON_GPU) is _backends._references["quantize_rowwise"]
+        assert _backends.implementation("quantize_rowwise", ON_GPU) is operators["quantize_rowwise"].reference
 
 
 def test_doctor_agrees(machine: Machine, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(_backends, "_cuda_operators", set(_backends._triton_modules))
+    with_triton = {name for name, operator in operators.items() if operator.has_triton}
+    monkeypatch.setattr(_backends, "_cuda_operators", with_triton)
     monkeypatch.setattr(_backends, "_triton_reason", lambda: None)
     facts = rk.doctor()
     assert facts["cuda"] == {"release": "13.0", "architectures": (75, 80, 90, 120)}
@@ -409,7 +413,8 @@ def test_check_bounds_has_the_words_of_the_cpu(monkeypatch: pytest.MonkeyPatch) 
         with pytest.raises((IndexError, RuntimeError)) as on_gpu:
             rk.check_bounds()
         # torch's own operators prefix nothing, so the texts are the same to the letter.
-        assert (type(on_gpu.value), str(on_gpu.value)) == (type(on_cpu.value), str(on_cpu.value))
+        assert str(on_gpu.value) == str(on_cpu.value)
+        assert isinstance(on_gpu.value, type(on_cpu.value))
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
@@ -421,7 +426,7 @@ def test_wrong_indices_count_as_padding_or_the_nearest_row(selected: list[str], 
         ("clamp", 5, ([0, 6, 0, 3, 5, 6], 5, 7)),
     ):
         with rk.bounds_check(mode):
-            found, *rest = op._as_counted(indices, padding, 7)
+            found, *rest = autograd._as_counted(indices, padding, 7)
         assert found.dtype == dtype
         assert (found.tolist(), *rest) == wanted
 
@@ -437,7 +442,7 @@ def test_collections_name_their_own_tables(monkeypatch: pytest.MonkeyPatch, earl
     def lookup(*args: Any) -> None:
         raise IndexError(message)
 
-    monkeypatch.setattr(op, "embedding_bag_collection", lookup)
+    monkeypatch.setattr(autograd, "embedding_bag_collection", lookup)
     with pytest.raises(IndexError) as caught:
         collection(torch.tensor([0, 8]), torch.tensor([0, 1, 2]))
     named = message.replace("the table of feature #1", "table 'item' (feature 'item')")

@@ -10,7 +10,7 @@ import torch
 
 import recsys_kernels as rk
 from recsys_kernels import cli
-from recsys_kernels.backends import memory as memory
+from recsys_kernels.ops.embedding_bag import memory
 
 MEBIBYTE = 1 << 20
 

@@ -17,7 +17,7 @@ from bench.ops.linear.int8.cases import CASES as INT8_CASES
 from bench.ops.linear.int8.cases import Int8LinearWorkload
 from bench.ops.linear.sparse import peers as sparse_peers
 from bench.ops.linear.sparse.cases import DENSE, SparseLinearCase, SparseLinearWorkload
-from recsys_kernels.backends.native import native
+from recsys_kernels.backends.registry import native
 
 
 @pytest.mark.parametrize("level", ["function", "module"])

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from bench.core import probe
-from recsys_kernels.backends.native import native
+from recsys_kernels.backends.registry import native
 
 
 def test_probe_reads_every_row_it_is_given() -> None:

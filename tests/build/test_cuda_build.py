@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from cuda_support import ROOT, build_script, require_toolkit
 
-from recsys_kernels.backends.native import native
+from recsys_kernels.backends.registry import native
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="CUDA kernels are built on Linux")
 

@@ -22,7 +22,7 @@ from simt.support import require as require_emulation
 from support import isa_levels
 
 import recsys_kernels as rk
-from recsys_kernels.backends.native import ISA_LEVELS, native
+from recsys_kernels.backends.registry import ISA_LEVELS, native
 
 TESTS = Path(__file__).parents[1]
 ROOT = TESTS.parent
@@ -399,7 +399,7 @@ _PYTEST = """
 import sys
 import torch
 assert torch.empty(4).isnan().all() and torch.empty(4, dtype=torch.float16).isnan().all(), "memory is not poisoned"
-from recsys_kernels.backends.native import native
+from recsys_kernels.backends.registry import native
 assert native.path is not None and str(native.path).startswith(sys.argv[1]), native.path
 import pytest
 sys.exit(pytest.main(sys.argv[2:]))

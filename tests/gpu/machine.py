@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(ROOT))
 
 import recsys_kernels as rk  # noqa: E402
-from recsys_kernels.backends.native import driver_release  # noqa: E402
+from recsys_kernels.backends.registry import driver_release  # noqa: E402
 
 
 def _said(*command: str) -> str:

@@ -11,7 +11,7 @@ import pytest
 from cuda_budgets import ARCHITECTURES, BUDGETS
 from cuda_code import Breach, Budget, Kernel, as_table, breaches, kernels_in, kernels_of
 
-from recsys_kernels.backends.native import native
+from recsys_kernels.backends.registry import native
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from recsys_kernels.backends.native import ISA_LEVELS, native
+from recsys_kernels.backends.registry import ISA_LEVELS, native
 from recsys_kernels.testing import FLOAT_DTYPES, WIDTHS, assert_matches
 
 PAGE = mmap.PAGESIZE

@@ -26,7 +26,8 @@ import torch
 from cuda_support import ROOT, build_script, require_toolkit
 
 from recsys_kernels.backends import selection as _backends
-from recsys_kernels.backends.native import BOUNDS_CHECKS, Fault, native
+from recsys_kernels.backends.registry import BOUNDS_CHECKS, native, operators
+from recsys_kernels.ops.embedding_bag.faults import Fault, fault_error
 
 HERE = Path(__file__).parent
 EMULATOR = HERE / "emulator"
@@ -181,7 +182,7 @@ class Emulation:
     def __init__(self, path: Path, namespace: str = "recsys_kernels_simt") -> None:
         self.namespace = namespace
         self._library = torch.library.Library(namespace, "DEF")  # torch drops the operators when it dies
-        for name in _backends._references:
+        for name in operators:
             schema = str(getattr(torch.ops.recsys_kernels, name).default._schema)
             self._library.define(schema.split("::", 1)[1])
         torch.ops.load_library(str(path))
@@ -189,7 +190,7 @@ class Emulation:
         self._functions.simt_seed.argtypes = [ctypes.c_uint64]
         self._functions.simt_launches.restype = ctypes.c_int64
         has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
-        self.operators = frozenset(n for n in _backends._references if has_kernel(f"{namespace}::{n}", "CPU"))
+        self.operators = frozenset(n for n in operators if has_kernel(f"{namespace}::{n}", "CPU"))
         self._calls = 0
 
     def seed(self, seed: int) -> None:
@@ -247,7 +248,7 @@ class Emulation:
         """Raises what ``rk.check_bounds`` would raise on a GPU."""
         fault = self.take_fault()
         if fault is not None:
-            raise _backends._fault_error(fault)
+            raise fault_error(fault)
 
 
 @functools.cache

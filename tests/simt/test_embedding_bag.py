@@ -13,8 +13,8 @@ from support import named
 
 import recsys_kernels as rk
 from recsys_kernels.ops.embedding_bag import reference
-from recsys_kernels.ops.embedding_bag.op import FeaturePlan
 from recsys_kernels.ops.embedding_bag.reference import MAX, MEAN, SUM
+from recsys_kernels.ops.embedding_bag.spec import FeaturePlan
 from recsys_kernels.testing import (
     FLOAT_DTYPES,
     BagSample,

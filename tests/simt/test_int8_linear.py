@@ -10,7 +10,7 @@ from int8_gpu_cases import NOT_VALID, SPOILED_ROWS, WRONG, layer, longest_rows, 
 from support import named
 
 import recsys_kernels as rk
-from recsys_kernels.ops.linear.int8 import reference
+from recsys_kernels.backends.registry import operators
 from recsys_kernels.ops.linear.int8.reference import DYNAMIC, NONE, RELU, STATIC, WEIGHT_ONLY
 from recsys_kernels.testing import FLOAT_DTYPES, Int8Sample, assert_matches, expected_int8_linear, int8_linear_samples
 
@@ -18,7 +18,7 @@ from .support import BUILD, SEEDS, Emulation
 
 
 def assert_same_bits(kernels: Emulation, sample: Int8Sample) -> None:
-    ours, theirs = kernels.operator("int8_linear")(*sample.args), reference.int8_linear(*sample.args)
+    ours, theirs = kernels.operator("int8_linear")(*sample.args), operators["int8_linear"].reference(*sample.args)
     assert ours.isnan().equal(theirs.isnan())
     assert ours.nan_to_num(0.5).equal(theirs.nan_to_num(0.5))
 
@@ -35,7 +35,7 @@ def test_samples(kernels: Emulation, dtype: torch.dtype) -> None:
             assert out.dtype == sample.dtype
             assert_matches(out, expected_int8_linear(sample))
             if sample.scheme != WEIGHT_ONLY and sample.activation == NONE and sample.bias is None:
-                assert torch.equal(out, reference.int8_linear(*sample.args))
+                assert torch.equal(out, operators["int8_linear"].reference(*sample.args))
 
 
 @pytest.mark.parametrize("scheme", [DYNAMIC, STATIC])

@@ -23,8 +23,8 @@ from sparse_gpu_cases import (
 from support import named
 
 import recsys_kernels as rk
+from recsys_kernels.backends.registry import operators
 from recsys_kernels.ops.linear.operands import DYNAMIC, RELU, STATIC, WEIGHT_ONLY
-from recsys_kernels.ops.linear.sparse import reference
 from recsys_kernels.testing import (
     FLOAT_DTYPES,
     SPARSE_PATTERNS,
@@ -43,7 +43,7 @@ SHAPES = ((1, 1, 1), (3, 300, 21), (17, 41, 22), (40, 20, 37), (133, 19, 5))
 
 
 def assert_same_bits(kernels: Emulation, sample: SparseSample) -> None:
-    ours, theirs = kernels.operator("sparse_linear")(*sample.args), reference.sparse_linear(*sample.args)
+    ours, theirs = kernels.operator("sparse_linear")(*sample.args), operators["sparse_linear"].reference(*sample.args)
     assert ours.isnan().equal(theirs.isnan())
     assert ours.nan_to_num(0.5).equal(theirs.nan_to_num(0.5))
 
@@ -134,7 +134,7 @@ def test_groups(kernels: Emulation, seed: int, pattern: str) -> None:
             sample = odd_rows(scheme, pattern, copies, 32)
             sparser = torch.arange(20).unsqueeze(1) % 16 < 9  # some rows of weights keep nothing
             sample = replace(sample, weight=sample.weight * sparser, kept=sample.kept & sparser)
-            assert_odd_rows(run(*sample.args), reference.sparse_linear(*sample.args))
+            assert_odd_rows(run(*sample.args), operators["sparse_linear"].reference(*sample.args))
 
 
 @pytest.mark.parametrize("rows", [1, 17])
@@ -168,7 +168,7 @@ def test_bytes_past_the_last_column_are_no_weights(kernels: Emulation, rows: int
             values = torch.where(past.expand_as(values), 77, values)
         assert not values.equal(sample.args[1])
         out = kernels.operator("sparse_linear")(x, values, crow, col, *rest)
-        assert out.equal(reference.sparse_linear(*sample.args))
+        assert out.equal(operators["sparse_linear"].reference(*sample.args))
 
 
 @pytest.mark.parametrize("dtype", FLOAT_DTYPES[:3], ids=str)

@@ -10,9 +10,10 @@ import pytest
 import torch
 
 import recsys_kernels as rk
-from recsys_kernels.ops.embedding_bag import op, reference
+from recsys_kernels.ops.embedding_bag import autograd, reference
 from recsys_kernels.ops.embedding_bag import triton as kernels
 from recsys_kernels.ops.embedding_bag.reference import MAX, MEAN, SUM
+from recsys_kernels.ops.embedding_bag.spec import FeaturePlan
 from recsys_kernels.testing import (
     FLOAT_DTYPES,
     BagSample,
@@ -114,7 +115,7 @@ def test_more_columns_than_a_block(dim: int, mode: int) -> None:
     table, _ = expected_gradients(sample, grad)
     if mode == MAX:
         _, argmax = kernels.embedding_bag_max(weight, sample.indices, None, -1, False, True)
-        assert_matches(op._max_backward(grad, argmax, 6), table)
+        assert_matches(autograd._max_backward(grad, argmax, 6), table)
         return
     assert_matches(kernels.embedding_bag_backward(grad, *sample.bag_args, 6), table)
     weighted = replace(sample, per_sample_weights=torch.ones(sample.indices.shape))
@@ -212,7 +213,7 @@ def mixed_collection() -> tuple[tuple[Any, ...], torch.Tensor]:
             weights.append(weight)
             scales.append(scale_bias)
             exact.append(sample.weight)
-        plan.append(op.FeaturePlan(table, dim, column, mode, bits, -3 if bits else 0))
+        plan.append(FeaturePlan(table, dim, column, mode, bits, -3 if bits else 0))
         column += dim
     count = len(kinds)
     offsets = torch.cat([torch.zeros(1), torch.randint(0, 4, (count * batch,), generator=rng).cumsum(0)]).long()

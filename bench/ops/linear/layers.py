@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from bench.core import probe
-from recsys_kernels.backends.native import native
+from recsys_kernels.backends.registry import native
 
 POOL_BYTES = 32 << 20
 CHECKED_OUTPUTS = 256

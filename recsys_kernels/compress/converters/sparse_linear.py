@@ -10,7 +10,7 @@ import torch
 from ...ops.linear.int8 import Int8Linear
 from ...ops.linear.operands import MAX_IN_FEATURES
 from ...ops.linear.sparse import SparseLinear
-from ...ops.linear.sparse.autograd import FEW_ROWS
+from ...ops.linear.sparse.crossover import FEW_ROWS
 from ...ops.linear.sparse.patterns import Pattern, check_sparsity, parse_pattern
 from ...ops.linear.sparse.prepared import runs_dense, runs_packed
 from ..sizes import stored_bytes

@@ -6,8 +6,7 @@ from typing import Any
 
 import torch
 
-from ...backends import memory
-from . import drop_in, op
+from . import autograd, drop_in, memory
 
 
 class EmbeddingBag(torch.nn.EmbeddingBag):
@@ -63,12 +62,22 @@ class EmbeddingBag(torch.nn.EmbeddingBag):
         per_sample_weights: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Looks up and pools bags: ``input`` [B, L], or [N] with ``offsets`` [B]; returns [B, embedding_dim]."""
-        if per_sample_weights is None and self.max_norm is None and not (self.scale_grad_by_freq or input.is_nested):
-            # The same as below without what cannot apply: a request spends as long on Python as on its rows.
-            drop_in.check_bags(input, offsets, None)
-            if self.mode != "max" or not self.sparse:
-                spec = drop_in.bag_spec(self.mode, self.padding_idx, self.include_last_offset, self.num_embeddings)
-                return op.embedding_bag(self.weight, input, offsets, None, spec, self.sparse)
+        try:
+            if (
+                per_sample_weights is None
+                and self.max_norm is None
+                and not (self.scale_grad_by_freq or input.is_nested)
+            ):
+                # The same as below without what cannot apply: a request spends as long on Python as on its rows.
+                drop_in.check_bags(input, offsets, None)
+                if (self.mode != "max" or not self.sparse) and not torch.compiler.is_compiling():
+                    spec = drop_in.cached_bag_spec(
+                        self.mode, self.padding_idx, self.include_last_offset, self.num_embeddings
+                    )
+                    return autograd.embedding_bag(self.weight, input, offsets, None, spec, self.sparse)
+        except AttributeError:
+            drop_in.check_tensors(input=input, offsets=offsets)
+            raise
         return drop_in.embedding_bag(
             input,
             self.weight,

@@ -9,10 +9,12 @@ from typing import Any, NamedTuple, cast
 
 import torch
 
-from . import op
+from . import autograd, drop_in
 from .bag import EmbeddingBag
+from .faults import IndexOutOfRangeError
 from .quantized import QuantizedEmbeddingBag
 from .reference import MODES
+from .spec import FeaturePlan
 
 FeatureInput = Mapping[str, tuple[torch.Tensor, torch.Tensor | None] | torch.Tensor]
 _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -147,7 +149,7 @@ class EmbeddingBagCollection(torch.nn.Module):
             bits, exponent = (bag.bits, bag.host_exponent()) if isinstance(bag, QuantizedEmbeddingBag) else (0, 0)
             for _ in config.features:
                 dim = config.embedding_dim
-                features.append(op.FeaturePlan(number, dim, column, MODES[config.pooling], bits, exponent))
+                features.append(FeaturePlan(number, dim, column, MODES[config.pooling], bits, exponent))
                 column += dim
         self._features = tuple(features)
         device = self._bags()[0].weight.device
@@ -219,11 +221,17 @@ class EmbeddingBagCollection(torch.nn.Module):
 
         Raises:
             ValueError: missing or unknown features, batch sizes that differ.
-            TypeError: what a mapping has for a feature is neither a pair nor a tensor.
-            IndexError: an index out of range; names table, feature, position, value and range.
-            RuntimeError: wrong types or offsets.
+            TypeError: a list in the place of a tensor, or a feature of a mapping is neither a pair nor a tensor.
+            IndexError: an index out of range; names table, feature, position, value and range. The class is a
+                ``RuntimeError``, too.
+            RuntimeError: wrong types or offsets, or tensors on several devices.
         """
         if not isinstance(indices, torch.Tensor):
+            if not isinstance(indices, Mapping):
+                raise TypeError(
+                    "indices must be a tensor or a mapping from features to (indices, offsets), but is of type "
+                    f"{type(indices).__name__}: torch.as_tensor(indices) makes a tensor"
+                )
             if offsets is not None or per_sample_weights is not None:
                 raise ValueError("offsets and per_sample_weights don't go with a mapping of features")
             indices, offsets = self._join(indices, include_last_offset)
@@ -234,14 +242,17 @@ class EmbeddingBagCollection(torch.nn.Module):
         try:
             return self._lookup(indices, offsets, per_sample_weights)
         except IndexError as error:
-            raise IndexError(self._with_names(str(error))) from None
+            raise IndexOutOfRangeError(self._with_names(str(error))) from None
+        except (AttributeError, RuntimeError):
+            drop_in.check_tensors(offsets=offsets, per_sample_weights=per_sample_weights)
+            raise
 
     def _lookup(
         self, indices: torch.Tensor, offsets: torch.Tensor, per_sample_weights: torch.Tensor | None
     ) -> torch.Tensor:
         operands = self._operands()
         plan = cast(torch.Tensor, self._buffers["_plan"])
-        return op.embedding_bag_collection(
+        return autograd.embedding_bag_collection(
             operands.weights,
             operands.scales,
             plan,
@@ -379,6 +390,12 @@ class EmbeddingBagCollection(torch.nn.Module):
         return indices[:end], offsets[:-1]
 
     def _apply(self, fn: Any, recurse: bool = True) -> EmbeddingBagCollection:
+        for table, bag in zip(self.tables, self._bags(), strict=True):
+            if isinstance(bag, QuantizedEmbeddingBag) and fn(torch.empty(0, dtype=bag.dtype)).dtype == torch.float64:
+                raise TypeError(
+                    f"a collection with integer rows (table {table.name!r}) has no float64 output; use float32, or "
+                    "to_float() of the table's bag"
+                )
         super()._apply(fn, recurse)
         self._refresh_plan()
         return self

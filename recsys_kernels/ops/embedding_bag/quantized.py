@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 
-from ...backends import memory
-from ...backends import selection as _backends
-from . import drop_in
+from ...backends import selection
+from . import drop_in, memory
+from .autograd import quantized_embedding_bag
 from .bag import EmbeddingBag
-from .op import BagSpec, QuantizedTable, quantized_embedding_bag
+from .spec import BagSpec, QuantizedTable
 
 _BITS = (8, 4)
 _MAX_EXPONENT = 126
@@ -39,6 +39,20 @@ def _canonical(tensor: torch.Tensor) -> torch.Tensor:
     """The tensor alone in its memory, without gaps. (A view of a single row counts as contiguous.)"""
     alone = tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.nbytes
     return tensor if alone or tensor.is_meta else tensor.clone(memory_format=torch.contiguous_format)
+
+
+def _scale_fault(scale_bias: Any) -> str | None:
+    """What is wrong with the scales and biases of a state_dict, or None: they are finite, and scales at least 0."""
+    if not isinstance(scale_bias, torch.Tensor) or scale_bias.is_meta or scale_bias.dim() != 2:
+        return None  # a wrong shape is torch's to say
+    bad = ~torch.isfinite(scale_bias).all(1)
+    if scale_bias.shape[1]:
+        bad |= scale_bias[:, 0] < 0
+    if not bad.any():
+        return None
+    row = int(bad.nonzero()[0])
+    values = ", ".join(f"{value:g}" for value in scale_bias[row].tolist())
+    return f"must hold finite values and no negative scale, but row {row} of the table has (scale, bias) = ({values})"
 
 
 class _Quantized(torch.nn.Module):
@@ -76,8 +90,8 @@ class _Quantized(torch.nn.Module):
         weight = weight.detach()
         exponent = _table_exponent(weight)
         self.exponent.fill_(exponent)
-        run = _backends.implementation("quantize_rowwise", weight)
-        run(weight, self.bits, exponent, self.weight, self.scale_bias)
+        run = selection.implementation("quantize_rowwise", weight)
+        run(weight, self.bits, exponent, self.stored_rows, self.scale_bias)
         self.host_exponent()
 
     def host_exponent(self) -> int:
@@ -115,19 +129,26 @@ class _Quantized(torch.nn.Module):
         return QuantizedTable(weight, scale_bias, self.host_exponent(), self.embedding_dim, self.bits)
 
     @property
+    def stored_rows(self) -> torch.Tensor:
+        """The buffer ``weight``: the quantized rows, also where a subclass gives floats as its ``weight``."""
+        rows = self._buffers["weight"]
+        assert rows is not None
+        return rows
+
+    @property
     def nbytes(self) -> int:
         """Bytes of memory that rows, scales and biases hold."""
-        rows, scales = self.weight.untyped_storage(), self.scale_bias.untyped_storage()
-        together = rows.data_ptr() == scales.data_ptr() and not self.weight.is_meta
+        rows, scales = self.stored_rows.untyped_storage(), self.scale_bias.untyped_storage()
+        together = rows.data_ptr() == scales.data_ptr() and not self.stored_rows.is_meta
         return rows.nbytes() if together else rows.nbytes() + scales.nbytes()
 
     def dequantize(self) -> torch.Tensor:
         """The whole table as floats, [num_embeddings, embedding_dim] of type ``self.dtype``."""
-        out = memory.empty(self.num_embeddings, self.embedding_dim, dtype=self.dtype, device=self.weight.device)
+        out = memory.empty(self.num_embeddings, self.embedding_dim, dtype=self.dtype, device=self.stored_rows.device)
         spec = BagSpec(0, -1, False)
         for start in range(0, self.num_embeddings, _BLOCK_ROWS):
             end = min(start + _BLOCK_ROWS, self.num_embeddings)
-            ids = torch.arange(start, end, device=self.weight.device).unsqueeze(1)
+            ids = torch.arange(start, end, device=self.stored_rows.device).unsqueeze(1)
             out[start:end] = quantized_embedding_bag(self.table, ids, None, None, spec, self.dtype)
         return out
 
@@ -157,21 +178,25 @@ class _Quantized(torch.nn.Module):
         if isinstance(exponent, torch.Tensor) and not exponent.is_meta and abs(int(exponent)) > _MAX_EXPONENT:
             errors.append(f"{prefix}exponent must be within {_MAX_EXPONENT}, but is {int(exponent)} in the state_dict")
             return
+        fault = _scale_fault(state_dict.get(prefix + "scale_bias"))
+        if fault is not None:
+            errors.append(f"{prefix}scale_bias of the state_dict {fault}")
+            return
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)
         self.host_exponent()
 
     def _apply(self, fn: Any, recurse: bool = True) -> _Quantized:
         # .half() and .to(dtype) choose the type of the output; the stored table has its own types. Moving to another
         # device moves it, and the exponent, which the host reads, stays where it is.
-        before, exponent, scale_bias = self.weight.data_ptr(), self.exponent, self.scale_bias
+        before, exponent, scale_bias = self.stored_rows.data_ptr(), self.exponent, self.scale_bias
         super()._apply(fn, recurse)
         self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
         self.exponent = torch.zeros_like(exponent, device="cpu") if exponent.is_meta else exponent
-        device = self.weight.device
+        device = self.stored_rows.device
         # Off the meta device there is nothing to copy from.
         moves = not scale_bias.is_meta or device.type == "meta"
         self.scale_bias = scale_bias.to(device) if moves else torch.empty_like(scale_bias, device=device)
-        if self.weight.data_ptr() != before:
+        if self.stored_rows.data_ptr() != before:
             self._lay_out()
         return self
 
@@ -179,14 +204,14 @@ class _Quantized(torch.nn.Module):
         new = type(self).__new__(type(self))
         memo[id(self)] = new
         new.__dict__.update(copy.deepcopy(self.__dict__, memo))
-        memory.use_huge_pages(new.weight)
+        memory.use_huge_pages(new.stored_rows)
         return new
 
     def __getstate__(self) -> dict[str, Any]:
         # Files hold the table in its canonical form: rows and scales can share memory here, which pickle does not keep
         # and torch.save refuses.
         state = self.__dict__.copy()
-        if not self.weight.is_shared():  # a process that gets shared memory must get that, not a copy
+        if not self.stored_rows.is_shared():  # a process that gets shared memory must get that, not a copy
             state["_buffers"] = {k: b if b is None else _canonical(b) for k, b in self._buffers.items()}
         state["_seen_exponent"] = (None, 0, self._seen_exponent[2])
         return state
@@ -197,15 +222,17 @@ class _Quantized(torch.nn.Module):
 
     def _lay_out(self) -> None:
         """Moves a table that was copied or loaded as a whole into the layout of this machine."""
-        if self.weight.device.type != "cpu" or self.weight.is_shared():  # shared memory stays where others see it
+        if (
+            self.stored_rows.device.type != "cpu" or self.stored_rows.is_shared()
+        ):  # shared memory stays where others see it
             return
-        rows, scale_bias = memory.empty_quantized(self.num_embeddings, self.weight.shape[1])
-        if (rows.stride(), scale_bias.stride()) == (self.weight.stride(), self.scale_bias.stride()):
-            own = self.scale_bias.untyped_storage().data_ptr() == self.weight.untyped_storage().data_ptr()
+        rows, scale_bias = memory.empty_quantized(self.num_embeddings, self.stored_rows.shape[1])
+        if (rows.stride(), scale_bias.stride()) == (self.stored_rows.stride(), self.scale_bias.stride()):
+            own = self.scale_bias.untyped_storage().data_ptr() == self.stored_rows.untyped_storage().data_ptr()
             if own == (scale_bias.untyped_storage().data_ptr() == rows.untyped_storage().data_ptr()):
-                memory.use_huge_pages(self.weight)
+                memory.use_huge_pages(self.stored_rows)
                 return
-        self.weight, self.scale_bias = rows.copy_(self.weight), scale_bias.copy_(self.scale_bias)
+        self.weight, self.scale_bias = rows.copy_(self.stored_rows), scale_bias.copy_(self.scale_bias)
 
     def extra_repr(self) -> str:
         parts = [f"{self.num_embeddings}, {self.embedding_dim}, bits={self.bits}"]
@@ -300,9 +327,13 @@ class QuantizedEmbeddingBag(_Quantized):
 
         Errors are those of :func:`recsys_kernels.functional.embedding_bag`.
         """
-        drop_in.check_bags(input, offsets, per_sample_weights)
+        try:
+            drop_in.check_bags(input, offsets, per_sample_weights)
+        except AttributeError:
+            drop_in.check_tensors(input=input, offsets=offsets, per_sample_weights=per_sample_weights)
+            raise
         if per_sample_weights is not None and self.mode == "max":
-            raise NotImplementedError("embedding_bag: per_sample_weights need mode 'sum' or 'mean', not 'max'")
+            raise NotImplementedError(drop_in.NO_WEIGHTED_MAX)
         return quantized_embedding_bag(self.table, input, offsets, per_sample_weights, self._spec, self.dtype)
 
     def extra_repr(self) -> str:
@@ -356,7 +387,14 @@ class QuantizedEmbedding(_Quantized):
         """Looks up int32 or int64 indices of any shape; returns [*input.shape, embedding_dim].
 
         Raises:
-            IndexError: an index that is not a row of the table; names its position in the flat input and its value.
+            IndexError: an index that is not a row of the table; names its position in the flat input and its value. The
+                class is a ``RuntimeError``, too.
+            TypeError: ``input`` is not a tensor.
         """
-        rows = quantized_embedding_bag(self.table, input.reshape(-1, 1), None, None, BagSpec(0, -1, False), self.dtype)
+        try:
+            flat = input.reshape(-1, 1)
+        except (AttributeError, TypeError):
+            drop_in.check_tensors(input=input)
+            raise
+        rows = quantized_embedding_bag(self.table, flat, None, None, BagSpec(0, -1, False), self.dtype)
         return rows.reshape(*input.shape, self.embedding_dim)

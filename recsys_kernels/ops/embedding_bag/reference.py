@@ -1,6 +1,6 @@
 """What the embedding-bag operators compute, in plain PyTorch: the fallback anywhere and what kernels are tested with.
 
-Each function has the signature of the operator of the same name (see ``op.py`` for the schemas).
+Each function has the signature of the operator of the same name (see ``spec.py`` for the schemas).
 """
 
 from __future__ import annotations
@@ -8,6 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+
+from .faults import index_error, offsets_error
 
 SUM, MEAN, MAX = 0, 1, 2
 MODES = {"sum": SUM, "mean": MEAN, "max": MAX}
@@ -47,10 +49,7 @@ def _check_offsets(offsets: torch.Tensor, num_indices: int, zero_start: bool) ->
         bad[:1] |= offsets[:1] != 0
     if bad.any():
         at = int(bad.nonzero()[0])
-        raise RuntimeError(
-            "offsets must start at 0, never decrease and not exceed the number of indices "
-            f"({num_indices}), but offsets[{at}] is {int(offsets[at])}"
-        )
+        raise offsets_error(at, int(offsets[at]), num_indices)
 
 
 def split_bags(
@@ -65,7 +64,7 @@ def split_bags(
     """Checks indices and offsets and says which index belongs to which bag.
 
     Raises:
-        IndexError: an index is not in [0, num_rows).
+        IndexOutOfRangeError: an index is not in [0, num_rows).
         RuntimeError: a wrong type or number of dimensions, or offsets that decrease or point past the indices.
     """
     for name, tensor in (("indices", indices), ("offsets", offsets)):
@@ -95,10 +94,7 @@ def split_bags(
     bad = (rows < 0) | (rows >= num_rows)
     if bad.any():
         at = int(bad.nonzero()[0])
-        raise IndexError(
-            f"index {int(rows[at])} at position {int(position[at])} of indices is out of range for {table} "
-            f"with {num_rows} rows"
-        )
+        raise index_error(int(rows[at]), int(position[at]), table, num_rows)
     if padding_idx >= 0:
         keep = rows != padding_idx
         rows, bag, position = rows[keep], bag[keep], position[keep]

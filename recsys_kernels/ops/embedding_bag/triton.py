@@ -16,8 +16,9 @@ import torch
 import triton
 import triton.language as tl
 
-from ...backends import selection as _backends
+from ...backends import selection
 from . import triton_kernels as kernels
+from .faults import IndexOutOfRangeError, index_error, offsets_error
 from .reference import MAX, MEAN
 
 # ---- launches ----------------------------------------------------------------------------------------------------
@@ -157,17 +158,17 @@ def _is_capturing(device: torch.device) -> bool:
 
 
 def _clamp() -> bool:
-    return _backends.bounds_mode() == "clamp"
+    return selection.bounds_mode() == "clamp"
 
 
 def _skips(padding_idx: int, device: torch.device) -> bool:
     """Whether the indices that count have to be counted: some may be padding, or wrong and nobody is told."""
-    return padding_idx >= 0 or _backends.bounds_mode() != "raise" or _is_capturing(device)
+    return padding_idx >= 0 or selection.bounds_mode() != "raise" or _is_capturing(device)
 
 
 def _read(bags: _Bags) -> list[int] | None:
     """The flags (waits for the kernel); None if nobody wants to know, or while a CUDA graph is captured."""
-    if _backends.bounds_mode() != "raise" or _is_capturing(bags.flags.device):
+    if selection.bounds_mode() != "raise" or _is_capturing(bags.flags.device):
         return None
     return bags.flags.tolist()
 
@@ -181,19 +182,13 @@ def _check(bags: _Bags, num_rows: int) -> list[int] | None:
     return flags
 
 
-def _index_error(bags: _Bags, position: int, table: str, num_rows: int) -> IndexError:
-    return IndexError(
-        f"index {int(bags.indices[position])} at position {position} of indices is out of range for {table} "
-        f"with {num_rows} rows"
-    )
+def _index_error(bags: _Bags, position: int, table: str, num_rows: int) -> IndexOutOfRangeError:
+    return index_error(int(bags.indices[position]), position, table, num_rows)
 
 
 def _check_offsets(bags: _Bags, position: int) -> None:
     if position != kernels.NONE.value:
-        raise RuntimeError(
-            "offsets must start at 0, never decrease and not exceed the number of indices "
-            f"({bags.indices.numel()}), but offsets[{position}] is {int(bags.offsets[position])}"
-        )
+        raise offsets_error(position, int(bags.offsets[position]), bags.indices.numel())
 
 
 # ---- operators ---------------------------------------------------------------------------------------------------

@@ -31,6 +31,11 @@ MAX_IN_FEATURES = 1 << 16
 MIN_SCALE = 2.0**-100
 
 
+def num_groups(in_features: int, group: int) -> int:
+    """Scales of an output channel, where ``group`` columns share a scale; 0: all columns do."""
+    return 1 if group == 0 else -(-in_features // group)
+
+
 # ---- checks ---------------------------------------------------------------------------------------------------------
 
 

@@ -17,7 +17,7 @@ from support import named
 
 import recsys_kernels as rk
 from recsys_kernels import testing
-from recsys_kernels.ops.embedding_bag import op
+from recsys_kernels.ops.embedding_bag import autograd
 from recsys_kernels.ops.embedding_bag.reference import MAX, MEAN, MODES
 from recsys_kernels.testing import BagSample, assert_matches
 
@@ -264,15 +264,15 @@ def test_gradient_of_max_in_parts_of_columns(
     implementation: str, monkeypatch: pytest.MonkeyPatch, most_rows: int
 ) -> None:
     """Elements of a table can be more than a GPU's operators count, where they are what is summed."""
-    monkeypatch.setattr(op, "_MOST_ROWS", most_rows)
+    monkeypatch.setattr(autograd, "_MOST_ROWS", most_rows)
     widths = []
-    by_element = op._max_backward_by_element
+    by_element = autograd._max_backward_by_element
 
     def watched(grad: torch.Tensor, *rest: Any) -> torch.Tensor:
         widths.append(grad.shape[1])
         return by_element(grad, *rest)
 
-    monkeypatch.setattr(op, "_max_backward_by_element", watched)
+    monkeypatch.setattr(autograd, "_max_backward_by_element", watched)
     rng = torch.Generator().manual_seed(41)
     table, grad = torch.randn(9, 7, generator=rng), torch.randn(6, 7, generator=rng)
     indices, offsets = torch.tensor([3, 0, 8, 8, 2, 5, 5, 1]), torch.tensor([0, 2, 2, 3, 5, 7, 8])

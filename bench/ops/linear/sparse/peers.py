@@ -30,8 +30,8 @@ from bench.ops.linear.sparse.cases import (
     SparseLinearWorkload,
 )
 from recsys_kernels.backends import selection
-from recsys_kernels.ops.linear.sparse import autograd as op
 from recsys_kernels.ops.linear.sparse import formats
+from recsys_kernels.ops.linear.sparse.crossover import FEW_ROWS
 from recsys_kernels.ops.linear.sparse.patterns import parse_pattern
 
 CSR = "torch CSR"
@@ -47,7 +47,7 @@ def _packed(work: SparseLinearWorkload, layer: rk.SparseLinear, name: str) -> Si
     """The operator on a packed layer."""
     case, operands = work.case, layer.operands()
     with torch.no_grad():
-        packed = selection.implementation("sparse_pack", operands[0])(*operands, int(case.batch > op.FEW_ROWS))
+        packed = selection.implementation("sparse_pack", operands[0])(*operands, int(case.batch > FEW_ROWS))
     run, dtype = selection.implementation("sparse_packed", packed), selection.dtype_argument(torch.float32)
     return Side(name, lambda batch: run(batch, packed, case.outs, dtype), threads=case.threads)
 

@@ -12,9 +12,10 @@ from typing import NamedTuple
 import torch
 from torch.utils.weak import TensorWeakRef, WeakTensorKeyDictionary
 
-from ....backends import selection as _backends
+from ....backends import selection
 from . import autograd as op
 from . import reference
+from .spec import FAMILY, LayerLists
 
 
 class _Kept(NamedTuple):
@@ -46,22 +47,17 @@ def _is_current(kept: _Kept, tensors: Sequence[torch.Tensor | None], numbers: Se
     return True
 
 
-def _packed(
-    weights: list[torch.Tensor],
-    weight_scales: list[torch.Tensor],
-    biases: list[torch.Tensor | None],
-    input_qparams: list[torch.Tensor | None],
-    numbers: list[int],
-) -> torch.Tensor:
-    tensors = (*weights, *weight_scales, *biases, *input_qparams)
+def _packed(lists: LayerLists) -> torch.Tensor:
+    weights, numbers = lists.weights, lists.numbers
+    tensors = (*weights, *lists.weight_scales, *lists.biases, *lists.input_qparams)
     # An inference tensor does not count what is written to it.
     counts = not any(tensor is not None and tensor.is_inference() for tensor in tensors)
     kept = _kept.get(weights[0]) if counts and weights else None
     if kept is not None and _is_current(kept, tensors, numbers):
         return kept.packed
-    layers = reference.split_layers(weights, weight_scales, biases, input_qparams, numbers)
+    layers = reference.split_layers(lists)
     with torch.inference_mode(False), torch.no_grad():
-        run = _backends.implementation("int8_pack", weights[0])
+        run = selection.implementation("int8_pack", weights[0])
         packed = torch.cat([run(*layer) for layer in layers])
     if counts:
         known = tuple(None if tensor is None else TensorWeakRef(tensor) for tensor in tensors)
@@ -71,20 +67,11 @@ def _packed(
     return packed
 
 
-def int8_layers(
-    input: torch.Tensor,
-    weights: list[torch.Tensor],
-    weight_scales: list[torch.Tensor],
-    biases: list[torch.Tensor | None],
-    input_qparams: list[torch.Tensor | None],
-    numbers: list[int],
-    dtype: torch.dtype,
-) -> torch.Tensor:
+def int8_layers(input: torch.Tensor, layers: LayerLists, dtype: torch.dtype) -> torch.Tensor:
     """The operator ``int8_layers`` for CPU tensors."""
-    if _backends.chosen("int8_chain", "cpu") != "cpu":
-        return reference.int8_layers(input, weights, weight_scales, biases, input_qparams, numbers, dtype)
-    packed = _packed(weights, weight_scales, biases, input_qparams, numbers)
-    return op.chain(input, packed, weights[-1].shape[0], dtype)
+    if selection.chosen("int8_chain", "cpu") != "cpu":
+        return reference.int8_layers(input, layers, dtype)
+    return op.chain(input, _packed(layers), layers.weights[-1].shape[0], dtype)
 
 
-_backends.library.impl("int8_layers", int8_layers, "CPU")
+FAMILY.operators["int8_layers"].implement("CPU", int8_layers)

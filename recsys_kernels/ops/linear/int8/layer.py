@@ -8,19 +8,20 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from ....backends import selection as _backends
-from ..operands import MODULES, FixedTypes, input_qparams
+from ....backends import selection
+from ..operands import MODULES, FixedTypes, epilogue_number, input_qparams, num_groups, scheme_number
 from . import autograd as op
 from . import reference
 from .reference import GROUPS, MAX_IN_FEATURES, MIN_SCALE, STATIC, WEIGHT_ONLY
+from .spec import Int8Layer
 
 if TYPE_CHECKING:
     from .qat import QATLinear
 
-# What ``_backends.implementation`` gives unless another backend was asked for.
+# What ``selection.implementation`` gives unless another backend was asked for.
 CHAIN = torch.ops.recsys_kernels.int8_chain.default
 # What it takes for a type: looked up, for it is half a percent of a request's time.
-NUMBERS: dict[torch.dtype, Any] = {dtype: _backends.dtype_argument(dtype) for dtype in reference.FLOATS}
+NUMBERS: dict[torch.dtype, Any] = {dtype: selection.dtype_argument(dtype) for dtype in reference.FLOATS}
 
 
 class Seen(NamedTuple):
@@ -135,7 +136,7 @@ class Int8Linear(FixedTypes):
                 f"in_features must be from 1 to {MAX_IN_FEATURES} and out_features at least 1, "
                 f"but are {in_features} and {out_features}"
             )
-        self._scheme, self._epilogue = op.scheme_number(activation), op.epilogue_number(epilogue)
+        self._scheme, self._epilogue = scheme_number(activation), epilogue_number(epilogue)
         if granularity not in ("channel", "tensor", *GROUPS):
             raise ValueError(f"granularity must be 'channel', 'tensor', 32, 64 or 128, but is {granularity!r}")
         if input_range is not None and activation != "static":
@@ -143,7 +144,7 @@ class Int8Linear(FixedTypes):
         self.in_features, self.out_features = in_features, out_features
         self.activation, self.epilogue, self.granularity = activation, epilogue, granularity
         grouped = isinstance(granularity, int)
-        groups = reference.num_groups(in_features, int(granularity)) if grouped else 1
+        groups = num_groups(in_features, int(granularity)) if grouped else 1
         # One group is one scale a channel.
         self._group = int(granularity) if groups > 1 else 0
         scales = (1 if granularity == "tensor" else out_features, groups)
@@ -334,7 +335,7 @@ class Int8Linear(FixedTypes):
             tuple(parameter.detach().clone() for parameter in self._trained()) if self._trains else None,
         )
 
-    def operands(self) -> op.Operands:
+    def operands(self) -> Int8Layer:
         """The layer as the operators take it: from ``weight`` to ``activation``."""
         buffers, parameters = self._buffers, self._parameters
         weight, scale = buffers["weight"], (parameters if self._scheme == WEIGHT_ONLY else buffers)["weight_scale"]
@@ -343,7 +344,7 @@ class Int8Linear(FixedTypes):
         if self.granularity == "tensor":
             scale = scale.expand(self.out_features, 1)
         bias, qparams = parameters["bias"], buffers["input_qparams"]
-        return weight, scale, self._group, bias, qparams, self._scheme, self._epilogue
+        return Int8Layer(weight, scale, self._group, bias, qparams, self._scheme, self._epilogue)
 
     def pack(self) -> torch.Tensor:
         """The layer as the CPU kernels read it, made anew."""
@@ -354,7 +355,7 @@ class Int8Linear(FixedTypes):
                 "or load a state_dict with input_qparams"
             )
         with torch.inference_mode(False), torch.no_grad():
-            return _backends.implementation("int8_pack", self.weight)(*self.operands())
+            return selection.implementation("int8_pack", self.weight)(*self.operands())
 
     def _current_pack(self) -> torch.Tensor | None:
         """The packed copy, as fresh as the state; None where the canonical operands are used."""
@@ -390,7 +391,7 @@ class Int8Linear(FixedTypes):
             packed, dtype = self._packed, self.dtype
             if packed is not None and self.is_as(self._seen) and input.dim() == 2:
                 needs_grad = torch.is_grad_enabled() and (input.requires_grad or self.is_trained())
-                if not needs_grad and _backends.implementation("int8_chain", input) is CHAIN:
+                if not needs_grad and selection.implementation("int8_chain", input) is CHAIN:
                     return CHAIN(input, packed, self.out_features, NUMBERS.get(dtype, dtype))
         return self.run(input, self.dtype)
 
@@ -402,11 +403,11 @@ class Int8Linear(FixedTypes):
         if torch.compiler.is_compiling():
             if runs_compiled(self.weight) and not needs_grad:
                 return run_compiled([self], input, dtype)
-            return op.run_layer(input, *self.operands(), dtype)
+            return op.run_layer(input, self.operands(), dtype)
         packed = self._current_pack()
         if packed is not None and not needs_grad:
             return op.chain(input, packed, self.out_features, dtype)
-        return op.run_layer(input, *self.operands(), dtype, packed)
+        return op.run_layer(input, self.operands(), dtype, packed)
 
     # ---- state ------------------------------------------------------------------------------------------------------
 
@@ -458,7 +459,7 @@ class Int8Linear(FixedTypes):
 
 def runs_packed(weight: torch.Tensor) -> bool:
     """Whether layers with such weights run from their packed copy at present."""
-    return weight.device.type == "cpu" and _backends.chosen("int8_chain", "cpu") == "cpu"
+    return weight.device.type == "cpu" and selection.chosen("int8_chain", "cpu") == "cpu"
 
 
 def runs_compiled(weight: torch.Tensor) -> bool:
@@ -475,7 +476,7 @@ def run_compiled(layers: Sequence[Int8Linear], input: torch.Tensor, dtype: torch
         [layer.bias for layer in layers],
         [layer.input_qparams for layer in layers],
     )
-    return _backends.implementation("int8_layers", input)(input, *tensors, numbers, dtype)
+    return selection.implementation("int8_layers", input)(input, *tensors, numbers, dtype)
 
 
 def _wrong_state(name: str, given: torch.Tensor, own: torch.Tensor) -> str | None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ....backends import selection as _backends
+from ....backends import selection
 from . import autograd as op
 from .layer import CHAIN, NUMBERS, Int8Linear, Seen, run_compiled, runs_compiled, runs_packed
 from .reference import WEIGHT_ONLY
@@ -191,7 +191,7 @@ class Int8MLP(torch.nn.Sequential):
             # As in Int8Linear.forward: first without what cannot apply.
             packed = self._packed
             if packed is not None and input.dim() == 2 and self._is_current(layers):  # noqa: SIM102
-                if _backends.implementation("int8_chain", input) is CHAIN:
+                if selection.implementation("int8_chain", input) is CHAIN:
                     dtype = last.dtype
                     return CHAIN(input, packed, last.out_features, NUMBERS.get(dtype, dtype))
         self._check_layers()

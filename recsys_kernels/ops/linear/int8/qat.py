@@ -7,11 +7,13 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
-from ....backends import selection as _backends
+from ....backends import selection
+from ..gradients import before_activation, needs_output
 from . import autograd as op
 from . import reference
 from .layer import FixedTypes, Int8Linear, quantize_weight, runs_packed
-from .reference import GELU, NONE, RELU, SIGMOID, STATIC, WEIGHT_ONLY
+from .reference import NONE, STATIC, WEIGHT_ONLY
+from .spec import Int8Layer
 
 RANGES = ("running", "learnable")
 
@@ -41,8 +43,8 @@ class _FakeQuantized(torch.autograd.Function):
         dtype: torch.dtype,
     ) -> torch.Tensor:
         ctx.group, ctx.scheme, ctx.activation, ctx.dtype = group, scheme, activation, input.dtype
-        out = _run(input, (q, scale, group, bias, qparams, scheme, activation), dtype)
-        ctx.save_for_backward(input, q, scale, bias, qparams, out if activation in (RELU, SIGMOID) else None)
+        out = _run(input, Int8Layer(q, scale, group, bias, qparams, scheme, activation), dtype)
+        ctx.save_for_backward(input, q, scale, bias, qparams, out if needs_output(activation) else None)
         return out
 
     @staticmethod
@@ -50,14 +52,11 @@ class _FakeQuantized(torch.autograd.Function):
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         input, q, scale, bias, qparams, out = ctx.saved_tensors
         group, scheme, activation = ctx.group, ctx.scheme, ctx.activation
-        grad = grad.float()
-        if activation == RELU:
-            grad = torch.ops.aten.threshold_backward(grad, out.float(), 0)
-        elif activation == SIGMOID:
-            grad = torch.ops.aten.sigmoid_backward(grad, out.float())
-        elif activation != NONE:
-            backward = torch.ops.aten.gelu_backward if activation == GELU else torch.ops.aten.silu_backward
-            grad = backward(grad, _run(input, (q, scale, group, bias, qparams, scheme, NONE), torch.float32))
+
+        def again() -> torch.Tensor:
+            return _run(input, Int8Layer(q, scale, group, bias, qparams, scheme, NONE), torch.float32)
+
+        grad = before_activation(grad, activation, out, again)
         rows = input.float().reshape(-1, input.shape[-1])
         grad = grad.reshape(-1, grad.shape[-1])
         grad_input = grad_weight = grad_bias = grad_range = None
@@ -92,12 +91,12 @@ def _static(rows: torch.Tensor, qparams: torch.Tensor) -> tuple[torch.Tensor, to
     return rounded * step, inside, torch.stack([below.float() - added, above.float() + added])
 
 
-def _run(input: torch.Tensor, layer: op.Operands, dtype: torch.dtype) -> torch.Tensor:
+def _run(input: torch.Tensor, layer: Int8Layer, dtype: torch.dtype) -> torch.Tensor:
     """The output of the deployed layer, by the way that it takes."""
     weight = layer[0]
     if runs_packed(weight):
-        return op.chain(input, _backends.implementation("int8_pack", weight)(*layer), weight.shape[0], dtype)
-    return _backends.implementation("int8_linear", input)(input, *layer, dtype)
+        return op.chain(input, selection.implementation("int8_pack", weight)(*layer), weight.shape[0], dtype)
+    return selection.implementation("int8_linear", input)(input, *layer, dtype)
 
 
 class QATLinear(FixedTypes):

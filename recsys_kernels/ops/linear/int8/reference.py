@@ -1,7 +1,7 @@
 """What the int8 matmul operators compute, in plain PyTorch: the fallback anywhere and what kernels are tested with.
 
-Each function has the signature of the operator of the same name (see ``op.py`` for the schemas). Integer products are
-taken in float64, where sums of up to 2^53 are exact and which every device multiplies fast.
+Each function takes the fields of the operand table of the operator of the same name (see ``spec.py``). Integer products
+are taken in float64, where sums of up to 2^53 are exact and which every device multiplies fast.
 """
 
 from __future__ import annotations
@@ -32,19 +32,20 @@ from ..operands import (  # noqa: F401  (named here by what runs these operators
     check_input_qparams,
     check_options,
     check_qparams,
+    num_groups,
     quantize_rows,
     range_qparams,
 )
 from ..operands import check as _check
 from ..operands import check_floats as _check_floats
 from ..operands import check_width as _check_width
+from .spec import HEADER_BYTES, LANES, Int8Layer, LayerLists, packed_bytes, padded
 
-# A packed layer: "RCK8", and the number of output channels that lie side by side.
-_MAGIC, _VERSION, _LANES = 0x384B4352, 1, 16
-_HEADER_BYTES = 64
+# How a packed layer starts: "RCK8" and the version of the layout.
+_MAGIC, _VERSION = 0x384B4352, 1
 
 
-class Layer(NamedTuple):
+class CheckedLayer(NamedTuple):
     """A quantized layer whose parts have been checked.
 
     Attributes:
@@ -66,15 +67,10 @@ class Layer(NamedTuple):
     activation: int
 
 
-def num_groups(in_features: int, group: int) -> int:
-    """Scales of an output channel."""
-    return 1 if group == 0 else -(-in_features // group)
-
-
 # ---- checks ---------------------------------------------------------------------------------------------------------
 
 
-def _check_input(input: torch.Tensor, weight: torch.Tensor) -> None:
+def check_input(input: torch.Tensor, weight: torch.Tensor) -> None:
     _check(input.dim() >= 1, "input must have at least 1 dimension, but has 0")
     _check(input.device == weight.device, f"input is on {input.device}, but weight on {weight.device}")
     _check_width(input, weight.shape[1], weight.shape[0])
@@ -90,16 +86,13 @@ def _check_numbers(in_features: int, out_features: int, group: int, scheme: int,
     check_options(scheme, activation)
 
 
-def _checked_layer(
-    weight: torch.Tensor,
-    weight_scale: torch.Tensor,
-    group: int,
-    bias: torch.Tensor | None,
-    input_qparams: torch.Tensor | None,
-    scheme: int,
-    activation: int,
-) -> Layer:
-    """The arguments that int8_linear and int8_pack share, checked."""
+def checked_layer(layer: Int8Layer) -> CheckedLayer:
+    """The operands of a layer, checked.
+
+    Raises:
+        RuntimeError: names the operand, what it is and what it must be.
+    """
+    weight, weight_scale, group, bias, input_qparams, scheme, activation = layer
     _check(weight.dtype == torch.int8, f"weight must be int8, but is {weight.dtype}")
     _check(weight.dim() == 2, f"weight must have 2 dimension(s), but has {weight.dim()}")
     out_features, in_features = weight.shape
@@ -122,7 +115,7 @@ def _checked_layer(
         same = tensor is None or tensor.device == weight.device
         _check(same, f"{name} must be on the device of weight ({weight.device})")
     qparams = check_input_qparams(input_qparams, scheme)
-    return Layer(weight, weight_scale, group, bias, qparams, scheme, activation)
+    return CheckedLayer(weight, weight_scale, group, bias, qparams, scheme, activation)
 
 
 # ---- one layer ------------------------------------------------------------------------------------------------------
@@ -133,14 +126,14 @@ def _groups(in_features: int, group: int) -> list[slice]:
     return [slice(start, min(start + step, in_features)) for start in range(0, in_features, step)]
 
 
-def _weight_only(x: torch.Tensor, layer: Layer) -> torch.Tensor:
+def _weight_only(x: torch.Tensor, layer: CheckedLayer) -> torch.Tensor:
     out = x.new_zeros(x.shape[0], layer.weight.shape[0])
     for number, part in enumerate(_groups(x.shape[1], layer.group)):
         out += F.linear(x[:, part], layer.weight[:, part].float()) * layer.weight_scale[:, number]
     return out
 
 
-def _integers(x: torch.Tensor, layer: Layer) -> torch.Tensor:
+def _integers(x: torch.Tensor, layer: CheckedLayer) -> torch.Tensor:
     finite = torch.isfinite(x).all(1, keepdim=True)
     q, scale, zero_point = quantize_rows(torch.where(finite, x, 0.0), layer.input_qparams)
     q, zero_point = q.double(), zero_point.double()
@@ -158,7 +151,7 @@ def _integers(x: torch.Tensor, layer: Layer) -> torch.Tensor:
     return torch.where(finite, out, torch.nan)
 
 
-def _run(x: torch.Tensor, layer: Layer) -> torch.Tensor:
+def _run(x: torch.Tensor, layer: CheckedLayer) -> torch.Tensor:
     """One layer on float32 rows [M, K]."""
     out = (_weight_only if layer.scheme == WEIGHT_ONLY else _integers)(x, layer)
     if layer.bias is not None:
@@ -166,97 +159,58 @@ def _run(x: torch.Tensor, layer: Layer) -> torch.Tensor:
     return activate(out, layer.activation)
 
 
-def int8_linear(
-    input: torch.Tensor,
-    weight: torch.Tensor,
-    weight_scale: torch.Tensor,
-    group: int,
-    bias: torch.Tensor | None,
-    input_qparams: torch.Tensor | None,
-    scheme: int,
-    activation: int,
-    dtype: torch.dtype,
-) -> torch.Tensor:
+def int8_linear(input: torch.Tensor, layer: Int8Layer, dtype: torch.dtype) -> torch.Tensor:
     """One layer over [..., K]: quantization of the input, integer product, scales, bias, activation."""
     _check_floats(input, dtype)
-    layer = _checked_layer(weight, weight_scale, group, bias, input_qparams, scheme, activation)
-    _check_input(input, weight)
-    rows = input.float().reshape(-1, weight.shape[1])
-    return _run(rows, layer).to(dtype).reshape(*input.shape[:-1], weight.shape[0])
+    checked = checked_layer(layer)
+    check_input(input, layer.weight)
+    out_features, in_features = layer.weight.shape
+    rows = input.float().reshape(-1, in_features)
+    return _run(rows, checked).to(dtype).reshape(*input.shape[:-1], out_features)
 
 
-def split_layers(
-    weights: list[torch.Tensor],
-    weight_scales: list[torch.Tensor],
-    biases: list[torch.Tensor | None],
-    input_qparams: list[torch.Tensor | None],
-    numbers: list[int],
-) -> list[tuple[torch.Tensor, torch.Tensor, int, torch.Tensor | None, torch.Tensor | None, int, int]]:
-    """The arguments of int8_layers as those of one int8_pack for each layer."""
+def split_layers(lists: LayerLists) -> list[Int8Layer]:
+    """Lists of operands as one layer after the other."""
+    weights, numbers = lists.weights, lists.numbers
+    others = lists.weight_scales, lists.biases, lists.input_qparams
     count = len(weights)
-    lists = (weight_scales, biases, input_qparams)
     _check(
-        count > 0 and all(len(part) == count for part in lists) and len(numbers) == 3 * count,
+        count > 0 and all(len(part) == count for part in others) and len(numbers) == 3 * count,
         "int8_layers needs at least one layer, and of each a weight, a scale, a bias, qparams and three numbers",
     )
     layers = []
-    for number, (weight, scale, bias, qparams) in enumerate(zip(weights, *lists, strict=True)):
+    for number, (weight, scale, bias, qparams) in enumerate(zip(weights, *others, strict=True)):
         group, scheme, activation = numbers[3 * number : 3 * number + 3]
         if scale.shape == (1, 1) and weight.dim() == 2:
             scale = scale.expand(weight.shape[0], 1)
-        layers.append((weight, scale, group, bias, qparams, scheme, activation))
+        layers.append(Int8Layer(weight, scale, group, bias, qparams, scheme, activation))
     return layers
 
 
-def int8_layers(
-    input: torch.Tensor,
-    weights: list[torch.Tensor],
-    weight_scales: list[torch.Tensor],
-    biases: list[torch.Tensor | None],
-    input_qparams: list[torch.Tensor | None],
-    numbers: list[int],
-    dtype: torch.dtype,
-) -> torch.Tensor:
+def int8_layers(input: torch.Tensor, layers: LayerLists, dtype: torch.dtype) -> torch.Tensor:
     """Layers one after the other over [..., K], from their canonical operands; float32 between them."""
-    layers = split_layers(weights, weight_scales, biases, input_qparams, numbers)
-    for layer in layers[:-1]:
-        input = int8_linear(input, *layer, torch.float32)
-    return int8_linear(input, *layers[-1], dtype)
+    *first, last = split_layers(layers)
+    for layer in first:
+        input = int8_linear(input, layer, torch.float32)
+    return int8_linear(input, last, dtype)
 
 
 # ---- packed layers --------------------------------------------------------------------------------------------------
 
 
-def _padded(size: int, multiple: int) -> int:
-    return -(-size // multiple) * multiple
-
-
-def packed_bytes(out_features: int, in_features: int, group: int) -> int:
-    """The size of a packed layer: header, scales, bias, sums, weights."""
-    channels = _padded(out_features, _LANES)
-    return _HEADER_BYTES + 4 * channels * (2 * num_groups(in_features, group) + 1) + channels * _padded(in_features, 4)
-
-
-def int8_pack(
-    weight: torch.Tensor,
-    weight_scale: torch.Tensor,
-    group: int,
-    bias: torch.Tensor | None,
-    input_qparams: torch.Tensor | None,
-    scheme: int,
-    activation: int,
-) -> torch.Tensor:
+def int8_pack(layer: Int8Layer) -> torch.Tensor:
     """A layer as the CPU kernels read it: four bytes of each of 16 channels, then the next four; little endian."""
-    layer = _checked_layer(weight, weight_scale, group, bias, input_qparams, scheme, activation)
+    weight, weight_scale, group, bias, _, scheme, activation = layer
+    qparams = checked_layer(layer).input_qparams
     out_features, in_features = weight.shape
-    channels, depth = _padded(out_features, _LANES), _padded(in_features, 4)
+    channels, depth = padded(out_features, LANES), padded(in_features, 4)
     missing = channels - out_features
-    scale, zero_point = layer.input_qparams or (1.0, 0.0)
+    scale, zero_point = qparams or (1.0, 0.0)
     (scale_bits,) = struct.unpack("<i", struct.pack("<f", scale))
     numbers = [_MAGIC, _VERSION, in_features, out_features, group, scheme, activation, int(bias is not None)]
     header = torch.tensor([*numbers, scale_bits, int(zero_point), *[0] * 6], dtype=torch.int32, device=weight.device)
     sums = [weight[:, part].sum(1, dtype=torch.int32) for part in _groups(in_features, group)]
-    blocks = F.pad(weight, (0, depth - in_features, 0, missing)).reshape(channels // _LANES, _LANES, depth // 4, 4)
+    blocks = F.pad(weight, (0, depth - in_features, 0, missing)).reshape(channels // LANES, LANES, depth // 4, 4)
     parts = (
         header,
         F.pad(weight_scale.t(), (0, missing)),
@@ -267,7 +221,7 @@ def int8_pack(
     return torch.cat([part.contiguous().reshape(-1).view(torch.uint8) for part in parts])
 
 
-def _unpack(packed: torch.Tensor) -> Iterator[Layer]:
+def _unpack(packed: torch.Tensor) -> Iterator[CheckedLayer]:
     """The layers of a chain, each checked before any of it is read."""
     _check(packed.dtype == torch.uint8, f"packed must be uint8, but is {packed.dtype}")
     _check(packed.dim() == 1, f"packed must have 1 dimension(s), but has {packed.dim()}")
@@ -276,9 +230,9 @@ def _unpack(packed: torch.Tensor) -> Iterator[Layer]:
     start = 0
     while start < size:
         at = f"packed: the layer at byte {start}"
-        _check(size - start >= _HEADER_BYTES, f"{at} is truncated: {size - start} of {_HEADER_BYTES} bytes of a header")
+        _check(size - start >= HEADER_BYTES, f"{at} is truncated: {size - start} of {HEADER_BYTES} bytes of a header")
         # Copied, as a view of other types needs an aligned start.
-        header = packed[start : start + _HEADER_BYTES].clone().view(torch.int32).tolist()
+        header = packed[start : start + HEADER_BYTES].clone().view(torch.int32).tolist()
         magic, version, in_features, out_features, group, scheme, activation, _, scale_bits, zero_point, *_ = header
         _check(magic == _MAGIC, f"{at} does not start with the mark of a packed layer")
         _check(version == _VERSION, f"{at} has version {version}, but this release reads version {_VERSION}")
@@ -293,7 +247,7 @@ def _unpack(packed: torch.Tensor) -> Iterator[Layer]:
         length = packed_bytes(out_features, in_features, group)
         _check(size - start >= length, f"{at} is truncated: {size - start} of its {length} bytes")
         yield _unpack_layer(
-            packed[start + _HEADER_BYTES : start + length],
+            packed[start + HEADER_BYTES : start + length],
             in_features,
             out_features,
             group,
@@ -312,13 +266,13 @@ def _unpack_layer(
     qparams: tuple[float, float] | None,
     scheme: int,
     activation: int,
-) -> Layer:
-    groups, channels = num_groups(in_features, group), _padded(out_features, _LANES)
+) -> CheckedLayer:
+    groups, channels = num_groups(in_features, group), padded(out_features, LANES)
     scales, bias, _, blocks = body.split(
-        [4 * channels * groups, 4 * channels, 4 * channels * groups, channels * _padded(in_features, 4)]
+        [4 * channels * groups, 4 * channels, 4 * channels * groups, channels * padded(in_features, 4)]
     )
-    weight = blocks.view(torch.int8).reshape(channels // _LANES, -1, _LANES, 4).permute(0, 2, 1, 3)
-    return Layer(
+    weight = blocks.view(torch.int8).reshape(channels // LANES, -1, LANES, 4).permute(0, 2, 1, 3)
+    return CheckedLayer(
         weight.reshape(channels, -1)[:out_features, :in_features],
         scales.clone().view(torch.float32).reshape(groups, channels)[:, :out_features].t(),
         group,

@@ -20,6 +20,7 @@ from .. import triton as linear_triton
 from . import reference
 from . import triton_kernels as kernels
 from .reference import DYNAMIC, STATIC, WEIGHT_ONLY
+from .spec import Int8Layer
 
 # Within a tile, which is up to 128 rows, places are counted in 32 bits.
 _MOST_COLUMNS = 1 << 24
@@ -103,32 +104,26 @@ def _tile(rows: int, weight: torch.Tensor, scheme: int, group: int, dtype: torch
 
 def tune(
     input: torch.Tensor,
-    weight: torch.Tensor,
-    weight_scale: torch.Tensor,
-    group: int,
-    bias: torch.Tensor | None,
-    input_qparams: torch.Tensor | None,
-    scheme: int,
-    activation: int,
+    layer: Int8Layer,
     dtype: torch.dtype,
     measure: Callable[[Callable[[], Any]], float] | None = None,
 ) -> Tile:
     """Times a call with each of a small set of tiles, and lets later calls of its kind take the fastest.
 
     Args:
-        input, weight, weight_scale, group, bias, input_qparams, scheme, activation, dtype: as for the operator. Calls
-            of the same kind have weights of the same shape, and as many rows up to the next power of two.
+        input, layer, dtype: as for the operator. Calls of the same kind have weights of the same shape, and as many
+            rows up to the next power of two.
         measure: gives the time of a call; default: ``triton.testing.do_bench``.
     """
     measure = measure or triton.testing.do_bench
-    args = (input, weight, weight_scale, group, bias, input_qparams, scheme, activation, dtype)
+    weight, _, group, _, _, scheme, _ = layer
     rows = input.numel() // weight.shape[1]
     kind = _kind(rows, weight, scheme, group, input.dtype)
     before, times = _tuned.get(kind), {}
     for tile in tiles(scheme, group, input.dtype):
         _tuned[kind] = tile
         try:
-            times[tile] = measure(lambda: int8_linear(*args))
+            times[tile] = measure(lambda: int8_linear(input, layer, dtype))
         except triton.runtime.errors.OutOfResources:  # more shared memory than this GPU has
             continue
         finally:
@@ -148,23 +143,13 @@ def _check(good: bool, message: str) -> None:
         raise RuntimeError(message)
 
 
-def _check_arguments(
-    input: torch.Tensor,
-    weight: torch.Tensor,
-    weight_scale: torch.Tensor,
-    group: int,
-    bias: torch.Tensor | None,
-    input_qparams: torch.Tensor | None,
-    scheme: int,
-    activation: int,
-    dtype: torch.dtype,
-) -> None:
+def _check_arguments(input: torch.Tensor, layer: Int8Layer, dtype: torch.dtype) -> None:
     """The reference's checks but for the values of input_qparams, which are on the GPU: the kernel looks at them."""
     reference._check_floats(input, dtype)
-    linear_triton.check_qparams_on_gpu(input_qparams, scheme, weight.device)
-    rest = DYNAMIC if scheme == STATIC else scheme
-    reference._checked_layer(weight, weight_scale, group, bias, None, rest, activation)
-    reference._check_input(input, weight)
+    weight, scheme = layer.weight, layer.scheme
+    linear_triton.check_qparams_on_gpu(layer.input_qparams, scheme, weight.device)
+    reference.checked_layer(layer._replace(input_qparams=None, scheme=DYNAMIC if scheme == STATIC else scheme))
+    reference.check_input(input, weight)
     _check(weight.shape[0] < _MOST_COLUMNS, f"weight must have fewer than {_MOST_COLUMNS} rows on a GPU")
 
 
@@ -174,19 +159,10 @@ def _near_columns(matrix: torch.Tensor) -> torch.Tensor:
     return matrix if near else matrix.contiguous()
 
 
-def int8_linear(
-    input: torch.Tensor,
-    weight: torch.Tensor,
-    weight_scale: torch.Tensor,
-    group: int,
-    bias: torch.Tensor | None,
-    input_qparams: torch.Tensor | None,
-    scheme: int,
-    activation: int,
-    dtype: torch.dtype,
-) -> torch.Tensor:
+def int8_linear(input: torch.Tensor, layer: Int8Layer, dtype: torch.dtype) -> torch.Tensor:
     """One layer over [..., K]: quantization of the input, integer product, scales, bias, activation."""
-    _check_arguments(input, weight, weight_scale, group, bias, input_qparams, scheme, activation, dtype)
+    _check_arguments(input, layer, dtype)
+    weight, weight_scale, group, bias, input_qparams, scheme, activation = layer
     columns, width = weight.shape
     out = input.new_empty(*input.shape[:-1], columns, dtype=dtype)
     if out.numel() == 0:
@@ -195,7 +171,7 @@ def int8_linear(
     x = _near_columns(input.reshape(-1, width))
     weight = _near_columns(weight)
     tile = _tile(x.shape[0], weight, scheme, group, x.dtype)
-    layer = (
+    arguments = (
         weight_scale if bias is None else bias.contiguous(), x.shape[0], columns, width, x.stride(0), weight.stride(0),
         weight_scale.stride(0), weight_scale.stride(1),
     )  # fmt: skip
@@ -208,14 +184,14 @@ def int8_linear(
         # The interpreter multiplies the bits of bfloat16.
         kind = torch.float32 if triton.knobs.runtime.interpret else x.dtype
         linear_triton.launch(
-            kernels.weight_only_kernel, grid, x.device, out, x, weight, weight_scale, *layer,
+            kernels.weight_only_kernel, grid, x.device, out, x, weight, weight_scale, *arguments,
             FLOAT=_TRITON_TYPES[kind], **options,
         )  # fmt: skip
         return out
     q, scale, zero = linear_triton.quantized(x, None if input_qparams is None else input_qparams.contiguous())
-    layer = (*layer[:4], q.stride(0), *layer[5:])
+    arguments = (*arguments[:4], q.stride(0), *arguments[5:])
     linear_triton.launch(
-        kernels.int8_kernel, grid, x.device, out, q, scale, zero, weight, weight_scale, *layer, enable_fp_fusion=False,
-        **options,
+        kernels.int8_kernel, grid, x.device, out, q, scale, zero, weight, weight_scale, *arguments,
+        enable_fp_fusion=False, **options,
     )  # fmt: skip
     return out

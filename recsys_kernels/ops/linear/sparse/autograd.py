@@ -1,29 +1,8 @@
-"""The contract of the sparse linear operators: schemas, shapes, gradients.
+"""Sparse layers as differentiable functions: gradients of input, float values and bias.
 
-``sparse_linear`` takes a layer's canonical operands. ``sparse_pack`` lays a layer out as one backend's kernels read it
-(``kind`` 0: for few rows of input, 1: for many), and ``sparse_packed`` runs what it gave. ``sparse_weight_gradient``
-gives the gradient of the kept weights only. ``sparse_layer`` is for compiled code: it takes the canonical operands and
-keeps what the CPU reads instead of them from one call to the next.
-
-In every operator: ``input`` float32, float16 or bfloat16; ``values`` of the kept weights, float32, float16, bfloat16 or
-int8 (with ``weight_scale`` float32 [N], or [N, ceil(K / group)] where groups of 32, 64 or 128 columns of a row have
-scales of their own), in the order of their rows and columns. Their dimensions say what they are:
-
-- [nnz], unstructured: ``crow_indices`` [N + 1], where each row begins, and ``col_indices`` [nnz].
-- [blocks, r, c], blocks of r rows and c columns: the same of blocks, [ceil(N / r) + 1] and [blocks]. What lies past N
-  or K in the last blocks is no weight, and should be zero.
-- [N, ceil(K / 4) * 2], 2:4: ``col_indices`` uint8 [N, ceil(K / 8)] holds 4 bits for every four columns, of the even
-  fours in the lower half of a byte: the position of the first weight in the two lower bits, that of the second, which
-  is above it, in the others. ``crow_indices`` is empty. A position past K is no weight, and its value should be zero.
-
-``bias`` a float type [N]; ``input_qparams`` float32 [2], scale and zero point, for scheme 1. ``scheme``: 0 dynamic, 1
-static, 2 weight_only, which float values take; ``activation``: 0 none, 1 relu, 2 gelu, 3 sigmoid, 4 silu; ``dtype``: of
-the output. Sums are taken in float32 (schemes 0 and 1: exactly, in int32; where groups have scales, the rounded input
-and the weights are multiplied as the floats that they stand for, and summed in float32). NaN and infinity of the input
-reach what is computed from them, through kept weights (schemes 0 and 1: their row becomes NaN).
-
-Structures are checked on the CPU at every call but ``sparse_packed``. On a GPU they are not, as nobody waits for one:
-what :class:`~recsys_kernels.SparseLinear` makes or loads is checked before it gets there.
+The gradient of int8 layers is that of the straight-through estimator (Bengio et al., "Estimating or Propagating
+Gradients Through Stochastic Neurons for Conditional Computation", 2013): as if neither input nor weights had been
+rounded.
 """
 
 from __future__ import annotations
@@ -34,99 +13,15 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch.autograd.function import once_differentiable
 
-from ....backends import selection as _backends
-from ..operands import EPILOGUES, GELU, NONE, RELU, SIGMOID, SILU, WEIGHT_ONLY, epilogue_number, scheme_number
+from ....backends import selection
+from ..gradients import before_activation, needs_again, needs_output
+from ..operands import EPILOGUES, NONE, WEIGHT_ONLY, epilogue_number, scheme_number
 from . import reference
-from .reference import block_shape, two_of_four_columns
+from .reference import two_of_four_columns
+from .spec import SparseLayer, block_shape
 
 if TYPE_CHECKING:
     from .structure import Structure
-
-_LAYER = (
-    "Tensor values, Tensor crow_indices, Tensor col_indices, int out_features, int in_features, Tensor? weight_scale, "
-    "Tensor? bias, Tensor? input_qparams, int scheme, int activation"
-)
-
-# The same in Python: from values to activation.
-Operands = tuple[
-    torch.Tensor,
-    torch.Tensor,
-    torch.Tensor,
-    int,
-    int,
-    torch.Tensor | None,
-    torch.Tensor | None,
-    torch.Tensor | None,
-    int,
-    int,
-]
-
-# Up to this many rows of input the pack of kind 0 is the faster one.
-FEW_ROWS = 8
-
-
-# Shape functions: they name only the arguments that decide the result. The schemas below name all of them.
-
-
-def _fake_sparse_linear(
-    input: torch.Tensor, values: torch.Tensor, crow: torch.Tensor, col: torch.Tensor, out_features: int, *rest: Any
-) -> torch.Tensor:
-    return input.new_empty(*input.shape[:-1], out_features, dtype=rest[-1])
-
-
-def _fake_sparse_pack(values: torch.Tensor, *rest: Any) -> torch.Tensor:
-    # How large a pack is depends on where the weights are.
-    return values.new_empty(torch.library.get_ctx().new_dynamic_size(), dtype=torch.uint8)
-
-
-def _fake_sparse_repack(places: torch.Tensor, *rest: Any) -> torch.Tensor:
-    return places.new_empty(torch.library.get_ctx().new_dynamic_size())
-
-
-def _fake_sparse_packed(
-    input: torch.Tensor, packed: torch.Tensor, out_features: int, dtype: torch.dtype
-) -> torch.Tensor:
-    return input.new_empty(input.shape[0], out_features, dtype=dtype)
-
-
-def _fake_sparse_weight_gradient(
-    grad_output: torch.Tensor,
-    input: torch.Tensor,
-    crow: torch.Tensor,
-    col: torch.Tensor,
-    block_rows: int,
-    block_columns: int,
-    dtype: torch.dtype,
-) -> torch.Tensor:
-    if block_rows == 0:
-        return input.new_empty(grad_output.shape[1], (input.shape[1] + 3) // 4 * 2, dtype=dtype)
-    if block_rows == block_columns == 1:
-        return input.new_empty(col.shape[0], dtype=dtype)
-    return input.new_empty(col.shape[0], block_rows, block_columns, dtype=dtype)
-
-
-_backends.define(
-    f"sparse_linear(Tensor input, {_LAYER}, ScalarType dtype) -> Tensor", reference.sparse_linear, _fake_sparse_linear
-)
-_backends.define(f"sparse_pack({_LAYER}, int kind) -> Tensor", reference.sparse_pack, _fake_sparse_pack)
-_backends.define(
-    "sparse_repack(Tensor places, Tensor values, Tensor? bias) -> Tensor", reference.sparse_repack, _fake_sparse_repack
-)
-_backends.define(
-    "sparse_packed(Tensor input, Tensor packed, int out_features, ScalarType dtype) -> Tensor",
-    reference.sparse_packed,
-    _fake_sparse_packed,
-)
-_backends.define(
-    "sparse_weight_gradient(Tensor grad_output, Tensor input, Tensor crow_indices, Tensor col_indices, int block_rows, "
-    "int block_columns, ScalarType dtype) -> Tensor",
-    reference.sparse_weight_gradient,
-    _fake_sparse_weight_gradient,
-)
-_backends.define(
-    f"sparse_layer(Tensor input, {_LAYER}, ScalarType dtype) -> Tensor", reference.sparse_linear, _fake_sparse_linear
-)
-_backends.register_triton(f"{__package__}.triton", ("sparse_linear", "sparse_layer", "sparse_weight_gradient"))
 
 
 class Transposed(NamedTuple):
@@ -185,8 +80,8 @@ def transpose_structure(
 
 def packed(input: torch.Tensor, layer: torch.Tensor, out_features: int, dtype: torch.dtype) -> torch.Tensor:
     """A packed layer over an input of any shape [..., K]; no gradient."""
-    run = _backends.implementation("sparse_packed", input)
-    number = _backends.dtype_argument(dtype)
+    run = selection.implementation("sparse_packed", input)
+    number = selection.dtype_argument(dtype)
     if input.dim() == 2:
         return run(input, layer, out_features, number)
     if input.dim() == 0:
@@ -196,7 +91,7 @@ def packed(input: torch.Tensor, layer: torch.Tensor, out_features: int, dtype: t
     return out.reshape(*input.shape[:-1], out_features)
 
 
-def _input_gradient(grad: torch.Tensor, layer: Operands, structure: Structure | None) -> torch.Tensor:
+def _input_gradient(grad: torch.Tensor, layer: SparseLayer, structure: Structure | None) -> torch.Tensor:
     """float32 [M, N] to [M, K], through the transposed weights."""
     values, crow, col, out_features, in_features, weight_scale, *_ = layer
     if structure is None:
@@ -207,65 +102,49 @@ def _input_gradient(grad: torch.Tensor, layer: Operands, structure: Structure | 
         transposed = structure.transposed()
     scale = None
     if weight_scale is not None and reference.scale_group(out_features, in_features, weight_scale.shape):
-        # There a group is of rows.
+        # A group of columns is a group of rows of the transposed weights, and rows share no scale.
         values = reference.dequantized(values, crow, col, out_features, in_features, weight_scale)
     elif weight_scale is not None:
-        # Of what are columns there.
+        # The scales of rows are scales of columns of the transposed weights: the gradient is multiplied instead.
         grad = grad * weight_scale.reshape(-1)
         scale = weight_scale.new_ones(transposed.out_features)
-    run = _backends.implementation("sparse_linear", grad)
-    sizes = (transposed.out_features, out_features)
-    weights = (transposed.values(values), transposed.crow_indices, transposed.col_indices, *sizes)
-    result = run(grad, *weights, scale, None, None, WEIGHT_ONLY, NONE, torch.float32)
+    run = selection.implementation("sparse_linear", grad)
+    weights = (transposed.values(values), transposed.crow_indices, transposed.col_indices)
+    flipped = SparseLayer(*weights, transposed.out_features, out_features, scale, None, None, WEIGHT_ONLY, NONE)
+    result = run(grad, *flipped, torch.float32)
     return result[:, :in_features]
 
 
 class _SparseLinear(torch.autograd.Function):
-    """Gradients of input, float values and bias. Of int8 layers as if neither input nor weights had been rounded.
-
-    (The straight-through estimator of Bengio et al., "Estimating or Propagating Gradients Through Stochastic Neurons
-    for Conditional Computation", 2013.)
-    """
+    """The gradients of input, float values and bias."""
 
     @staticmethod
     def forward(
         ctx: Any,
         input: torch.Tensor,
-        values: torch.Tensor,
-        crow_indices: torch.Tensor,
-        col_indices: torch.Tensor,
-        out_features: int,
-        in_features: int,
-        weight_scale: torch.Tensor | None,
-        bias: torch.Tensor | None,
-        input_qparams: torch.Tensor | None,
-        scheme: int,
-        activation: int,
         dtype: torch.dtype,
         prepared: Callable[[torch.Tensor], torch.Tensor] | None,
         structure: Structure | None,
+        *operands: Any,
     ) -> torch.Tensor:
-        ctx.sizes, ctx.scheme, ctx.activation = (out_features, in_features), scheme, activation
-        ctx.dtype, ctx.bias_dtype = input.dtype, None if bias is None else bias.dtype
+        layer = SparseLayer(*operands)
+        ctx.sizes, ctx.scheme, ctx.activation = layer[3:5], layer.scheme, layer.activation
+        ctx.dtype, ctx.bias_dtype = input.dtype, None if layer.bias is None else layer.bias.dtype
         ctx.structure = structure
         if prepared is None:
-            run = _backends.implementation("sparse_linear", input)
-            layer = (values, crow_indices, col_indices, out_features, in_features, weight_scale, bias, input_qparams)
-            out = run(input, *layer, scheme, activation, dtype)
+            out = selection.implementation("sparse_linear", input)(input, *layer, dtype)
         else:
             out = prepared(input)
-        # Those of relu and sigmoid follow from the output. Those of gelu and silu need what went into the function:
-        # computed again from the input, which costs one product and no memory.
-        again = activation in (GELU, SILU)
+        again = needs_again(layer.activation)
         ctx.save_for_backward(
-            input if again or ctx.needs_input_grad[1] else None,
-            values,
-            crow_indices,
-            col_indices,
-            weight_scale,
-            bias if again else None,
-            input_qparams if again else None,
-            out if activation in (RELU, SIGMOID) else None,
+            input if again or ctx.needs_input_grad[4] else None,
+            layer.values,
+            layer.crow_indices,
+            layer.col_indices,
+            layer.weight_scale,
+            layer.bias if again else None,
+            layer.input_qparams if again else None,
+            out if needs_output(layer.activation) else None,
         )
         return out
 
@@ -274,44 +153,32 @@ class _SparseLinear(torch.autograd.Function):
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         input, values, crow, col, weight_scale, bias, input_qparams, out = ctx.saved_tensors
         out_features, in_features = ctx.sizes
-        layer = (values, crow, col, out_features, in_features, weight_scale, bias, input_qparams)
-        grad = grad.float()
-        if ctx.activation == RELU:
-            grad = torch.ops.aten.threshold_backward(grad, out.float(), 0)
-        elif ctx.activation == SIGMOID:
-            grad = torch.ops.aten.sigmoid_backward(grad, out.float())
-        elif ctx.activation != NONE:
-            run = _backends.implementation("sparse_linear", input)
-            backward = torch.ops.aten.gelu_backward if ctx.activation == GELU else torch.ops.aten.silu_backward
-            grad = backward(grad, run(input, *layer, ctx.scheme, NONE, torch.float32))
+        structure = (values, crow, col, out_features, in_features)
+        layer = SparseLayer(*structure, weight_scale, bias, input_qparams, ctx.scheme, NONE)
+
+        def again() -> torch.Tensor:
+            return selection.implementation("sparse_linear", input)(input, *layer, torch.float32)
+
+        grad = before_activation(grad, ctx.activation, out, again)
         shape = grad.shape[:-1]
         # Not -1, which an empty batch leaves open.
         rows = grad.reshape(shape.numel(), out_features)
         grad_input = grad_values = grad_bias = None
         if ctx.needs_input_grad[0]:
-            grad_input = _input_gradient(rows, (*layer, ctx.scheme, NONE), ctx.structure)
+            grad_input = _input_gradient(rows, layer, ctx.structure)
             grad_input = grad_input.to(ctx.dtype).reshape(*shape, in_features)
-        if ctx.needs_input_grad[1]:
-            run = _backends.implementation("sparse_weight_gradient", rows)
+        if ctx.needs_input_grad[4]:
+            run = selection.implementation("sparse_weight_gradient", rows)
             flat = input.reshape(shape.numel(), in_features)
             grad_values = run(rows, flat, crow, col, *block_shape(values), values.dtype).reshape(values.shape)
-        if ctx.needs_input_grad[7]:
+        if ctx.needs_input_grad[10]:
             grad_bias = rows.sum(0).to(ctx.bias_dtype)
-        return grad_input, grad_values, None, None, None, None, None, grad_bias, None, None, None, None, None, None
+        return (grad_input, None, None, None, grad_values, *[None] * 5, grad_bias, *[None] * 3)
 
 
 def run_layer(
     input: torch.Tensor,
-    values: torch.Tensor,
-    crow_indices: torch.Tensor,
-    col_indices: torch.Tensor,
-    out_features: int,
-    in_features: int,
-    weight_scale: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    input_qparams: torch.Tensor | None,
-    scheme: int,
-    activation: int,
+    layer: SparseLayer,
     dtype: torch.dtype,
     prepared: Callable[[torch.Tensor], torch.Tensor] | None = None,
     structure: Structure | None = None,
@@ -322,14 +189,14 @@ def run_layer(
         prepared: gives the result from what was made of the layer before; None: the operator.
         structure: of the layer, where it is kept from one call to the next; else None.
     """
-    layer = (values, crow_indices, col_indices, out_features, in_features, weight_scale, bias, input_qparams)
-    trained = input.requires_grad or values.requires_grad or (bias is not None and bias.requires_grad)
+    bias = layer.bias
+    trained = input.requires_grad or layer.values.requires_grad or (bias is not None and bias.requires_grad)
     if trained and torch.is_grad_enabled():
-        return _SparseLinear.apply(input, *layer, scheme, activation, dtype, prepared, structure)
+        return _SparseLinear.apply(input, dtype, prepared, structure, *layer)
     if prepared is not None:
         return prepared(input)
-    run = _backends.implementation("sparse_linear", input)
-    return run(input, *layer, scheme, activation, _backends.dtype_argument(dtype))
+    run = selection.implementation("sparse_linear", input)
+    return run(input, *layer, selection.dtype_argument(dtype))
 
 
 def _of_values(
@@ -407,6 +274,7 @@ def sparse_linear(
         rows = block_shape(values)[0]
         out_features = values.shape[0] if rows == 0 else max(0, crow_indices.shape[0] - 1) * rows
     activation, weight_scale = _of_values(values, activation, weight_scale, out_features)
-    layer = (values, crow_indices, col_indices, out_features, in_features, weight_scale, bias, input_qparams)
     numbers = scheme_number(activation), epilogue_number(epilogue)
-    return run_layer(input, *layer, *numbers, input.dtype if dtype is None else dtype)
+    structure = (values, crow_indices, col_indices, out_features, in_features)
+    layer = SparseLayer(*structure, weight_scale, bias, input_qparams, *numbers)
+    return run_layer(input, layer, input.dtype if dtype is None else dtype)

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import torch
 
-from ....backends.native import native
+from ....backends.registry import native
 from ..operands import WEIGHT_ONLY
+
+# Up to this many rows of input the layout for few rows (kind 0 of ``sparse_pack``) is the faster one.
+FEW_ROWS = 8
 
 # By instruction-set level; then by the type of the values, "int8" with an exact product and "int8 float" weight_only;
 # then by the output rows that share their columns (4: blocks whose rows are a multiple of it): the density above which
-# the dense layer is faster, for few rows of input (op.FEW_ROWS) and for many. The density is that of the weights; of
+# the dense layer is faster, for few rows of input (FEW_ROWS) and for many. The density is that of the weights; of
 # "int8" that of the fours of columns that are multiplied together. Measured with 1024 x 1024, 512 x 512 and 128 x 256
 # weights on one core of an AMD EPYC (Zen 4) at 1 to 256 rows, for 5 to 90 % zeros: where it differs between numbers of
 # rows, between them. MKL does not heed a cap there and used AVX-512 against every level. Values of 16 bits were not

@@ -10,11 +10,12 @@ import torch.nn.functional as F
 from ..operands import MIN_SCALE
 from . import reference
 from .patterns import Pattern, keep_mask
-from .reference import Layer, block_shape
+from .reference import CheckedLayer
+from .spec import block_shape
 
 
 class Stored(NamedTuple):
-    """The kept weights of a matrix and their places; see ``op.py``."""
+    """The kept weights of a matrix and their places; see ``spec.py``."""
 
     values: torch.Tensor
     crow_indices: torch.Tensor
@@ -87,7 +88,7 @@ def empty(out_features: int, in_features: int, pattern: Pattern, dtype: torch.dt
 
 def to_dense(stored: Stored, out_features: int, in_features: int) -> torch.Tensor:
     """The values as a matrix [N, K] of their type, with zeros for what is not kept."""
-    return reference.to_dense(Layer(*stored, out_features, in_features, None, None, None, 0, 0))
+    return reference.to_dense(CheckedLayer(*stored, out_features, in_features, None, None, None, 0, 0))
 
 
 def quantize(

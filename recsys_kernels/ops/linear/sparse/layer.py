@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ....backends import selection as _backends
+from ....backends import selection
 from ..operands import (
     FLOATS,
     GROUPS,
@@ -23,14 +23,15 @@ from ..operands import (
     scheme_number,
 )
 from . import autograd as op
-from . import formats, reference, semi_structured, state
+from . import crossover, formats, reference, semi_structured, state
 from . import prepared as kept
 from .formats import Stored
 from .patterns import parse_pattern
+from .spec import SparseLayer, block_shape
 from .structure import Structure
 from .torch_masks import as_called
 
-# What ``_backends.implementation`` gives unless another backend was asked for.
+# What ``selection.implementation`` gives unless another backend was asked for.
 PACKED = torch.ops.recsys_kernels.sparse_packed.default
 DENSE = torch.ops.recsys_kernels.int8_chain.default
 _STRUCTURE = ("values", "crow_indices", "col_indices")
@@ -246,7 +247,7 @@ class SparseLinear(FixedTypes):
         if values.dim() == 3 and values.shape[1:] == (1, 1):
             values = values.reshape(-1)
         # Before they are rounded to 32 bits.
-        reference.check_structure(tensor.crow_indices(), tensor.col_indices(), n, k, *reference.block_shape(values))
+        reference.check_structure(tensor.crow_indices(), tensor.col_indices(), n, k, *block_shape(values))
         structure = tensor.crow_indices().int(), tensor.col_indices().int()
         options = {"pattern": formats.pattern_name(values), "epilogue": epilogue}
         new = cls(k, n, bias is not None, **options, dtype=values.dtype, device=values.device)  # type: ignore[arg-type]
@@ -378,7 +379,7 @@ class SparseLinear(FixedTypes):
         if few and many:
             what = "weights" if self._scheme == WEIGHT_ONLY or self._group() else "fours of columns"
             return f"dense (less than {1 - max(limits):.0%} of its {what} are zero)"
-        return f"dense with {'up to' if few else 'more than'} {op.FEW_ROWS} rows, else sparse"
+        return f"dense with {'up to' if few else 'more than'} {crossover.FEW_ROWS} rows, else sparse"
 
     # ---- the packed copy --------------------------------------------------------------------------------------------
 
@@ -440,7 +441,7 @@ class SparseLinear(FixedTypes):
         addresses = self.values.data_ptr(), 0 if self.bias is None else self.bias.data_ptr()
         return Seen(*counted, trained, addresses)  # type: ignore[call-arg,arg-type]
 
-    def operands(self) -> op.Operands:
+    def operands(self) -> SparseLayer:
         """The layer as the operators take it: from ``values`` to ``activation``."""
         buffers, parameters = self._buffers, self._parameters
         values = (parameters if self.activation is None else buffers)["values"]
@@ -450,7 +451,8 @@ class SparseLinear(FixedTypes):
         assert col is not None
         scale, bias, qparams = buffers["weight_scale"], parameters["bias"], buffers["input_qparams"]
         numbers = self._scheme, self._epilogue
-        return values, crow, col, self.out_features, self.in_features, scale, bias, qparams, *numbers
+        sizes = self.out_features, self.in_features
+        return SparseLayer(values, crow, col, *sizes, scale, bias, qparams, *numbers)
 
     def _current(self) -> kept.Prepared:
         """What the CPU reads, as fresh as the state."""
@@ -496,13 +498,13 @@ class SparseLinear(FixedTypes):
             # The same as below without what cannot apply.
             prepared = self._prepared
             if prepared is not None and input.dim() == 2 and self.is_as(self._seen) and not self.needs_grad(input):
-                many = input.shape[0] > op.FEW_ROWS
+                many = input.shape[0] > crossover.FEW_ROWS
                 pack = prepared.pack(many, input)
                 if pack is not None:
                     name = "int8_chain" if prepared.runs_dense[many] else "sparse_packed"
-                    run = _backends.implementation(name, input)
+                    run = selection.implementation(name, input)
                     if run is PACKED or run is DENSE:
-                        return run(input, pack, self.out_features, _backends.dtype_argument(self.dtype))
+                        return run(input, pack, self.out_features, selection.dtype_argument(self.dtype))
                 elif prepared.runs_dense[many] and kept.runs_packed(self.values):
                     return prepared.run(input, self.operands(), self.dtype)
         return self.run(input, self.dtype)
@@ -516,8 +518,8 @@ class SparseLinear(FixedTypes):
         if torch.compiler.is_compiling():
             # Exported code is any machine's, and packs are this one's.
             if not needs_grad and self.values.device.type == "cpu" and not torch.compiler.is_exporting():
-                return _backends.implementation("sparse_layer", input)(input, *layer, dtype)
-            return op.run_layer(input, *layer, dtype)
+                return selection.implementation("sparse_layer", input)(input, *layer, dtype)
+            return op.run_layer(input, layer, dtype)
         self._check_range()
         prepared: Callable[[torch.Tensor], torch.Tensor] | None = None
         structure = self._current_structure() if needs_grad else None
@@ -530,7 +532,7 @@ class SparseLinear(FixedTypes):
             prepared = partial(self._current().run, layer=layer, dtype=dtype)
         elif not trains and input.dtype == self.values.dtype and semi_structured.serves(self.values):
             prepared = partial(self._current_semi_structured(), dtype=dtype)
-        return op.run_layer(input, *layer, dtype, prepared, structure)
+        return op.run_layer(input, layer, dtype, prepared, structure)
 
     def _current_semi_structured(self) -> semi_structured.Product:
         """The layer as the GPU's unit for 2:4 reads it, as fresh as the state."""

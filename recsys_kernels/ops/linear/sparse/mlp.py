@@ -7,11 +7,12 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ....backends import selection as _backends
-from . import autograd as op
+from ....backends import selection
 from . import prepared as kept
+from .crossover import FEW_ROWS
 from .layer import DENSE, PACKED, Seen, SparseLinear
 from .prepared import runs_packed
+from .spec import SparseLayer
 
 # What runs a member, and what else than the input it takes: a pack, a width and a number for a type.
 _Step = tuple[Callable[..., torch.Tensor], Any, int, Any]
@@ -71,9 +72,9 @@ class SparseMLP(torch.nn.Sequential):
         if (
             known is not None
             and input.dim() == 2
-            and (steps := known.steps[input.shape[0] > op.FEW_ROWS]) is not None
+            and (steps := known.steps[input.shape[0] > FEW_ROWS]) is not None
             and self._is_current(known)
-            and _backends.implementation("sparse_packed", input) is PACKED
+            and selection.implementation("sparse_packed", input) is PACKED
             and not (torch.is_grad_enabled() and self._has_grad(input))
         ):
             for run, pack, width, dtype in steps:
@@ -123,7 +124,7 @@ class SparseMLP(torch.nn.Sequential):
     def _run_and_note(self, input: torch.Tensor) -> torch.Tensor:
         """Runs the members one by one, and notes how, for the next call."""
         members = list(self._modules.values())
-        many = input.shape[0] > op.FEW_ROWS
+        many = input.shape[0] > FEW_ROWS
         steps: list[_Step] = []
         for member in members:
             given, input = input, member(input)
@@ -173,14 +174,14 @@ def _step(member: torch.nn.Module, input: torch.Tensor, many: bool) -> _Step | N
         return None
     is_dense, pack = prepared.runs_dense[many], prepared.pack(many, input)
     if pack is not None:
-        number = _backends.dtype_argument(member.dtype)
+        number = selection.dtype_argument(member.dtype)
         return DENSE if is_dense else PACKED, pack, member.out_features, number
     if is_dense and member.activation is None:
         return _dense, (prepared, member.operands()), member.out_features, member.dtype
     return None
 
 
-def _dense(input: torch.Tensor, layer: tuple[kept.Prepared, op.Operands], width: int, dtype: Any) -> torch.Tensor:
+def _dense(input: torch.Tensor, layer: tuple[kept.Prepared, SparseLayer], width: int, dtype: Any) -> torch.Tensor:
     """A layer of floats that is faster dense."""
     prepared, operands = layer
     return prepared.run(input, operands, dtype)

@@ -14,11 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch.utils.weak import TensorWeakRef, WeakTensorKeyDictionary
 
-from ....backends import selection as _backends
+from ....backends import selection
 from ..operands import FLOATS, MAX_IN_FEATURES, WEIGHT_ONLY, activate
 from . import autograd as op
 from . import crossover, formats, reference
-from .autograd import Operands
+from .spec import FAMILY, SparseLayer, block_shape
 
 
 class Prepared:
@@ -31,13 +31,13 @@ class Prepared:
 
     __slots__ = ("_dense", "_few_kind", "_in_features", "packs", "runs_dense")
 
-    def __init__(self, layer: Operands) -> None:
+    def __init__(self, layer: SparseLayer) -> None:
         values, _, _, out_features, in_features, *_ = layer
         self.packs: list[torch.Tensor | None] = [None, None]
         self._dense: torch.Tensor | None = None
         self._in_features = in_features
         self.runs_dense = runs_dense(layer)
-        slabs = crossover.has_slabs(reference.block_shape(values)[0], out_features, in_features, values.numel())
+        slabs = crossover.has_slabs(block_shape(values)[0], out_features, in_features, values.numel())
         self._few_kind = 0 if slabs else 1
 
     def pack(self, many: bool, input: torch.Tensor) -> torch.Tensor | None:
@@ -50,10 +50,10 @@ class Prepared:
             return None
         return dense if input.shape[1] == self._in_features and input.dtype in FLOATS else None
 
-    def run(self, input: torch.Tensor, layer: Operands, dtype: torch.dtype) -> torch.Tensor:
+    def run(self, input: torch.Tensor, layer: SparseLayer, dtype: torch.dtype) -> torch.Tensor:
         """[..., K] to [..., N], without a gradient; the layer that this was made for."""
         out_features, in_features = layer[3:5]
-        many = input.numel() > op.FEW_ROWS * in_features
+        many = input.numel() > crossover.FEW_ROWS * in_features
         # Wrong inputs are for the operator to refuse.
         right = input.dim() >= 1 and input.shape[-1] == in_features and input.dtype in FLOATS
         if self.runs_dense[many] and right:
@@ -62,14 +62,14 @@ class Prepared:
         if pack is None:
             kind = 1 if many else self._few_kind
             with torch.inference_mode(False), torch.no_grad():
-                pack = _backends.implementation("sparse_pack", layer[0])(*layer, kind)
+                pack = selection.implementation("sparse_pack", layer[0])(*layer, kind)
             if type(pack) is torch.Tensor:  # not a fake one
                 self.packs[many] = pack
                 if self._few_kind == 1:
                     self.packs = [pack, pack]
         return op.packed(input, pack, out_features, dtype)
 
-    def _run_dense(self, input: torch.Tensor, layer: Operands, dtype: torch.dtype) -> torch.Tensor:
+    def _run_dense(self, input: torch.Tensor, layer: SparseLayer, dtype: torch.dtype) -> torch.Tensor:
         values, crow, col, out_features, in_features, scale, bias, qparams, scheme, activation = layer
         dense = self._dense
         if dense is None:
@@ -81,7 +81,7 @@ class Prepared:
                     group = reference.scale_group(out_features, in_features, scale.shape)
                     scales = scale.reshape(out_features, -1)
                     parts = (dense, scales, group, None if bias is None else bias.float(), qparams)
-                    dense = _backends.implementation("int8_pack", dense)(*parts, scheme, activation)
+                    dense = selection.implementation("int8_pack", dense)(*parts, scheme, activation)
             self._dense = dense
         if scale is None:
             floats, of_bias = input.float(), None if bias is None else bias.float()
@@ -93,28 +93,28 @@ class Prepared:
         rows = (
             input.reshape(-1, in_features) if input.numel() else input.new_empty(input.shape[:-1].numel(), in_features)
         )
-        out = _backends.implementation("int8_chain", rows)(rows, dense, out_features, dtype)
+        out = selection.implementation("int8_chain", rows)(rows, dense, out_features, dtype)
         return out.reshape(*input.shape[:-1], out_features)
 
 
-def _is_grouped(layer: Operands) -> bool:
+def _is_grouped(layer: SparseLayer) -> bool:
     scale = layer[5]
     return scale is not None and reference.scale_group(layer[3], layer[4], scale.shape) > 0
 
 
-def limits(layer: Operands) -> tuple[float, float]:
+def limits(layer: SparseLayer) -> tuple[float, float]:
     """The densities above which such layers run dense at present, for few and for many rows of input."""
     values, scheme = layer[0], layer[8]
     # Those with scales of groups are packed as floats.
     dtype = torch.float32 if _is_grouped(layer) else values.dtype
-    return crossover.limits(dtype, scheme, reference.block_shape(values)[0])
+    return crossover.limits(dtype, scheme, block_shape(values)[0])
 
 
-def density(layer: Operands) -> float:
+def density(layer: SparseLayer) -> float:
     """The share of what a dense layer would multiply: of the weights, of int8 products of the fours of columns that
     are multiplied together."""
     values, crow, col, out_features, in_features, *_, scheme, _ = layer
-    rows, columns = reference.block_shape(values)
+    rows, columns = block_shape(values)
     share = values.numel() / (out_features * in_features)
     if values.dtype != torch.int8 or scheme == WEIGHT_ONLY or _is_grouped(layer) or columns % 4 == 0 < columns:
         return min(share, 1.0)
@@ -126,7 +126,7 @@ def density(layer: Operands) -> float:
     return min(1.0, kept_fours.numel() * -(-columns // 4) / (block_rows * fours))
 
 
-def runs_dense(layer: Operands) -> tuple[bool, bool]:
+def runs_dense(layer: SparseLayer) -> tuple[bool, bool]:
     """Whether a layer is faster as a dense one on this machine, for few and for many rows of input."""
     if layer[0].dtype == torch.int8 and layer[4] > MAX_IN_FEATURES:
         return False, False
@@ -137,7 +137,7 @@ def runs_dense(layer: Operands) -> tuple[bool, bool]:
 
 def runs_packed(values: torch.Tensor) -> bool:
     """Whether layers with such values run from their packed copy at present."""
-    return values.device.type == "cpu" and _backends.chosen("sparse_packed", "cpu") == "cpu"
+    return values.device.type == "cpu" and selection.chosen("sparse_packed", "cpu") == "cpu"
 
 
 def same_bits(x: torch.Tensor, y: torch.Tensor) -> bool:
@@ -176,7 +176,7 @@ def _is_current(kept: _Kept, tensors: Sequence[torch.Tensor | None], numbers: tu
     return True
 
 
-def _prepared(layer: Operands) -> Prepared:
+def _prepared(layer: SparseLayer) -> Prepared:
     tensors = (*layer[:3], *layer[5:8])
     numbers = (*layer[3:5], *layer[8:])
     # An inference tensor does not count what is written to it.
@@ -194,26 +194,11 @@ def _prepared(layer: Operands) -> Prepared:
     return prepared
 
 
-def sparse_layer(
-    input: torch.Tensor,
-    values: torch.Tensor,
-    crow_indices: torch.Tensor,
-    col_indices: torch.Tensor,
-    out_features: int,
-    in_features: int,
-    weight_scale: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    input_qparams: torch.Tensor | None,
-    scheme: int,
-    activation: int,
-    dtype: torch.dtype,
-) -> torch.Tensor:
+def sparse_layer(input: torch.Tensor, layer: SparseLayer, dtype: torch.dtype) -> torch.Tensor:
     """The operator ``sparse_layer`` for CPU tensors."""
-    structure = (values, crow_indices, col_indices, out_features, in_features)
-    layer = (*structure, weight_scale, bias, input_qparams, scheme, activation)
-    if _backends.chosen("sparse_packed", "cpu") != "cpu":
-        return reference.sparse_linear(input, *layer, dtype)
+    if selection.chosen("sparse_packed", "cpu") != "cpu":
+        return reference.sparse_linear(input, layer, dtype)
     return _prepared(layer).run(input, layer, dtype)
 
 
-_backends.library.impl("sparse_layer", sparse_layer, "CPU")
+FAMILY.operators["sparse_layer"].implement("CPU", sparse_layer)

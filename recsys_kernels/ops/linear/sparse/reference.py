@@ -1,8 +1,8 @@
 """What the sparse linear operators compute, in plain PyTorch: the fallback anywhere and what kernels are tested with.
 
-Each function has the signature of the operator of the same name (see ``op.py`` for the schemas). A few output rows at a
-time become dense and are multiplied as such, so that memory stays bounded; integer products are taken in float64, where
-sums of up to 2^53 are exact.
+Each function takes the fields of the operand table of the operator of the same name (see ``spec.py``). A few output
+rows at a time become dense and are multiplied as such, so that memory stays bounded; integer products are taken in
+float64, where sums of up to 2^53 are exact.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from ..operands import (
     check_width,
     quantize_rows,
 )
+from .spec import SparseLayer, block_shape
 
 _INT32_MAX = 2**31 - 1
 _MAX_FEATURES = _INT32_MAX - 64
@@ -38,7 +39,7 @@ _HEADER = 15  # int64
 _TYPES = (torch.float32, torch.float16, torch.bfloat16, torch.int8)
 
 
-class Layer(NamedTuple):
+class CheckedLayer(NamedTuple):
     """A sparse layer whose parts have been checked.
 
     Attributes:
@@ -63,13 +64,6 @@ class Layer(NamedTuple):
     input_qparams: tuple[float, float] | None
     scheme: int
     activation: int
-
-
-def block_shape(values: torch.Tensor) -> tuple[int, int]:
-    """Rows and columns of the blocks that values form: 1 and 1 if unstructured, 0 and 0 if 2:4."""
-    if values.dim() == 3:
-        return values.shape[1], values.shape[2]
-    return (1, 1) if values.dim() == 1 else (0, 0)
 
 
 def scale_group(out_features: int, in_features: int, shape: Sequence[int]) -> int:
@@ -187,24 +181,15 @@ def _check_two_of_four(
         )
 
 
-def check_layer(
-    values: torch.Tensor,
-    crow_indices: torch.Tensor,
-    col_indices: torch.Tensor,
-    out_features: int,
-    in_features: int,
-    weight_scale: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    input_qparams: torch.Tensor | None,
-    scheme: int,
-    activation: int,
-) -> Layer:
-    """The arguments that make a layer, checked; waits for a GPU that holds them.
+def check_layer(layer: SparseLayer) -> CheckedLayer:
+    """The operands of a layer, checked; waits for a GPU that holds them.
 
     Raises:
         IndexError: a column that is out of range; names its position, row, value and range.
         RuntimeError: anything else that does not fit, named.
     """
+    values, crow_indices, col_indices, out_features, in_features, weight_scale, bias, input_qparams, *numbers = layer
+    scheme, activation = numbers
     check(values.dtype in _TYPES, f"values must be float32, float16, bfloat16 or int8, but is {values.dtype}")
     check(1 <= values.dim() <= 3, f"values must have 1, 2 or 3 dimensions, but has {values.dim()}")
     check_options(scheme, activation)
@@ -248,7 +233,7 @@ def check_layer(
         given = list(bias.shape)
         check(given == [out_features], f"bias must have {out_features} values, but has shape {given}")
     qparams = check_input_qparams(input_qparams, scheme)
-    return Layer(
+    return CheckedLayer(
         values, crow_indices, col_indices, out_features, in_features, weight_scale, bias, qparams, scheme, activation
     )
 
@@ -264,7 +249,7 @@ def two_of_four_columns(col_indices: torch.Tensor, in_features: int) -> torch.Te
     return torch.stack([starts + (halves & 3), starts + (halves >> 2)], 2).flatten(1)
 
 
-def entries(layer: Layer, first: int, last: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def entries(layer: CheckedLayer, first: int, last: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The kept weights of block rows ``first`` to ``last``: their rows (the first is 0), columns and values."""
     values, device = layer.values, layer.values.device
     if values.dim() == 2:
@@ -286,7 +271,7 @@ def entries(layer: Layer, first: int, last: int) -> tuple[torch.Tensor, torch.Te
     return row[inside], column[inside], value[inside]
 
 
-def _parts(layer: Layer) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor, torch.Tensor]]:
+def _parts(layer: CheckedLayer) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor, torch.Tensor]]:
     """The layer by parts of which a dense copy is small: output rows, and what :func:`entries` gives for them."""
     block_rows = max(1, block_shape(layer.values)[0])
     count = -(-layer.out_features // block_rows)
@@ -297,14 +282,14 @@ def _parts(layer: Layer) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor, to
         yield rows, *entries(layer, first, last)
 
 
-def _dense_parts(layer: Layer, dtype: torch.dtype) -> Iterator[tuple[slice, torch.Tensor]]:
+def _dense_parts(layer: CheckedLayer, dtype: torch.dtype) -> Iterator[tuple[slice, torch.Tensor]]:
     for rows, row, column, value in _parts(layer):
         dense = value.new_zeros(rows.stop - rows.start, layer.in_features, dtype=dtype)
         dense[row, column] = value.to(dtype)
         yield rows, dense
 
 
-def to_dense(layer: Layer) -> torch.Tensor:
+def to_dense(layer: CheckedLayer) -> torch.Tensor:
     """The values as a matrix [N, K] of their type, with zeros for what is not kept."""
     return torch.cat([dense for _, dense in _dense_parts(layer, layer.values.dtype)])
 
@@ -351,7 +336,7 @@ def dequantized(
 # ---- one layer ------------------------------------------------------------------------------------------------------
 
 
-def _floats(x: torch.Tensor, layer: Layer) -> torch.Tensor:
+def _floats(x: torch.Tensor, layer: CheckedLayer) -> torch.Tensor:
     finite = torch.isfinite(x).all(1)
     out = x.new_empty(x.shape[0], layer.out_features)
     clean = torch.where(finite.unsqueeze(1), x, 0.0)
@@ -364,7 +349,7 @@ def _floats(x: torch.Tensor, layer: Layer) -> torch.Tensor:
     return out if layer.weight_scale is None else out * layer.weight_scale
 
 
-def _by_entry(x: torch.Tensor, layer: Layer) -> torch.Tensor:
+def _by_entry(x: torch.Tensor, layer: CheckedLayer) -> torch.Tensor:
     """The same of every kept weight on its own."""
     out = x.new_zeros(x.shape[0], layer.out_features)
     for rows, row, column, value in _parts(layer):
@@ -375,7 +360,7 @@ def _by_entry(x: torch.Tensor, layer: Layer) -> torch.Tensor:
     return out
 
 
-def _integers(x: torch.Tensor, layer: Layer) -> torch.Tensor:
+def _integers(x: torch.Tensor, layer: CheckedLayer) -> torch.Tensor:
     finite = torch.isfinite(x).all(1, keepdim=True)
     q, scale, zero_point = quantize_rows(torch.where(finite, x, 0.0), layer.input_qparams)
     q, zero_point = q.double(), zero_point.double()
@@ -386,7 +371,7 @@ def _integers(x: torch.Tensor, layer: Layer) -> torch.Tensor:
     return torch.where(finite, out * (scale * layer.weight_scale), torch.nan)
 
 
-def _grouped(x: torch.Tensor, layer: Layer) -> torch.Tensor:
+def _grouped(x: torch.Tensor, layer: CheckedLayer) -> torch.Tensor:
     """Where groups of columns have scales of their own: weights, and quantized rows, are taken as floats again."""
     structure = (layer.crow_indices, layer.col_indices, layer.out_features, layer.in_features)
     assert layer.weight_scale is not None
@@ -398,7 +383,7 @@ def _grouped(x: torch.Tensor, layer: Layer) -> torch.Tensor:
     return torch.where(finite, _floats((q - zero_point) * scale, floats), torch.nan)
 
 
-def _run(x: torch.Tensor, layer: Layer) -> torch.Tensor:
+def _run(x: torch.Tensor, layer: CheckedLayer) -> torch.Tensor:
     """One layer on float32 rows [M, K]."""
     if layer.weight_scale is not None and layer.weight_scale.dim() == 2:
         out = _grouped(x, layer)
@@ -409,39 +394,21 @@ def _run(x: torch.Tensor, layer: Layer) -> torch.Tensor:
     return activate(out, layer.activation)
 
 
-def sparse_linear(
-    input: torch.Tensor,
-    values: torch.Tensor,
-    crow_indices: torch.Tensor,
-    col_indices: torch.Tensor,
-    out_features: int,
-    in_features: int,
-    weight_scale: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    input_qparams: torch.Tensor | None,
-    scheme: int,
-    activation: int,
-    dtype: torch.dtype,
-) -> torch.Tensor:
+def sparse_linear(input: torch.Tensor, layer: SparseLayer, dtype: torch.dtype) -> torch.Tensor:
     """One layer over [..., K]: product with the kept weights, scales, bias, activation."""
     check_floats(input, dtype)
-    layer = check_layer(
-        values,
-        crow_indices,
-        col_indices,
-        out_features,
-        in_features,
-        weight_scale,
-        bias,
-        input_qparams,
-        scheme,
-        activation,
-    )
+    checked = check_layer(layer)
     check(input.dim() >= 1, "input must have at least 1 dimension, but has 0")
-    check(input.device == values.device, f"input is on {input.device}, but values on {values.device}")
-    check_width(input, in_features, out_features)
-    rows = input.float().reshape(-1, in_features)
-    return _run(rows, layer).to(dtype).reshape(*input.shape[:-1], out_features)
+    device = layer.values.device
+    check(input.device == device, f"input is on {input.device}, but values on {device}")
+    check_width(input, layer.in_features, layer.out_features)
+    rows = input.float().reshape(-1, layer.in_features)
+    return _run(rows, checked).to(dtype).reshape(*input.shape[:-1], layer.out_features)
+
+
+def sparse_layer(input: torch.Tensor, layer: SparseLayer, dtype: torch.dtype) -> torch.Tensor:
+    """The same as :func:`sparse_linear`: the reference keeps nothing from one call to the next."""
+    return sparse_linear(input, layer, dtype)
 
 
 # ---- the gradient of kept weights -----------------------------------------------------------------------------------
@@ -495,33 +462,12 @@ def sparse_weight_gradient(
 # ---- packed layers --------------------------------------------------------------------------------------------------
 
 
-def sparse_pack(
-    values: torch.Tensor,
-    crow_indices: torch.Tensor,
-    col_indices: torch.Tensor,
-    out_features: int,
-    in_features: int,
-    weight_scale: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    input_qparams: torch.Tensor | None,
-    scheme: int,
-    activation: int,
-    kind: int,
-) -> torch.Tensor:
+def sparse_pack(layer: SparseLayer, kind: int) -> torch.Tensor:
     """A layer in one tensor, which only this backend reads: a header, and the canonical parts one after the other."""
     check(kind in (0, 1), f"kind must be 0 (few rows of input) or 1 (many), but is {kind}")
-    layer = check_layer(
-        values,
-        crow_indices,
-        col_indices,
-        out_features,
-        in_features,
-        weight_scale,
-        bias,
-        input_qparams,
-        scheme,
-        activation,
-    )
+    checked = check_layer(layer)
+    values, crow_indices, col_indices, out_features, in_features, weight_scale, bias, input_qparams, *numbers = layer
+    scheme, activation = numbers
     block_rows, block_columns = block_shape(values)
     header = [_MAGIC, _VERSION, kind, out_features, in_features, scheme, activation, _TYPES.index(values.dtype)]
     header += [block_rows, block_columns, crow_indices.numel(), col_indices.numel()]
@@ -529,7 +475,7 @@ def sparse_pack(
     header += [groups, bias is not None, input_qparams is not None]
     indices = col_indices if col_indices.dtype == torch.uint8 else col_indices.long()
     parts = [torch.tensor(header, dtype=torch.int64, device=values.device), crow_indices.long(), indices]
-    parts += [part for part in (layer.weight_scale, layer.bias, input_qparams) if part is not None]
+    parts += [part for part in (checked.weight_scale, checked.bias, input_qparams) if part is not None]
     parts.append(values)
     return torch.cat([part.detach().contiguous().reshape(-1).view(torch.uint8) for part in parts])
 
@@ -544,10 +490,10 @@ def sparse_repack(places: torch.Tensor, values: torch.Tensor, bias: torch.Tensor
     check(wrong.numel() == 0, f"places name value {wrong[:1].tolist()}, but there are {values.numel()}")
     # A number of 0 stands where no value belongs.
     given = torch.cat([values.new_zeros(1), values.detach().reshape(-1)])[numbers]
-    return sparse_pack(given, *named[1:5], None, bias, None, named.scheme, named.activation, 0)
+    return sparse_pack(SparseLayer(given, *named[1:5], None, bias, None, named.scheme, named.activation), 0)
 
 
-def _unpack(packed: torch.Tensor) -> Layer:
+def _unpack(packed: torch.Tensor) -> CheckedLayer:
     check(
         packed.dtype == torch.uint8 and packed.dim() == 1,
         f"packed must be a uint8 vector, but is {packed.dtype} with {packed.dim()} dimension(s)",
@@ -578,7 +524,7 @@ def _unpack(packed: torch.Tensor) -> Layer:
         values = take(col_count * rows * columns, _TYPES[kind]).reshape(-1, rows, columns)
     check(at == packed.shape[0], f"packed has {packed.shape[0]} bytes, but its layer {at}")
     pair = None if qparams is None else (qparams[0], qparams[1])
-    return Layer(values, crow, col, n, k, scale, bias, pair if scheme == STATIC else None, scheme, activation)
+    return CheckedLayer(values, crow, col, n, k, scale, bias, pair if scheme == STATIC else None, scheme, activation)
 
 
 def sparse_packed(input: torch.Tensor, packed: torch.Tensor, out_features: int, dtype: torch.dtype) -> torch.Tensor:

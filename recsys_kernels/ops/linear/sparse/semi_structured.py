@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 from ..operands import activate
 from . import formats
-from .autograd import Operands
+from .spec import SparseLayer
 
 # Of both libraries and both types: the largest of what they ask of a weight's rows and columns.
 _TILE = 64
@@ -44,7 +44,7 @@ def _tensor_class(device: torch.device) -> Any:
 class Product:
     """A 2:4 layer as the unit reads it."""
 
-    def __init__(self, layer: Operands) -> None:
+    def __init__(self, layer: SparseLayer) -> None:
         values, crow, col, self.out_features, self.in_features, _, bias, _, _, self.activation = layer
         with torch.inference_mode(False), torch.no_grad():
             stored = formats.Stored(values.detach(), crow, col)

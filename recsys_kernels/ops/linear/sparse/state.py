@@ -9,6 +9,7 @@ import torch
 
 from ..operands import FLOATS, MIN_SCALE
 from . import formats, reference
+from .spec import block_shape
 
 
 def wrong_state(
@@ -61,7 +62,7 @@ def wrong_structure(stored: formats.Stored, out_features: int, in_features: int,
     if found != pattern:
         return [f"values are of the pattern {found!r}, but the layer's is {pattern!r},"]
     try:
-        reference.check_structure(crow, col, out_features, in_features, *reference.block_shape(values))
+        reference.check_structure(crow, col, out_features, in_features, *block_shape(values))
     except (IndexError, RuntimeError) as error:
         return [str(error)]
     shape = list(values.shape) if values.dim() == 2 else [values.shape[0]]

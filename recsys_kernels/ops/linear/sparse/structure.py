@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import torch
 
-from ....backends import selection as _backends
+from ....backends import selection
 from ..operands import NONE, WEIGHT_ONLY
 from . import autograd as op
-from . import crossover, reference
-from .autograd import Operands
+from . import crossover
 from .prepared import runs_packed
+from .spec import SparseLayer, block_shape
 
 
 class Structure:
@@ -21,9 +21,9 @@ class Structure:
         layer: its operands, which have been checked.
     """
 
-    def __init__(self, layer: Operands) -> None:
+    def __init__(self, layer: SparseLayer) -> None:
         values, self._crow, self._col, self._out_features, self._in_features, *_, self._scheme, self._activation = layer
-        self._shape, self._block = values.shape, reference.block_shape(values)
+        self._shape, self._block = values.shape, block_shape(values)
         self._transposed: op.Transposed | None = None
         self._places: dict[tuple[bool, int], torch.Tensor] = {}
 
@@ -38,15 +38,15 @@ class Structure:
         """Whether the CPU runs layers with such values from packed ones by their places."""
         return values.dtype == torch.float32 and runs_packed(values)
 
-    def run(self, input: torch.Tensor, layer: Operands, dtype: torch.dtype) -> torch.Tensor:
+    def run(self, input: torch.Tensor, layer: SparseLayer, dtype: torch.dtype) -> torch.Tensor:
         """The layer with its present values and bias over [..., K] on the CPU, without a gradient."""
-        kind = self._kind(input.numel() > op.FEW_ROWS * self._in_features, self._block[0])
+        kind = self._kind(input.numel() > crossover.FEW_ROWS * self._in_features, self._block[0])
         pack = self._pack(False, kind, layer[0], layer[6])
         return op.packed(input, pack, self._out_features, dtype)
 
     def input_gradient(self, grad: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
         """float32 [M, N] on the CPU to [M, K], through the transposed weights."""
-        kind = self._kind(grad.shape[0] > op.FEW_ROWS, self._block[1])
+        kind = self._kind(grad.shape[0] > crossover.FEW_ROWS, self._block[1])
         pack = self._pack(True, kind, values, None)
         return op.packed(grad, pack, self.transposed().out_features, torch.float32)[:, : self._in_features]
 
@@ -59,7 +59,7 @@ class Structure:
             places = self._places.get((transposed, kind))
             if places is None:
                 self._places[transposed, kind] = places = self._find_places(transposed, kind)
-            return _backends.implementation("sparse_repack", values)(places, values.detach(), bias)
+            return selection.implementation("sparse_repack", values)(places, values.detach(), bias)
 
     def _find_places(self, transposed: bool, kind: int) -> torch.Tensor:
         # A layer whose values are the bits of their numbers, from 1 on: 0 is where no value belongs.
@@ -70,4 +70,4 @@ class Structure:
             other = self.transposed()
             layer = other.values(numbers), other.crow_indices, other.col_indices, other.out_features, self._out_features
             numbered = (*layer, None, None, None, WEIGHT_ONLY, NONE)
-        return _backends.implementation("sparse_pack", numbers)(*numbered, kind)
+        return selection.implementation("sparse_pack", numbers)(*numbered, kind)

@@ -1,8 +1,8 @@
 """The sparse linear operators on Triton kernels, for NVIDIA and AMD GPUs.
 
-Nothing waits for the GPU, so that calls can be captured in a CUDA graph. Structures are not looked into: see ``op.py``;
-one that is wrong gives wrong results, and reads nothing outside of the arguments. A static scale or zero point that is
-not valid gives NaN.
+Nothing waits for the GPU, so that calls can be captured in a CUDA graph. Structures are not looked into (see
+``spec.py``): a wrong one gives wrong results, and reads nothing outside of the arguments. A static scale or zero point
+that is not valid gives NaN.
 
 A layer over few rows reads them as they are. More rows are first transposed (schemes 0 and 1: once they are
 quantized), so that the numbers of a column lie side by side: a kept weight then is one wide load for many rows.
@@ -10,7 +10,7 @@ quantized), so that the numbers of a column lie side by side: a kept weight then
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
@@ -20,7 +20,7 @@ from .. import triton as linear_triton
 from ..operands import DYNAMIC, FLOATS, STATIC, WEIGHT_ONLY, check, check_floats, check_width
 from . import reference
 from . import triton_kernels as kernels
-from .reference import block_shape
+from .spec import SparseLayer, block_shape
 
 # Places of rows and columns are counted in 32 bits; within a tile of two_of_four_kernel, places of its 128 rows.
 _MOST_FEATURES = 1 << 28
@@ -82,22 +82,11 @@ def _shape(tensor: torch.Tensor) -> torch.Tensor:
     return torch.empty_like(tensor, device="meta")
 
 
-def _check_arguments(
-    input: torch.Tensor,
-    values: torch.Tensor,
-    crow_indices: torch.Tensor,
-    col_indices: torch.Tensor,
-    out_features: int,
-    in_features: int,
-    weight_scale: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    input_qparams: torch.Tensor | None,
-    scheme: int,
-    activation: int,
-    dtype: torch.dtype,
-) -> None:
+def _check_arguments(input: torch.Tensor, layer: SparseLayer, dtype: torch.dtype) -> None:
     """The reference's checks but for what is in tensors, which are on the GPU."""
     check_floats(input, dtype)
+    values, crow_indices, col_indices, out_features, in_features, weight_scale, bias, input_qparams, *numbers = layer
+    scheme, activation = numbers
     tensors = {
         "crow_indices": crow_indices, "col_indices": col_indices, "weight_scale": weight_scale, "bias": bias,
     }  # fmt: skip
@@ -108,7 +97,7 @@ def _check_arguments(
     scale, added = (None if one is None else _shape(one) for one in (weight_scale, bias))
     structure = (_shape(crow_indices), _shape(col_indices), out_features, in_features)
     rest = DYNAMIC if scheme == STATIC else scheme
-    reference.check_layer(_shape(values), *structure, scale, added, None, rest, activation)
+    reference.check_layer(SparseLayer(_shape(values), *structure, scale, added, None, rest, activation))
     check(input.dim() >= 1, "input must have at least 1 dimension, but has 0")
     check(input.device == values.device, f"input is on {input.device}, but values on {values.device}")
     check_width(input, in_features, out_features)
@@ -135,30 +124,18 @@ def _product_type(values: torch.dtype, input: torch.dtype, scheme: int) -> torch
 # ---- one layer ---------------------------------------------------------------------------------------------------
 
 
-def sparse_linear(
-    input: torch.Tensor,
-    values: torch.Tensor,
-    crow_indices: torch.Tensor,
-    col_indices: torch.Tensor,
-    out_features: int,
-    in_features: int,
-    weight_scale: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    input_qparams: torch.Tensor | None,
-    scheme: int,
-    activation: int,
-    dtype: torch.dtype,
-) -> torch.Tensor:
+def sparse_linear(input: torch.Tensor, layer: SparseLayer, dtype: torch.dtype) -> torch.Tensor:
     """One layer over [..., K]: quantization of the input, product with the kept weights, scales, bias, activation."""
-    layer = (values, crow_indices, col_indices, out_features, in_features, weight_scale, bias, input_qparams)
-    _check_arguments(input, *layer, scheme, activation, dtype)
+    _check_arguments(input, layer, dtype)
+    values, crow_indices, col_indices, out_features, in_features, weight_scale, bias, input_qparams, *numbers = layer
+    scheme, activation = numbers
     out = input.new_empty(*input.shape[:-1], out_features, dtype=dtype)
     if out.numel() == 0:
         return out
     x = input.reshape(-1, in_features)
     rows = x.shape[0]
     if weight_scale is not None and reference.scale_group(out_features, in_features, weight_scale.shape):
-        return _grouped(out, x, layer, scheme, activation)
+        return _grouped(out, x, layer)
     if weight_scale is not None and weight_scale.stride(0) != 0:
         weight_scale = weight_scale.contiguous()
     bias = out if bias is None else bias.float().contiguous()
@@ -204,16 +181,18 @@ def sparse_linear(
 sparse_layer = sparse_linear
 
 
-def _grouped(out: torch.Tensor, x: torch.Tensor, layer: tuple[Any, ...], scheme: int, activation: int) -> torch.Tensor:
+def _grouped(out: torch.Tensor, x: torch.Tensor, layer: SparseLayer) -> torch.Tensor:
     """Where groups of columns have scales of their own: a layer of the floats that its numbers stand for."""
-    values, crow, col, n, k, weight_scale, bias, qparams = layer
+    values, crow, col, n, k, weight_scale, bias, qparams, scheme, activation = layer
+    assert weight_scale is not None
     row_scale = None
     if scheme != WEIGHT_ONLY:
         x = x if x.stride(1) == 1 or k == 1 else x.contiguous()
         q, row_scale, zero = linear_triton.quantized(x, None if qparams is None else qparams.contiguous())
         x = (q[:, :k].float() + (128 - zero).unsqueeze(1)) * row_scale.unsqueeze(1)
     floats = reference.dequantized(values, crow, col, n, k, weight_scale)
-    result = sparse_linear(x, floats, crow, col, n, k, None, bias, None, WEIGHT_ONLY, activation, out.dtype)
+    of_floats = SparseLayer(floats, crow, col, n, k, None, bias, None, WEIGHT_ONLY, activation)
+    result = sparse_linear(x, of_floats, out.dtype)
     if row_scale is not None:
         # Also where nothing is kept that could spread it.
         result.masked_fill_(row_scale.isnan().unsqueeze(1), float("nan"))

@@ -485,7 +485,7 @@ import torch
 from guard_pages import guarded, _mapped
 from support import isa_levels
 from recsys_kernels import testing
-from recsys_kernels.backends.native import native
+from recsys_kernels.backends.registry import native
 torch.set_num_threads(1)
 ops = torch.ops.recsys_kernels
 calls = 0

@@ -13,7 +13,7 @@ from int8_support import DTYPES, EPILOGUES, GRANULARITIES, SCHEMES, float_layer,
 from support import Calls
 
 import recsys_kernels as rk
-from recsys_kernels.backends.native import native
+from recsys_kernels.backends.registry import native
 from recsys_kernels.testing import assert_matches
 
 pytestmark = pytest.mark.usefixtures("one_thread")

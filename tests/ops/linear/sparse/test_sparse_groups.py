@@ -22,7 +22,7 @@ from recsys_kernels.compress.sizes import stored_bytes
 from recsys_kernels.ops.linear.operands import DYNAMIC, STATIC, WEIGHT_ONLY
 from recsys_kernels.ops.linear.sparse import crossover, reference
 from recsys_kernels.ops.linear.sparse import prepared as kept
-from recsys_kernels.ops.linear.sparse.autograd import FEW_ROWS
+from recsys_kernels.ops.linear.sparse.crossover import FEW_ROWS
 from recsys_kernels.testing import assert_matches, expected_sparse_linear
 
 pytestmark = pytest.mark.usefixtures("one_thread")

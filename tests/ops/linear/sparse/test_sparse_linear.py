@@ -18,7 +18,9 @@ from support import named
 
 from recsys_kernels import functional, testing
 from recsys_kernels.backends import selection as _backends
+from recsys_kernels.backends.registry import operators
 from recsys_kernels.ops.linear.sparse import autograd as op
+from recsys_kernels.ops.linear.sparse.spec import SparseLayer
 from recsys_kernels.testing import SparseSample, assert_matches, expected_sparse_linear
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -204,10 +206,10 @@ def test_large_layers_in_parts(n: int) -> None:
     values = torch.randn(3 * n, generator=draw(4))
     crow, x = torch.arange(0, 3 * n + 1, 3), torch.randn(2, k, generator=draw(5))
     layer = (values, crow, columns.reshape(-1), n, k, None, None, None, WEIGHT_ONLY, NONE)
-    out = op.reference.sparse_linear(x, *layer, torch.float32)
+    out = operators["sparse_linear"].reference(x, *layer, torch.float32)
     assert_matches(out, (x[:, columns].double() * values.reshape(n, 3)).sum(2))
     grad = torch.randn(2, n, generator=draw(6))
-    found = op.reference.sparse_weight_gradient(grad, x, crow, columns.reshape(-1), 1, 1, torch.float32)
+    found = operators["sparse_weight_gradient"].reference(grad, x, crow, columns.reshape(-1), 1, 1, torch.float32)
     wanted = torch.einsum("mn,mnc->nc", grad.double(), x[:, columns].double())
     assert_matches(found, wanted.reshape(-1))
 
@@ -255,7 +257,7 @@ def test_gradients_against_a_masked_dense_layer(implementation: str, epilogue: s
         with named(sample):
             assert_matches(grads.pop(0), wanted[0])
             if trains:
-                found = op.reference.to_dense(op.reference.check_layer(grads.pop(0), *sample.layer[1:]))
+                found = op.reference.to_dense(op.reference.check_layer(sample.layer._replace(values=grads.pop(0))))
                 assert_matches(found, wanted[1] * sample.kept)
             if bias is not None:
                 assert_matches(grads.pop(0), wanted[2])
@@ -274,7 +276,7 @@ def test_weight_gradients_of_every_structure(implementation: str, dtype: torch.d
             with named(sample):
                 assert found.shape == values.shape
                 assert found.dtype == out_type
-                layer = op.reference.Layer(found.float(), crow, col, n, k, None, None, None, WEIGHT_ONLY, NONE)
+                layer = op.reference.CheckedLayer(found.float(), crow, col, n, k, None, None, None, WEIGHT_ONLY, NONE)
                 wanted = (grad.double().t() @ x.double()) * sample.kept
                 dense = op.reference.to_dense(layer)
                 if sample.pattern == "2:4":  # which also stores what is not kept
@@ -329,7 +331,8 @@ def test_transposed_structures(pattern: str) -> None:
         structure = (flipped.crow_indices, flipped.col_indices, flipped.out_features, n)
         scale = None if sample.weight_scale is None else torch.ones(flipped.out_features)
         with named(sample):
-            layer = op.reference.check_layer(flipped.values(values), *structure, scale, None, None, WEIGHT_ONLY, NONE)
+            operands = SparseLayer(flipped.values(values), *structure, scale, None, None, WEIGHT_ONLY, NONE)
+            layer = op.reference.check_layer(operands)
             assert torch.equal(op.reference.to_dense(layer)[:k], sample.weight.t())
             assert not op.reference.to_dense(layer)[k:].any()
 

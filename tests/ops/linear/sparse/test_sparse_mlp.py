@@ -15,7 +15,7 @@ import recsys_kernels as rk
 from recsys_kernels.ops.linear.sparse import crossover
 from recsys_kernels.ops.linear.sparse import layer as linear_module
 from recsys_kernels.ops.linear.sparse import mlp as mlp_module
-from recsys_kernels.ops.linear.sparse.autograd import FEW_ROWS
+from recsys_kernels.ops.linear.sparse.crossover import FEW_ROWS
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

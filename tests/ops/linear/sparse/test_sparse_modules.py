@@ -14,7 +14,7 @@ from sparse_support import DTYPES, FUNCTIONS, PATTERNS, SCHEMES, dense_of, float
 from support import Calls
 
 import recsys_kernels as rk
-from recsys_kernels.backends.native import native
+from recsys_kernels.backends.registry import native
 from recsys_kernels.ops.linear.sparse import autograd as op
 from recsys_kernels.ops.linear.sparse import crossover, semi_structured
 from recsys_kernels.ops.linear.sparse import prepared as kept
@@ -390,7 +390,7 @@ def test_functional_names_and_shapes(implementation: str) -> None:
 
 
 def test_table_of_crossovers() -> None:
-    from recsys_kernels.backends.native import ISA_LEVELS
+    from recsys_kernels.backends.registry import ISA_LEVELS
 
     assert set(crossover.CROSSOVER) == set(ISA_LEVELS)
     for level, kinds in crossover.CROSSOVER.items():

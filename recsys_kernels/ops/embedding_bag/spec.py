@@ -1,0 +1,202 @@
+"""The contract of the embedding-bag operators: schemas and shapes.
+
+Offsets may be None in every single-table operator: ``indices`` is then a matrix and each of its rows is a bag.
+``mode`` is 0 (sum), 1 (mean) or 2 (max); ``padding_idx`` is -1 for none. The backward operators (and embedding_bag_max
+without ``zero_start``) take offsets that start anywhere: a collection hands them one feature's part of its offsets.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+
+from ...backends import registry
+from ...backends.registry import SymInt, Written
+
+FAMILY = registry.register(
+    registry.Family(
+        "embedding_bag",
+        __package__,
+        shown={
+            "embedding_bag": ("embedding_bag", "embedding_bag_backward"),
+            "quantized_embedding_bag": ("quantized_embedding_bag",),
+            "embedding_bag_collection": ("embedding_bag_collection",),
+            "quantize_rowwise": ("quantize_rowwise",),
+        },
+        modules=(
+            ".bag:EmbeddingBag",
+            ".quantized:QuantizedEmbeddingBag",
+            ".quantized:QuantizedEmbedding",
+            ".collection:EmbeddingBagCollection",
+        ),
+        samples=".samples:operator_samples",
+        facts=".facts:facts",
+        converters=("recsys_kernels.compress.converters.embedding_tables",),
+    )
+)
+
+
+# ---- operand tables -------------------------------------------------------------------------------------------------
+
+
+class BagOperands(NamedTuple):
+    """What a call looks up. ``offsets``: where each bag begins in ``indices``, None: each row of a matrix is one."""
+
+    indices: torch.Tensor
+    offsets: torch.Tensor | None
+    per_sample_weights: torch.Tensor | None
+    mode: int
+    padding_idx: int
+    include_last_offset: bool
+
+
+class QuantizedTable(NamedTuple):
+    """A quantized table as the operators take it: rows, fp16 (scale, bias) a row, and the table's exponent."""
+
+    weight: torch.Tensor
+    scale_bias: torch.Tensor
+    exponent: int
+    embedding_dim: int
+    bits: int
+
+
+class EmbeddingBagOperands(NamedTuple):
+    """Of ``embedding_bag``: ``weight`` [num_embeddings, D]. Gives [B, D]."""
+
+    weight: torch.Tensor
+    bags: BagOperands
+
+
+class MaxOperands(NamedTuple):
+    """Of ``embedding_bag_max``. Gives [B, D] and int64 [B, D], the row that each column came from."""
+
+    weight: torch.Tensor
+    indices: torch.Tensor
+    offsets: torch.Tensor | None
+    padding_idx: int
+    include_last_offset: bool
+    zero_start: bool
+
+
+class BackwardOperands(NamedTuple):
+    """Of ``embedding_bag_backward``: ``grad`` [B, D]. Gives [num_embeddings, D]."""
+
+    grad: torch.Tensor
+    bags: BagOperands
+    num_embeddings: SymInt
+
+
+class WeightsBackwardOperands(NamedTuple):
+    """Of ``embedding_bag_weights_backward``: ``grad`` [B, D]. Gives the shape of ``indices``."""
+
+    grad: torch.Tensor
+    weight: torch.Tensor
+    indices: torch.Tensor
+    offsets: torch.Tensor | None
+    mode: int
+    padding_idx: int
+    include_last_offset: bool
+
+
+class QuantizedOperands(NamedTuple):
+    """Of ``quantized_embedding_bag``. Gives [B, embedding_dim] of type ``dtype``."""
+
+    table: QuantizedTable
+    bags: BagOperands
+    dtype: torch.dtype
+
+
+class CollectionOperands(NamedTuple):
+    """Of ``embedding_bag_collection``: ``plan`` int64 [F, 6], a :class:`FeaturePlan` a row. Gives [B, total_dim]."""
+
+    weights: list[torch.Tensor]
+    scale_bias: list[torch.Tensor]
+    plan: torch.Tensor
+    indices: torch.Tensor
+    offsets: torch.Tensor
+    per_sample_weights: torch.Tensor | None
+    total_dim: int
+    dtype: torch.dtype
+
+
+class QuantizeOperands(NamedTuple):
+    """Of ``quantize_rowwise``, which writes to ``rows`` and ``scale_bias``."""
+
+    weight: torch.Tensor
+    bits: int
+    exponent: int
+    rows: Written
+    scale_bias: Written
+
+
+# ---- shapes ---------------------------------------------------------------------------------------------------------
+
+
+def _num_bags(bags: Any) -> Any:
+    if bags.offsets is None:
+        return bags.indices.shape[0]
+    return bags.offsets.shape[0] - 1 if bags.include_last_offset else bags.offsets.shape[0]
+
+
+def _pooled(call: EmbeddingBagOperands) -> torch.Tensor:
+    return call.weight.new_empty(_num_bags(call.bags), call.weight.shape[1])
+
+
+def _largest(call: MaxOperands) -> tuple[torch.Tensor, torch.Tensor]:
+    shape = (_num_bags(call), call.weight.shape[1])
+    return call.weight.new_empty(shape), call.weight.new_empty(shape, dtype=torch.int64)
+
+
+def _table_gradient(call: BackwardOperands) -> torch.Tensor:
+    return call.grad.new_empty(call.num_embeddings, call.grad.shape[1])
+
+
+def _weights_gradient(call: WeightsBackwardOperands) -> torch.Tensor:
+    return call.grad.new_empty(call.indices.shape)
+
+
+def _quantized(call: QuantizedOperands) -> torch.Tensor:
+    return call.table.weight.new_empty(_num_bags(call.bags), call.table.embedding_dim, dtype=call.dtype)
+
+
+def _collection(call: CollectionOperands) -> torch.Tensor:
+    batch = (call.offsets.shape[0] - 1) // call.plan.shape[0]
+    return call.indices.new_empty(batch, call.total_dim, dtype=call.dtype)
+
+
+def _nothing(call: QuantizeOperands) -> None:
+    return None
+
+
+# ---- operators ------------------------------------------------------------------------------------------------------
+
+FAMILY.define("embedding_bag", EmbeddingBagOperands, _pooled, triton=True, nested=False)
+FAMILY.define("embedding_bag_max", MaxOperands, _largest, returns="(Tensor, Tensor)", triton=True, nested=False)
+FAMILY.define("embedding_bag_backward", BackwardOperands, _table_gradient, triton=True, nested=False)
+FAMILY.define("embedding_bag_weights_backward", WeightsBackwardOperands, _weights_gradient, triton=True, nested=False)
+FAMILY.define("quantized_embedding_bag", QuantizedOperands, _quantized, triton=True, nested=False)
+FAMILY.define("embedding_bag_collection", CollectionOperands, _collection, triton=True, nested=False)
+FAMILY.define("quantize_rowwise", QuantizeOperands, _nothing, returns="()", nested=False)
+
+
+# ---- parts of a call of a module ------------------------------------------------------------------------------------
+
+
+class BagSpec(NamedTuple):
+    """The parts of a call that are not tensors."""
+
+    mode: int
+    padding_idx: int
+    include_last_offset: bool
+
+
+class FeaturePlan(NamedTuple):
+    """One row of a collection's plan: which table a feature reads, and where its columns go."""
+
+    table: int
+    dim: int
+    column: int
+    mode: int
+    bits: int
+    exponent: int
