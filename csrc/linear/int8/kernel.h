@@ -42,7 +42,7 @@ struct Layer {
 struct Scratch {
   float* floats[2];  // [rows][widest padded n, or k]
   int64_t width;
-  // Of a layer's quantized input and of the next one's.
+  // The quantized input of a layer and that of the next one.
   uint8_t* bytes[2];  // [rows][twice the largest padded k, and at least the largest padded n]
   int64_t bytes_stride;
   RowScale* scales[2];  // [rows]

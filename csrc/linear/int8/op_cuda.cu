@@ -36,7 +36,7 @@ struct Layer : rk::Int8Arguments {
     if (k <= group) group = 0;
   }
 
-  // Columns are counted in 32 bits, tiles beyond the last one as well.
+  // Columns are counted in 32 bits, including those of tiles past the end.
   static constexpr int64_t most_columns = int64_t{1} << 30;
 
   int64_t row_stride() const { return n > 1 ? weight.stride(0) : k; }

@@ -279,7 +279,7 @@ void run_many(const SparseLayer& layer, const Matrix& in, const Matrix& out, int
   std::atomic<bool> damaged{false};
   in_pieces(pieces, [&](int64_t p) {
     const SparseScratch scratch = scratch_for(layer, panels[0].columns, y_rows);
-    int64_t checked = layer.bands;  // these and the bands after them
+    int64_t checked = layer.bands;  // bands [checked, bands) have been checked
     for (int64_t at = bound(p), end = bound(p + 1); at < end;) {
       const Panel& panel = panels[at / layer.bands];
       const int64_t first = at % layer.bands, last = std::min(layer.bands, first + end - at);
@@ -295,7 +295,8 @@ void run_many(const SparseLayer& layer, const Matrix& in, const Matrix& out, int
   if (damaged) raise_damaged();
 }
 
-// Whether a header can be that of a layer in so many bytes. Numbers are bounded before they are multiplied.
+// Whether a header is that of a layer of `bytes` bytes. Each number is bounded before it is multiplied, so
+// that no product overflows.
 bool fits(const SparseHeader& h, int64_t bytes) {
   const auto is_one_of = [](auto x, auto... values) { return ((x == values) || ...); };
   if (h.magic != rk::sparse_magic || h.version != rk::sparse_version) return false;
@@ -319,7 +320,8 @@ bool fits(const SparseHeader& h, int64_t bytes) {
   return rk::SparseParts(h).end == bytes;
 }
 
-// The places of slabs or bands, which say how the work is shared out.
+// Whether the starts of slabs or bands rise from zero to the end. The division of the work among threads
+// reads them.
 bool places_fit(const SparseLayer& layer, const SparseHeader& h) {
   if (h.few) {
     const int64_t* starts = layer.slab_starts;
@@ -376,7 +378,7 @@ Tensor sparse_packed(const rk::SparsePacked& o) {
   return run(o.packed, in, m, {m, o.out_features}, o.dtype);
 }
 
-// What stands at the places of weights in `places` is the number of the value that belongs there, from 1 on.
+// `places` is a pack that holds, in the place of each weight, the number of its value, from 1 on.
 Tensor sparse_repack(const rk::SparseRepack& o) {
   const Tensor& places = o.places;
   const SparseHeader h = header_of(places, "places");

@@ -163,7 +163,7 @@ class Layer : public rk::SparseArguments {
     values = out;
   }
 
-  // Whether they are multiplied as bytes.
+  // Whether rows are multiplied as bytes.
   bool integers() const { return quantizes() && group == 0; }
   Product product() const {
     if (!integers()) return Product::floats;
