@@ -33,12 +33,12 @@ RK_OPERANDS(EmbeddingBagMax, "embedding_bag_max", RK_EMBEDDING_BAG_MAX)
   X(int64_t, exponent) X(int64_t, embedding_dim) X(int64_t, bits) RK_BAGS(X) X(ScalarType, dtype)
 RK_OPERANDS(QuantizedEmbeddingBag, "quantized_embedding_bag", RK_QUANTIZED_EMBEDDING_BAG)
 
-#define RK_EMBEDDING_BAG_COLLECTION(X)                                                              \
-  X(Tensors, weights)                                                                               \
-  X(Tensors, scale_bias)                                                                            \
-  X(Tensor, plan)                                                                                   \
-  X(Tensor, indices) X(Tensor, offsets) X(OptionalTensor, per_sample_weights) X(int64_t, total_dim) \
-      X(ScalarType, dtype)
+#define RK_EMBEDDING_BAG_COLLECTION(X) \
+  X(Tensors, weights)                  \
+  X(Tensors, scale_bias)               \
+  X(Tensor, plan)                      \
+  X(Tensor, indices)                   \
+  X(Tensor, offsets) X(OptionalTensor, per_sample_weights) X(int64_t, total_dim) X(ScalarType, dtype)
 RK_OPERANDS(EmbeddingBagCollection, "embedding_bag_collection", RK_EMBEDDING_BAG_COLLECTION)
 
 #define RK_EMBEDDING_BAG_BACKWARD(X) X(Tensor, grad) RK_BAGS(X) X(int64_t, num_embeddings)
