@@ -1,4 +1,4 @@
-"""A run of a model on sample inputs, and what it shows of the model's layers."""
+"""A run of a model on sample inputs: the calls of its layers, and the readers of their weights."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from .weight_watch import WeightWatch
 
 
 class SampleRun:
-    """What a run on sample inputs shows.
+    """A run of the calls that must work, in which layers and weights are watched.
 
     Args:
-        contents: what the model holds.
+        contents: modules of the model and where they are.
         layers: the layers to watch.
         sequentials: the Sequentials of the model.
         informed_readers: the classes of modules that read weights of the layers and may do so.
