@@ -146,7 +146,7 @@ class OptimizeReport:
         else:
             lines.append(f"whole model: {self.bytes_before:,} bytes as before")
         lines += map(str, self.calls)
-        if slower := [layer.name for layer in self.swapped if _is_slower(layer.float_us, layer.int8_us)]:
+        if slower := [repr(layer.name) for layer in self.swapped if _is_slower(layer.float_us, layer.int8_us)]:
             lines.append(f"slower than in float at this size: {', '.join(slower)}; skip= keeps such layers in float")
         if not self.calls and self.swapped:
             lines.append("outputs were not compared: no sample_inputs given")

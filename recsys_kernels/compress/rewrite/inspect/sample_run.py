@@ -80,7 +80,7 @@ class SampleRun:
         with WeightWatch([*aliases, *weights], [*twins, *readers]) as watch:
             outputs = [call.run_first(self.twin) for call in calls]
         for twin in twins:
-            del twin.__dict__["weight"]
+            twin.__dict__.pop("weight", None)  # gone if the model has set another weight
         for handle in self._handles:
             handle.remove()
         for module, alias, weight in zip(modules, aliases, weights, strict=True):
