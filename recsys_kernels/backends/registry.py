@@ -63,7 +63,7 @@ def _is_table(annotation: Any) -> bool:
 
 
 def operand_types(table: type[NamedTuple]) -> list[tuple[str, Any]]:
-    """Name and type of every operand of a table, those of nested tables in their place."""
+    """Name and type of every operand of a table; the operands of a nested table stand in its place."""
     found: list[tuple[str, Any]] = []
     for name, annotation in typing.get_type_hints(table, include_extras=True).items():
         found += operand_types(annotation) if _is_table(annotation) else [(name, annotation)]

@@ -27,7 +27,7 @@ _cuda_operators: set[str] = set()  # whose CUDA tensors the library's own kernel
 
 
 def register_faults(error: Callable[[tuple[int, ...]], Exception]) -> None:
-    """Says which exception a record of ``native.take_fault`` stands for; the family whose kernels write them knows."""
+    """Says which exception a record of ``native.take_fault`` stands for: the family whose kernels write it knows."""
     global _fault_error
     _fault_error = error
 
@@ -254,7 +254,7 @@ def bounds_check(mode: str) -> Iterator[None]:
         mode: ``"raise"`` (the default): a wrong index is an error. Triton's operators wait for their kernel and raise
             it. The CUDA C++ operators do not wait: a later call on the device raises it when the kernel has run, and
             :func:`check_bounds` waits for it; until then the index counts as absent, and a bag with wrong offsets is
-            empty. While a CUDA graph is captured nobody can be told.
+            empty. While a CUDA graph is captured no error can be raised.
             ``"ignore"``: the same without an error. ``"clamp"``: the nearest row, or the nearest range, is taken.
             Neither waits.
 
