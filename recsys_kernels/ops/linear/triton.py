@@ -1,7 +1,6 @@
 """What the Triton kernels of linear layers share: rows quantized to 8 bits, tiles, the end of a layer, launches.
 
-The arithmetic of the quantization is that of ``operands.py``, bit for bit: the launches turn contraction to fused
-multiply-adds off.
+Rows are quantized as ``activation.py`` does it, bit for bit: the launches turn contraction to fused multiply-adds off.
 """
 # mypy: allow-untyped-defs
 # (Triton gives the parameters of kernels their types at launch.)
@@ -14,7 +13,17 @@ import torch
 import triton
 import triton.language as tl
 
-from .operands import GELU, MIN_SCALE, RELU, SIGMOID, SILU, STATIC, check
+from .activation import (
+    GELU,
+    MIN_SCALE,
+    RELU,
+    SIGMOID,
+    SILU,
+    STATIC,
+)
+from .operands import (
+    check,
+)
 
 _RELU = tl.constexpr(RELU)
 _GELU = tl.constexpr(GELU)

@@ -13,8 +13,12 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from ....backends import selection
+from ..activation import (
+    NONE,
+    epilogue_number,
+    scheme_number,
+)
 from ..gradients import before_activation, needs_again, needs_output
-from ..operands import NONE, epilogue_number, scheme_number
 from .spec import Int8Layer
 
 
@@ -47,7 +51,7 @@ def chain(input: torch.Tensor, packed: torch.Tensor, out_features: int, dtype: t
 
 
 class _Int8Linear(torch.autograd.Function):
-    """The gradients of input and bias, and with scheme weight_only, whose input is not rounded, of the scales."""
+    """The gradients of input and bias. Scheme weight_only, which rounds no input, also has that of the scales."""
 
     @staticmethod
     def forward(

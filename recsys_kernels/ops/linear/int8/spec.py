@@ -16,7 +16,9 @@ from typing import NamedTuple
 import torch
 
 from ....backends import registry
-from ..operands import num_groups
+from ..operands import (
+    num_groups,
+)
 
 FAMILY = registry.register(
     registry.Family(
@@ -56,7 +58,10 @@ class Int8Layer(NamedTuple):
 
 
 class LinearOperands(NamedTuple):
-    """Of ``int8_linear``: ``input`` [..., K] of float32, float16 or bfloat16. Gives [..., N] of type ``dtype``."""
+    """Operands of ``int8_linear``.
+
+    ``input`` [..., K] of float32, float16 or bfloat16. Gives [..., N] of type ``dtype``.
+    """
 
     input: torch.Tensor
     layer: Int8Layer
@@ -64,13 +69,16 @@ class LinearOperands(NamedTuple):
 
 
 class PackOperands(NamedTuple):
-    """Of ``int8_pack``. Gives uint8 [:func:`packed_bytes`]."""
+    """Operands of ``int8_pack``. Gives uint8 [:func:`packed_bytes`]."""
 
     layer: Int8Layer
 
 
 class ChainOperands(NamedTuple):
-    """Of ``int8_chain``: ``input`` [M, K], ``packed`` uint8 [bytes]. Gives [M, out_features] of type ``dtype``."""
+    """Operands of ``int8_chain``.
+
+    ``input`` [M, K], ``packed`` uint8 [bytes]. Gives [M, out_features] of type ``dtype``.
+    """
 
     input: torch.Tensor
     packed: torch.Tensor
@@ -90,7 +98,10 @@ class LayerLists(NamedTuple):
 
 
 class LayersOperands(NamedTuple):
-    """Of ``int8_layers``: ``input`` [..., K]. Gives [..., N of the last layer] of type ``dtype``."""
+    """Operands of ``int8_layers``.
+
+    ``input`` [..., K]. Gives [..., N of the last layer] of type ``dtype``.
+    """
 
     input: torch.Tensor
     layers: LayerLists

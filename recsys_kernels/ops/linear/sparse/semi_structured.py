@@ -11,13 +11,15 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from ..operands import activate
+from ..activation import (
+    activate,
+)
 from . import formats
 from .spec import SparseLayer
 
-# Of both libraries and both types: the largest of what they ask of a weight's rows and columns.
+# The rows and columns of a weight must be multiples of this, for both libraries and both types.
 _TILE = 64
-# Of rows of input: CUTLASS takes them by eight.
+# CUTLASS takes rows of input by eight.
 _ROWS = 8
 
 
@@ -37,12 +39,14 @@ def _tensor_class(device: torch.device) -> Any:
     capability = torch.cuda.get_device_capability(device)
     if capability >= (8, 0) and torch.backends.cusparselt.is_available():
         return getattr(torch.sparse, "SparseSemiStructuredTensorCUSPARSELT", None)
-    # torch's CUTLASS kernels are those of sm_80 to sm_89.
+    # torch's CUTLASS kernels serve sm_80 to sm_89.
     return getattr(torch.sparse, "SparseSemiStructuredTensorCUTLASS", None) if capability[0] == 8 else None
 
 
 class Product:
     """A 2:4 layer as the unit reads it."""
+
+    runs_dense = (False, False)
 
     def __init__(self, layer: SparseLayer) -> None:
         values, crow, col, self.out_features, self.in_features, _, bias, _, _, self.activation = layer
@@ -52,6 +56,9 @@ class Product:
             padding = (0, -self.in_features % _TILE, 0, -self.out_features % _TILE)
             self.weight = compress(F.pad(dense, padding).contiguous())
             self.bias = None if bias is None else bias.detach().float().clone()
+
+    def pack(self, many: bool, input: torch.Tensor) -> None:
+        """None: the unit takes no packed layer of the CPU's kernels."""
 
     def __call__(self, input: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """[..., K] to [..., N], without a gradient."""
