@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import recsys_kernels as rk
+from recsys_kernels.backends import selection
 from recsys_kernels.ops.embedding_bag import reference
 from recsys_kernels.ops.embedding_bag import triton as kernels
 from recsys_kernels.ops.embedding_bag.reference import MAX, MEAN, SUM
@@ -119,7 +120,7 @@ def test_only_raise_waits_for_the_kernel(monkeypatch: pytest.MonkeyPatch) -> Non
     """Reading the flags is what waits: everything else that a call does is queued."""
     waited: list[str] = []
     to_list: Callable[[torch.Tensor], Any] = torch.Tensor.tolist
-    monkeypatch.setattr(torch.Tensor, "tolist", lambda self: waited.append(rk._backends.bounds_mode()) or to_list(self))
+    monkeypatch.setattr(torch.Tensor, "tolist", lambda self: waited.append(selection.bounds_mode()) or to_list(self))
     bags = (torch.tensor([0, 1, 2]), torch.tensor([0, 2]), None, MEAN, -1, False)
     for mode in ("raise", "clamp", "ignore"):
         with rk.bounds_check(mode):
