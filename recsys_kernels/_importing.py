@@ -24,7 +24,8 @@ def explained() -> Iterator[None]:
     """Around the imports of the package: what ends them is raised as what it is.
 
     Raises:
-        KeyboardInterrupt: Ctrl-C was pressed meanwhile, also if code below has caught that (torch's import does, 1 time in 20).
+        KeyboardInterrupt: Ctrl-C was pressed meanwhile, also if code below has caught that (as torch's import did 5
+            times in 60).
         ImportError: another copy of the package is loaded already.
     """
     pressed: list[int] = []

@@ -55,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: without the program's name; `sys.argv[1:]` by default.
     """
     try:
-        return _run(_parser(), arguments)
+        return _run(parser(), arguments)
     except KeyboardInterrupt:
         return _fail("interrupted; nothing was written", INTERRUPTED)
     finally:
@@ -92,7 +92,7 @@ def _left(out: Path | None, before: tuple[int, int] | None) -> str:
     return "nothing was written" if _identity(out) == before else f"the report in {out} is complete"
 
 
-def _parser() -> argparse.ArgumentParser:
+def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="recsys-kernels", description="Fused kernels that make recommender models cheap to run."
     )

@@ -46,7 +46,7 @@ class LayerDecision:
         choice: the name of the new form.
         reason_to_keep: why the layer stays as it is; None if it is replaced.
         notes: what else a reader of the report should know.
-        weight_reader: what reads the layer's weight by itself; None if nothing does.
+        reads_weight: whether other code than the layer reads, or may read, ``layer.weight``.
         replacement: the new layer, as soon as it is made.
         sqnr: signal-to-quantization-noise ratio of the new layer, dB.
         float_us, replacement_us: microseconds of a call of the layer and of the new one.
@@ -59,7 +59,7 @@ class LayerDecision:
     choice: str
     reason_to_keep: str | None
     notes: list[str] = field(default_factory=list)
-    weight_reader: str | None = None
+    reads_weight: bool = False
     replacement: Any = None
     sqnr: float | None = None
     float_us: float | None = None
@@ -146,6 +146,8 @@ class Converter:
         parameters: the names of the parameters of a replaceable layer.
         takes_off_masks: whether pruning masks come off before the converter sees a layer.
         informed_readers: the classes of modules that read the weights of such layers and know the new ones.
+        serves_weight_reads: whether a new layer can serve other code that reads ``layer.weight``; see
+            :attr:`LayerDecision.reads_weight`.
     """
 
     option: ClassVar[str]
@@ -155,6 +157,7 @@ class Converter:
     parameters: ClassVar[frozenset[str]]
     takes_off_masks: ClassVar[bool] = False
     informed_readers: ClassVar[tuple[type[torch.nn.Module], ...]] = ()
+    serves_weight_reads: ClassVar[bool] = False
 
     @classmethod
     def check_options(cls, options: Options) -> None:
@@ -187,10 +190,6 @@ class Converter:
     def max_error(self, module: Any, replacement: Any) -> float:
         """The largest absolute error of a value of the weight."""
         raise NotImplementedError
-
-    def serve_weight_reads(self, layers: Sequence[LayerDecision]) -> bool:
-        """Whether new layers can serve code that reads ``layer.weight``; the layers share one weight."""
-        return False
 
     def observe(self, arguments: tuple[Any, ...], keywords: Mapping[str, Any]) -> ObservedCall | None:
         """What to keep of a call of a layer in the run on sample inputs; None keeps nothing."""

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
 
 from ...ops.embedding_bag import EmbeddingBag, EmbeddingBagCollection, QuantizedEmbedding, QuantizedEmbeddingBag
 from ...ops.embedding_bag.autograd import quantized_embedding_bag
+from ...ops.embedding_bag.dequantizing import DequantizingEmbedding, DequantizingEmbeddingBag
 from ...ops.embedding_bag.spec import BagSpec
 from ..sizes import stored_bytes
-from .converter import Converter, LayerDecision, Options, register
+from .converter import Check, Converter, LayerDecision, ObservedCall, Options, RewriteState, register
+from .measure import median_microseconds, times_text
 
 # Values compared at a time: blocks stay in the cache, and no second float table is made.
 _BLOCK_VALUES = 1 << 20
@@ -31,10 +34,14 @@ class EmbeddingTableConverter(Converter):
     covered: ClassVar[tuple[type[torch.nn.Module], ...]] = (*replaceable, QuantizedEmbedding, QuantizedEmbeddingBag)
     parameters: ClassVar[frozenset[str]] = frozenset({"weight"})
     informed_readers: ClassVar[tuple[type[torch.nn.Module], ...]] = (EmbeddingBagCollection,)
+    serves_weight_reads: ClassVar[bool] = True
+
+    def __init__(self, batch_size: int | None = None, timed: bool = False) -> None:
+        self._batch_size, self._timed = batch_size, timed
 
     @classmethod
     def from_options(cls, options: Options) -> Converter:
-        return cls()
+        return cls(options.batch_size, options.sampled or options.batch_size is not None)
 
     def shape(self, module: Any) -> tuple[int, int]:
         return module.num_embeddings, module.embedding_dim
@@ -51,11 +58,9 @@ class EmbeddingTableConverter(Converter):
         return None
 
     def convert(self, layers: Sequence[LayerDecision]) -> list[Any]:
-        first, *others = (layer.module for layer in layers)
-        bits = _bits(layers[0].choice)
-        kind = QuantizedEmbeddingBag if isinstance(first, torch.nn.EmbeddingBag) else QuantizedEmbedding
-        new: Any = kind.from_float(first, bits)
-        return [new, *(_with_table_of(new, module) for module in others)]
+        first, *others = layers
+        new: Any = _new_class(first).from_float(first.module, _bits(first.choice))
+        return [new, *(_with_table_of(new, layer) for layer in others)]
 
     def refresh_reader(self, reader: torch.nn.Module) -> None:
         assert isinstance(reader, EmbeddingBagCollection)
@@ -73,20 +78,87 @@ class EmbeddingTableConverter(Converter):
             worst = torch.maximum(worst, (back - rows).abs().max())
         return worst.item()
 
+    # ---- speed ----
+
+    def observe(self, arguments: tuple[Any, ...], keywords: Mapping[str, Any]) -> ObservedCall | None:
+        """The indices, offsets and weights of a lookup."""
+        names = ("input", "offsets", "per_sample_weights")
+        given = {**dict(zip(names, arguments, strict=False)), **keywords}
+        lookup = {name: given[name].detach().clone() for name in names if isinstance(given.get(name), torch.Tensor)}
+        count = lookup["input"].numel() if "input" in lookup else 0
+        return ObservedCall(lookup, count) if count else None
+
+    def checks(self) -> Sequence[Check]:
+        return (self._note_times,) if self._timed else ()
+
+    def _note_times(self, state: RewriteState) -> None:
+        """Times a lookup in each new table and in the float one. A slower table stays new, as bytes are its purpose."""
+        for layer in state.replaced_by(self):
+            lookup = self._timed_lookup(state, layer)
+            if lookup is None:
+                continue
+            float_us, new_us = _microseconds(layer.module.forward, layer.replacement.forward, lookup)
+            layer.float_us, layer.replacement_us = float_us, new_us
+            count = lookup["input"].numel()
+            layer.notes.append(f"{times_text(float_us, new_us)} for {count:,} {'index' if count == 1 else 'indices'}")
+
+    def _timed_lookup(self, state: RewriteState, layer: LayerDecision) -> dict[str, torch.Tensor] | None:
+        """The arguments of a lookup for the number of examples; None if the model ran without one."""
+        if state.observed_calls is None:
+            generator = torch.Generator().manual_seed(0)
+            ids = torch.randint(layer.module.num_embeddings, (self._batch_size or 1, 1), generator=generator)
+            return {"input": ids.to(layer.module.weight.device)}
+        call = state.observed_calls.get(id(layer.module))
+        if call is None:
+            return None
+        examples, lookup = state.sample_batch_size, call.input
+        if self._batch_size in (None, examples) or not examples:
+            return lookup
+        return _resized(lookup, self._batch_size / examples)
+
 
 def _bits(choice: str) -> int:
     return int(choice.removeprefix("int"))
 
 
-def _with_table_of(other: Any, module: Any) -> Any:
+def _new_class(layer: LayerDecision) -> Any:
+    """The class of the new form of a layer."""
+    if isinstance(layer.module, torch.nn.EmbeddingBag):
+        return DequantizingEmbeddingBag if layer.reads_weight else QuantizedEmbeddingBag
+    return DequantizingEmbedding if layer.reads_weight else QuantizedEmbedding
+
+
+def _with_table_of(other: Any, layer: LayerDecision) -> Any:
     """The quantized form of a layer whose weight is already quantized in another."""
+    module, kind = layer.module, _new_class(layer)
     sizes = (module.num_embeddings, module.embedding_dim, other.bits)
     rest = {"padding_idx": module.padding_idx, "dtype": module.weight.dtype, "device": "meta"}
     new: Any
     if isinstance(module, torch.nn.EmbeddingBag):
-        new = QuantizedEmbeddingBag(*sizes, module.mode, module.include_last_offset, **rest)
+        new = kind(*sizes, module.mode, module.include_last_offset, **rest)
     else:
-        new = QuantizedEmbedding(*sizes, **rest)
-    new.weight, new.scale_bias, new.exponent = other.weight, other.scale_bias, other.exponent
+        new = kind(*sizes, **rest)
+    new.weight, new.scale_bias, new.exponent = other.stored_rows, other.scale_bias, other.exponent
     new.host_exponent()  # compiled code takes it from the last look
     return new.train(module.training)
+
+
+def _resized(lookup: Mapping[str, torch.Tensor], factor: float) -> dict[str, torch.Tensor]:
+    """A lookup for more or fewer examples: the same indices again, or the first ones."""
+    ids = lookup["input"]
+    if "offsets" not in lookup or ids.dim() > 1:
+        count = max(1, round(len(ids) * factor)) if ids.dim() else 1
+        ids = ids if ids.dim() else ids.reshape(1)
+        order = torch.arange(count, device=ids.device) % len(ids)
+        return {name: value.reshape(ids.shape)[order] for name, value in lookup.items() if name != "offsets"}
+    # Bags of one length: the average one.
+    length = max(1, round(len(ids) / max(1, len(lookup["offsets"]))))
+    bags = max(1, round(len(lookup["offsets"]) * factor))
+    order = torch.arange(bags * length, device=ids.device) % len(ids)
+    return {name: value[order].reshape(bags, length) for name, value in lookup.items() if name != "offsets"}
+
+
+def _microseconds(
+    first: Callable[..., Any], second: Callable[..., Any], lookup: Mapping[str, torch.Tensor]
+) -> tuple[float, float]:
+    return median_microseconds(partial(first, **lookup), partial(second, **lookup), on_gpu=lookup["input"].is_cuda)

@@ -275,7 +275,8 @@ def sqnr(linear: torch.nn.Linear, new: torch.nn.Module, epilogue: str | None, ro
 
 
 def _microseconds(first: Callable[..., Any], second: Callable[..., Any], rows: torch.Tensor) -> tuple[float, float]:
-    return median_microseconds(partial(first, rows), partial(second, rows), rows.is_cuda)
+    with torch.inference_mode():
+        return median_microseconds(partial(first, rows), partial(second, rows), on_gpu=rows.is_cuda)
 
 
 def _judge(call: Sequence[FusedStep], rows: torch.Tensor, float_us: float, new_us: float) -> None:

@@ -8,25 +8,26 @@ from typing import Any
 
 import torch
 
-# A measurement ends after this many rounds or seconds, whichever comes first, but not before 5 rounds.
-_ROUNDS, _SECONDS, _FEWEST_ROUNDS = 50, 0.1, 5
+# A measurement ends after this many rounds or seconds, whichever comes first.
+_ROUNDS, _SECONDS = 50, 0.1
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def median_microseconds(
-    first: Callable[[], Any], second: Callable[[], Any], on_gpu: bool = False, fewest: int = _FEWEST_ROUNDS
+    first: Callable[[], Any], second: Callable[[], Any], *, on_gpu: bool = False, warm_up: int = 2, fewest: int = 6
 ) -> tuple[float, float]:
     """The median time of a call of each, in microseconds; the calls alternate.
 
     Args:
         first, second: what is timed.
         on_gpu: whether the calls start kernels on a GPU, whose end is waited for.
-        fewest: rounds that are always made, beside two for warming up.
+        warm_up: rounds that do not count.
+        fewest: rounds that are always made beside these.
     """
     times: tuple[list[float], list[float]] = ([], [])
     wait = torch.cuda.synchronize if on_gpu else lambda: None
     end = time.perf_counter() + _SECONDS
-    for number in range(-2, _ROUNDS):
+    for number in range(-warm_up, _ROUNDS):
         for call, seconds in zip((first, second), times, strict=True):
             wait()
             start = time.perf_counter()
@@ -34,7 +35,7 @@ def median_microseconds(
             wait()
             if number >= 0:
                 seconds.append(time.perf_counter() - start)
-        if number >= fewest and time.perf_counter() > end:
+        if number + 1 >= fewest and time.perf_counter() > end:
             break
     one, other = (1e6 * sorted(seconds)[len(seconds) // 2] for seconds in times)
     return one, other
@@ -43,3 +44,9 @@ def median_microseconds(
 def microseconds_text(value: float) -> str:
     """A time with the digits that mean something."""
     return f"{value:,.1f}" if value < 100 else f"{value:,.0f}"
+
+
+def times_text(float_us: float, new_us: float) -> str:
+    """Both times, and which is slower."""
+    text = f"{microseconds_text(new_us)} us instead of {microseconds_text(float_us)}"
+    return f"slower: {text}" if new_us > float_us else text

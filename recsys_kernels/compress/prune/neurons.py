@@ -15,7 +15,7 @@ from ...models.dlrm import DLRM
 from ...ops.linear.sparse.patterns import check_sparsity, lowest, parse_pattern
 from ..converters.converter import LayerDecision
 from ..converters.linear import LinearConverter
-from ..rewrite.inspect.sample_run import call_model
+from ..rewrite.inspect.model_calls import ModelCall, model_calls
 from ..rewrite.plan import RewritePlan
 from .layers import Choice, aligned, chosen_modules, is_named
 from .masks import check_finite
@@ -163,7 +163,8 @@ def prune_neurons(
     chosen = chosen_modules(model, layers)
     plan = RewritePlan(model, [(_Neurons(), "fewer neurons")])
     plan.keep_tied()
-    expected = plan.keep_read(sample_inputs)
+    calls = model_calls(model, sample_inputs, None)
+    expected = plan.keep_read(calls, other_methods=False)
     plan.keep_tied()
     links = [link for key, link in _links(plan).items() if chosen is None or key in chosen]
     for link in links:
@@ -174,8 +175,8 @@ def prune_neurons(
         raise ValueError(f"the model has no torch.nn.Linear that can lose neurons{listed}")
     kept = {id(link): _kept(link, share, scores) for link in links if link.following is not None}
     new = _smaller(plan, [link for link in links if id(link) in kept], kept)
-    if sample_inputs is not None:
-        _try(new, sample_inputs, expected)
+    for call, outputs in zip(calls, expected, strict=True):
+        _try(new, call, outputs)
     return new, _report(model, new, links, kept)
 
 
@@ -374,9 +375,9 @@ def _select(module: torch.nn.Module, name: str, kept: torch.Tensor, dim: int) ->
         setattr(module, name, values)
 
 
-def _try(new: torch.nn.Module, sample_inputs: Any, expected: Any) -> None:
+def _try(new: torch.nn.Module, call: ModelCall, expected: Any) -> None:
     try:
-        outputs = call_model(copy.deepcopy(new), sample_inputs)
+        outputs = call.run(copy.deepcopy(new))
     except Exception as error:
         raise RuntimeError(
             "the smaller model fails on sample_inputs, the given one does not; choose others with layers "

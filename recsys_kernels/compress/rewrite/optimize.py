@@ -11,6 +11,7 @@ import torch
 from ..converters.converter import InputRange, Options, check_options, chosen_converters, converter_class
 from .build import build
 from .compare import compare
+from .inspect.model_calls import Methods, model_calls
 from .plan import RewritePlan, Skip
 from .report import OptimizeReport, report_of
 from .without_masks import without_masks
@@ -28,6 +29,7 @@ def optimize(
     ranges: Mapping[str, InputRange] | None = None,
     min_sqnr: float | None = None,
     batch_size: int | None = None,
+    methods: Methods | None = None,
 ) -> tuple[torch.nn.Module, OptimizeReport]:
     """A copy of a model, for inference, with smaller layers; the model itself is not changed.
 
@@ -96,22 +98,21 @@ def optimize(
     """
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, but is {type(model).__name__}")
-    if batch_size is not None and (linear is None or batch_size < 1):
-        raise ValueError(f"batch_size must be at least 1, and needs linear, but is {batch_size} with linear={linear!r}")
+    if batch_size is not None and batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, but is {batch_size}")
+    calls = model_calls(model, sample_inputs, methods)
     choices = {"embedding": embedding, "linear": linear}
-    sampled = sample_inputs is not None
-    options = Options(model, choices, sparsity, pattern, ranges, min_sqnr, batch_size, sampled)
+    options = Options(model, choices, sparsity, pattern, ranges, min_sqnr, batch_size, sampled=bool(calls))
     check_options(options)
     plan = _plan(options)
     plan.keep_skipped(skip)
     plan.keep_tied()
-    expected = plan.keep_read(sample_inputs)
+    expected = plan.keep_read(calls, other_methods=methods is None)
     plan.keep_tied()  # once more: a read of one layer's weight is one of all that share it
     plan.convert()
     plan.keep_unprofitable()
     new = build(plan)
-    error = compare(plan, new, sample_inputs, expected) if sampled else None
-    return new, report_of(plan, model, new, error)
+    return new, report_of(plan, model, new, compare(plan, new, calls, expected) if calls else ())
 
 
 def _plan(options: Options) -> RewritePlan:

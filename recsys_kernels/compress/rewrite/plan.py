@@ -22,11 +22,13 @@ from ..converters.converter import (
 from ..sizes import dtype_name
 from .fuse import find_fused_sequences
 from .inspect.contents import MODULE_STATE, ModelContents, TensorUser, overlap
+from .inspect.model_calls import ModelCall
 from .inspect.sample_run import SampleRun
-from .inspect.source_code import find_weight_reads
+from .inspect.source_code import SourceReads, find_weight_reads
 
 Skip = str | type[torch.nn.Module]
 
+_FORWARD_HOOKS = tuple(n for n in sorted(MODULE_STATE) if n.startswith("_forward_") and "hooks" in n)
 _STATE_HOOKS = tuple(n for n in sorted(MODULE_STATE) if "state_dict" in n and "hooks" in n)
 # A subclass may define these and still do the same as its base when it is called.
 _HARMLESS_MEMBERS = frozenset(
@@ -88,7 +90,7 @@ class RewritePlan:
 
     @property
     def observed_calls(self) -> Mapping[int, ObservedCall] | None:
-        return None if self.sample_run is None else self.sample_run.calls
+        return None if self.sample_run is None else self.sample_run.observed
 
     @property
     def sample_batch_size(self) -> int | None:
@@ -127,34 +129,72 @@ class RewritePlan:
             return [module for module in modules.values() if isinstance(module, entry)]
         raise TypeError(f"skip takes names, patterns and module classes, not {entry!r}")
 
-    def keep_read(self, sample_inputs: Any) -> Any:
-        """Keeps layers whose weight other code reads; returns the model's outputs if there are inputs."""
+    def keep_read(self, calls: Sequence[ModelCall], other_methods: bool = True) -> list[Any]:
+        """Keeps layers whose weight other code reads, where the new layer cannot serve such reads.
+
+        Args:
+            calls: the calls of the model that must work; they show reads that the source does not.
+            other_methods: whether methods that these calls do not reach must work, too.
+
+        Returns:
+            The outputs of each call.
+        """
         layers = self.replaced
-        outputs = None
         modules = self.contents.modules.values()
         readers = [module for module in modules if not isinstance(module, self.informed_readers)]
         sequentials = [module for module in modules if type(module) is torch.nn.Sequential]
         reads = find_weight_reads(readers, [layer.module for layer in layers], sequentials)
-        decisive = reads.places
         self.taken_apart.update(reads.taken_apart)
-        if sample_inputs is not None:
+        outputs: list[Any] = []
+        if calls:
             self.sample_run = SampleRun(self.contents, layers, sequentials, self.informed_readers)
-            outputs = self.sample_run.run(sample_inputs, self.copy_memo())
-            decisive = self.sample_run.reads
+            outputs = self.sample_run.run(calls, self.copy_memo())
             self.taken_apart.update(self.sample_run.taken_apart)
         elif layers and reads.unknown:
             methods = ", ".join(sorted(reads.unknown))
             self.notes.append(f"no source of {methods}: give sample_inputs to see whether it reads weights directly")
             self.taken_apart.update({id(module): methods for module in sequentials})  # the methods may do that
+        informed = {id(m) for reader in modules if isinstance(reader, self.informed_readers) for m in reader.modules()}
         for layer in layers:
-            key = id(layer.module)
-            if key in decisive:
-                layer.keep(f"its weight is read by {decisive[key]}")
-            elif sample_inputs is None and key in reads.maybe:
-                layer.keep(f"its weight may be read by {reads.maybe[key]}; sample_inputs would tell")
-            elif key in reads.places:
-                layer.notes.append(f"{reads.places[key]} reads its weight, which is not float any more")
+            if layer.converter.serves_weight_reads and id(layer.module) not in informed:
+                self._serve_reads(layer, reads)
+            else:
+                self._keep_if_read(layer, reads, other_methods)
         return outputs
+
+    def _serve_reads(self, layer: LayerDecision, reads: SourceReads) -> None:
+        """Decides about a layer whose new form can serve reads of ``layer.weight``."""
+        key, run = id(layer.module), self.sample_run
+        if run is not None and key in run.other_reads:
+            layer.keep(f"its weight is read by {run.other_reads[key]}, which does not take it from the layer")
+            return
+        seen = {} if run is None else run.attribute_reads
+        found = next((places[key] for places in (seen, reads.places, reads.training) if key in places), None)
+        maybe = None if run is not None else reads.maybe.get(key)
+        hooked = any(getattr(layer.module, hooks) for hooks in _FORWARD_HOOKS)  # hooks get the layer and may read it
+        layer.reads_weight = hooked or found is not None or key in reads.maybe or bool(reads.unknown)
+        if found is not None or maybe is not None:
+            verb = "reads" if found is not None else "may read"
+            nbytes = layer.module.weight.nbytes
+            layer.notes.append(f"{found or maybe} {verb} its weight: up to {nbytes:,} bytes of floats for each read")
+
+    def _keep_if_read(self, layer: LayerDecision, reads: SourceReads, other_methods: bool) -> None:
+        """Keeps a layer whose new form cannot serve reads of its weight, if there may be such reads."""
+        key, run = id(layer.module), self.sample_run
+        place = reads.places.get(key, reads.training.get(key))
+        if run is None:
+            if place is not None:
+                layer.keep(f"its weight is read by {place}")
+            elif key in reads.maybe:
+                layer.keep(f"its weight may be read by {reads.maybe[key]}; sample_inputs would tell")
+            return
+        seen = run.attribute_reads.get(key, run.other_reads.get(key))
+        if seen is not None:
+            layer.keep(f"its weight is read by {seen}")
+        elif other_methods and key in reads.places:
+            layer.keep(f"its weight is read by {place}, which did not run; methods= names what must work")
+        elif place is not None:
+            layer.notes.append(f"{place} reads its weight, which is not float any more")
 
     def keep_tied(self) -> None:
         """Keeps layers whose weight is also used by something that is not replaced along with them."""
@@ -212,7 +252,7 @@ def plan_replacements(model: torch.nn.Module, option: str, choice: str, skip: Sk
     plan = RewritePlan(model, [(converter, choice)])
     plan.keep_skipped(skip)
     plan.keep_tied()
-    plan.keep_read(None)
+    plan.keep_read([])
     plan.keep_tied()
     return plan
 

@@ -10,6 +10,7 @@ import torch
 from torch.nn.parameter import is_lazy
 
 from ..converters.converter import LayerDecision
+from ..converters.measure import times_text
 from ..sizes import dtype_name, stored_bytes
 from .plan import RewritePlan
 
@@ -31,8 +32,8 @@ class LayerReport:
         relative_error: the same, as a share of the largest absolute value.
         sqnr: of a linear layer: power of its output over that of the error that its new form makes, in dB; None if not
             measured.
-        float_us, int8_us: of a linear layer: time of a call in float and in its new form, microseconds; of the whole
-            call where several layers run in one; None if not measured.
+        float_us, int8_us: time of a call in float and in its new form, microseconds; time of the whole call where
+            several layers run in one; None if not measured.
         sparsity, pattern: of a sparse layer: share of its weights that are dropped, and how; else None.
     """
 
@@ -59,14 +60,38 @@ class LayerReport:
 
 
 @dataclass(frozen=True)
+class CallReport:
+    """One call of the model that was compared.
+
+    Attributes:
+        name: ``"forward"`` for the call with ``sample_inputs``, or the method or function.
+        output_error: largest absolute difference of the outputs.
+        float_us, new_us: microseconds of a call before and after, on the very arguments; None if nothing was replaced.
+    """
+
+    name: str
+    output_error: float
+    float_us: float | None = None
+    new_us: float | None = None
+
+    def __str__(self) -> str:
+        where = "the sample inputs" if self.name == "forward" else f"the call {self.name!r}"
+        text = f"outputs on {where}: largest difference {self.output_error:.3g}"
+        if self.float_us is None or self.new_us is None:
+            return text
+        return f"{text}; {times_text(self.float_us, self.new_us)}"
+
+
+@dataclass(frozen=True)
 class OptimizeReport:
     """What ``optimize`` did: print it to read it.
 
     Attributes:
         layers: one entry a layer of the kinds asked for, in the model's order.
         bytes_before, bytes_after: bytes of all parameters and buffers of the model; shared memory counts once.
-        output_error: largest absolute difference of the outputs on ``sample_inputs``; None without them.
+        output_error: largest absolute difference of the outputs of all calls; None if the model was not run.
         notes: what else is different in the new model.
+        calls: one entry a call of the model: with ``sample_inputs``, and of each of ``methods``.
     """
 
     layers: tuple[LayerReport, ...]
@@ -74,6 +99,13 @@ class OptimizeReport:
     bytes_after: int
     output_error: float | None = None
     notes: tuple[str, ...] = ()
+    calls: tuple[CallReport, ...] = ()
+
+    @property
+    def slower(self) -> tuple[str, ...]:
+        """Names of replaced layers and of calls that were measured to be slower than before."""
+        layers = [layer.name for layer in self.swapped if _is_slower(layer.float_us, layer.int8_us)]
+        return (*layers, *(call.name for call in self.calls if _is_slower(call.float_us, call.new_us)))
 
     @property
     def swapped(self) -> tuple[LayerReport, ...]:
@@ -113,9 +145,10 @@ class OptimizeReport:
             )
         else:
             lines.append(f"whole model: {self.bytes_before:,} bytes as before")
-        if self.output_error is not None:
-            lines.append(f"outputs on the sample inputs: largest difference {self.output_error:.3g}")
-        elif self.swapped:
+        lines += map(str, self.calls)
+        if slower := [layer.name for layer in self.swapped if _is_slower(layer.float_us, layer.int8_us)]:
+            lines.append(f"slower than in float at this size: {', '.join(slower)}; skip= keeps such layers in float")
+        if not self.calls and self.swapped:
             lines.append("outputs were not compared: no sample_inputs given")
         return "\n".join([*lines, *self.notes])
 
@@ -129,6 +162,10 @@ def _cells(layer: LayerReport) -> tuple[str, ...]:
     return layer.name, layer.kind, f"{rows:,} x {columns:,}", layer.dtype, layer.action, size, error, layer.reason
 
 
+def _is_slower(float_us: float | None, new_us: float | None) -> bool:
+    return float_us is not None and new_us is not None and new_us > float_us
+
+
 def _line(row: tuple[str, ...], widths: list[int]) -> str:
     left = {0, 1, 3, 4}
     cells = [
@@ -138,7 +175,7 @@ def _line(row: tuple[str, ...], widths: list[int]) -> str:
 
 
 def report_of(
-    plan: RewritePlan, model: torch.nn.Module, new: torch.nn.Module, output_error: float | None
+    plan: RewritePlan, model: torch.nn.Module, new: torch.nn.Module, calls: tuple[CallReport, ...]
 ) -> OptimizeReport:
     """The report of a plan that was carried out."""
     contents = plan.contents
@@ -148,8 +185,9 @@ def report_of(
         layers=tuple(_describe(layer, plan.masked) for layer in decisions),
         bytes_before=stored_bytes(model),
         bytes_after=stored_bytes(new),
-        output_error=output_error,
+        output_error=max((call.output_error for call in calls), default=None),
         notes=tuple(dict.fromkeys(plan.notes)),
+        calls=calls,
     )
 
 

@@ -157,7 +157,7 @@ def test_report_as_json_and_text() -> None:
         ({"linear": "int8", "min_sqnr": 3.0}, ValueError, "min_sqnr needs linear and sample_inputs"),
         ({"min_sqnr": 3.0, "sample_inputs": rows()}, ValueError, "min_sqnr needs linear and sample_inputs"),
         ({"linear": "int8", "batch_size": 0}, ValueError, "batch_size must be at least 1"),
-        ({"batch_size": 3}, ValueError, "batch_size must be at least 1, and needs linear"),
+        ({"batch_size": -3}, ValueError, "batch_size must be at least 1, but is -3"),
         ({"linear": "int8-static", "ranges": {"0": (1.0, 1.0)}, "skip": ["3", "6"]}, None, "input_range must be"),
     ],
 )

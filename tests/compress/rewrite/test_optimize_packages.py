@@ -68,8 +68,8 @@ CASES: list[tuple[Any, str, set[str], set[str]]] = [
         (rechub, name, {"embedding.embed_dict.user", "embedding.embed_dict.item"}, set())
         for name in ("DeepFM", "DIN", "DSSM")
     ),
-    (rechub, "STAMP", set(), {"item_emb"}),
-    (rechub, "SINE", {"item_embedding"}, {"concept_embedding", "position_embedding"}),
+    (rechub, "STAMP", {"item_emb"}, set()),
+    (rechub, "SINE", {"item_embedding", "concept_embedding", "position_embedding"}, set()),
 ]
 
 

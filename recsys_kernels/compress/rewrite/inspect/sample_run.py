@@ -9,18 +9,12 @@ from typing import Any
 
 import torch
 from torch.utils import _pytree as pytree
+from torch.utils.hooks import RemovableHandle
 
 from ...converters.converter import LayerDecision, ObservedCall
 from .contents import ModelContents
+from .model_calls import ModelCall
 from .weight_watch import WeightWatch
-
-
-def call_model(model: torch.nn.Module, sample_inputs: Any) -> Any:
-    """Outputs in eval mode. The random state and the inputs stay as they are; the model may change."""
-    arguments = sample_inputs if isinstance(sample_inputs, tuple) else (sample_inputs,)
-    arguments = pytree.tree_map_only(torch.Tensor, lambda t: t.detach().clone(), arguments)
-    with torch.random.fork_rng(devices=range(torch.cuda.device_count())), torch.no_grad():
-        return model.eval()(*arguments)
 
 
 class SampleRun:
@@ -33,10 +27,12 @@ class SampleRun:
         informed_readers: the classes of modules that read weights of the layers and may do so.
 
     Attributes:
-        reads: id of a layer -> the code that reads its weight from outside of the layer.
+        attribute_reads: id of a layer -> the code that reads ``layer.weight`` from outside of the layer.
+        other_reads: id of a layer -> the code that reads the weight in another way, such as from a list of parameters.
         taken_apart: id of a Sequential -> that its modules were called without it.
-        calls: id of a layer -> the first call of the layer, as its converter observes it.
-        batch_size: the first dimension of the first tensor of the inputs; None without any.
+        observed: id of a layer -> the first call of the layer, as its converter observes it.
+        batch_size: the first dimension of the first tensor of the arguments; None without any.
+        twin: the model that ran, which shares its tables with the given one; nothing is watched any more.
     """
 
     def __init__(
@@ -48,46 +44,62 @@ class SampleRun:
     ) -> None:
         self._contents, self._layers, self._sequentials = contents, layers, sequentials
         self._informed_readers = informed_readers
-        self.reads: dict[int, str] = {}
+        self.attribute_reads: dict[int, str] = {}
+        self.other_reads: dict[int, str] = {}
         self.taken_apart: dict[int, str] = {}
-        self.calls: dict[int, ObservedCall] = {}
+        self.observed: dict[int, ObservedCall] = {}
         self.batch_size: int | None = None
         self._running: list[int] = []
+        self._handles: list[RemovableHandle] = []
 
-    def run(self, sample_inputs: Any, memo: dict[int, Any]) -> Any:
-        """Runs the model once and returns its outputs.
+    def run(self, calls: Sequence[ModelCall], memo: dict[int, Any]) -> list[Any]:
+        """Makes each call once and returns the outputs of each.
 
         Args:
-            sample_inputs: see ``optimize``.
+            calls: the calls.
             memo: the memo of a deep copy of the model, with what is not copied.
         """
-        tensors = [leaf for leaf in pytree.tree_leaves(sample_inputs) if isinstance(leaf, torch.Tensor) and leaf.dim()]
+        leaves = pytree.tree_leaves([call.arguments for call in calls])
+        tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor) and leaf.dim()]
         self.batch_size = len(tensors[0]) if tensors else None
         modules = [layer.module for layer in self._layers]
         weights = [module.weight for module in modules]
         memo.update((id(weight), weight) for weight in weights)
         # A run may change the model's state, so a twin runs, which shares the tables.
-        twin = copy.deepcopy(self._contents.model, memo)
-        for layer in self._layers:
-            self._watch_calls_of_layer(memo[id(layer.module)], layer)
+        self.twin = copy.deepcopy(self._contents.model, memo)
+        twins = [memo[id(module)] for module in modules]
+        for twin, layer in zip(twins, self._layers, strict=True):
+            self._watch_calls_of_layer(twin, layer)
         self._watch_sequentials(memo)
-        readers = [module for module in twin.modules() if isinstance(module, self._informed_readers)]
-        with WeightWatch([memo[id(module)] for module in modules], readers) as watch:
-            outputs = call_model(twin, sample_inputs)
-        found = [(id(module), watch.found.get(id(weight))) for module, weight in zip(modules, weights, strict=True)]
-        self.reads = {key: place for key, place in found if place is not None}
+        # An attribute of the instance hides the parameter: a read of `layer.weight` gets another object than a read of
+        # the parameter from a list.
+        aliases = [torch.nn.Parameter(weight.detach(), weight.requires_grad) for weight in weights]
+        for twin, alias in zip(twins, aliases, strict=True):
+            twin.__dict__["weight"] = alias
+        readers = [module for module in self.twin.modules() if isinstance(module, self._informed_readers)]
+        with WeightWatch([*aliases, *weights], [*twins, *readers]) as watch:
+            outputs = [call.run_first(self.twin) for call in calls]
+        for twin in twins:
+            del twin.__dict__["weight"]
+        for handle in self._handles:
+            handle.remove()
+        for module, alias, weight in zip(modules, aliases, weights, strict=True):
+            if id(alias) in watch.found:
+                self.attribute_reads[id(module)] = watch.found[id(alias)]
+            if id(weight) in watch.found:
+                self.other_reads[id(module)] = watch.found[id(weight)]
         return outputs
 
     def _watch_calls_of_layer(self, twin: torch.nn.Module, layer: LayerDecision) -> None:
         key = id(layer.module)
 
         def note(module: torch.nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
-            if key not in self.calls:
+            if key not in self.observed:
                 call = layer.converter.observe(arguments, keywords)
                 if call is not None:
-                    self.calls[key] = call
+                    self.observed[key] = call
 
-        twin.register_forward_pre_hook(note, with_kwargs=True)
+        self._handles.append(twin.register_forward_pre_hook(note, with_kwargs=True))
 
     def _watch_sequentials(self, memo: dict[int, Any]) -> None:
         """Notes calls of a Sequential's modules that the Sequential does not make itself."""
@@ -102,11 +114,12 @@ class SampleRun:
         for key, child in children.items():
             if len(owners[key]) == len(self._contents.parents[key]):  # else other modules are meant to call it, too
                 # The first hook: it runs before a Sequential counts as running.
-                child.register_forward_pre_hook(partial(self._note_call, owners[key]), prepend=True)
+                hook = partial(self._note_call, owners[key])
+                self._handles.append(child.register_forward_pre_hook(hook, prepend=True))
 
     def _note_running(self, twin: torch.nn.Module, key: int) -> None:
-        twin.register_forward_pre_hook(lambda module, args: self._running.append(key))
-        twin.register_forward_hook(lambda module, args, output: self._running.pop() and None)
+        self._handles.append(twin.register_forward_pre_hook(lambda module, args: self._running.append(key)))
+        self._handles.append(twin.register_forward_hook(lambda module, args, output: self._running.pop() and None))
 
     def _note_call(self, owners: list[int], module: torch.nn.Module, args: Any) -> None:
         if not self._running or self._running[-1] not in owners:

@@ -32,12 +32,14 @@ class SourceReads:
 
     Attributes:
         places: id of a layer -> where its weight is read.
+        training: id of a layer -> where its weight is read in a branch that only training takes.
         taken_apart: id of a container -> where something else is done with it than to call it.
         unknown: names of methods whose source is not available.
         maybe: id of a layer -> what may read its weight, by an expression that the source does not resolve.
     """
 
     places: dict[int, str] = field(default_factory=dict)
+    training: dict[int, str] = field(default_factory=dict)
     taken_apart: dict[int, str] = field(default_factory=dict)
     unknown: set[str] = field(default_factory=set)
     maybe: dict[int, str] = field(default_factory=dict)
@@ -106,11 +108,13 @@ def _scan(module: torch.nn.Module, function: Any, wanted: _Wanted, reads: Source
             for method in _named(target, name)
         ]
     file = os.path.basename(function.__code__.co_filename)
-    for path, line in code.weights:
+    for path, line, in_training in code.weights:
         for target in _resolve(module, path):
             if id(target) in wanted.layers:
-                reads.places.setdefault(id(target), f"{function.__qualname__} ({file}:{line})")
-    if lines := [*code.vague, *(line for path, line in code.weights if _is_lost(module, path))]:
+                (reads.training if in_training else reads.places).setdefault(
+                    id(target), f"{function.__qualname__} ({file}:{line})"
+                )
+    if lines := [*code.vague, *(line for path, line, _ in code.weights if _is_lost(module, path))]:
         for target in module.modules():
             if id(target) in wanted.layers:
                 reads.maybe.setdefault(id(target), f"{function.__qualname__} ({file}:{min(lines)})")
@@ -238,7 +242,7 @@ class _Source:
     as (function, path, line) what is handed to functions; the functions that are called."""
 
     attributes: tuple[tuple[_Path, str], ...] = ()
-    weights: tuple[tuple[_Path, int], ...] = ()
+    weights: tuple[tuple[_Path, int, bool], ...] = ()
     mentions: tuple[tuple[_Path, int], ...] = ()
     vague: tuple[int, ...] = ()
     passed: tuple[tuple[ast.expr, _Path, int], ...] = ()
@@ -262,6 +266,7 @@ def _read_source(function: Any) -> _Source | None:
             paths.learn(node)
     harmless = {id(n.value) for n in nodes if isinstance(n, ast.Attribute) and n.attr in HARMLESS}
     named = _called_or_named(nodes)
+    training = {id(inner) for node in nodes for inner in _training_branch(node, paths)}
     attributes, weights, mentions = [], [], []
     for node in nodes:
         mentioned = isinstance(node, (ast.Attribute, ast.Subscript, ast.Name)) and isinstance(node.ctx, ast.Load)
@@ -272,7 +277,7 @@ def _read_source(function: Any) -> _Source | None:
             if isinstance(node, ast.Attribute):
                 attributes.append((path[:-1], path[-1]))
             if path[-1] == "weight" and id(node) not in harmless:
-                weights.append((path[:-1], first + node.lineno - 2))
+                weights.append((path[:-1], first + node.lineno - 2, id(node) in training))
     weights.sort(key=lambda read: read[1])
     calls = [node for node in nodes if isinstance(node, ast.Call)]
     of_weights = [node for node in nodes if isinstance(node, ast.expr) and _is_weight(node)]
@@ -284,6 +289,17 @@ def _read_source(function: Any) -> _Source | None:
         tuple((call.func, path, first + call.lineno - 2) for call in calls for path in _arguments(call, paths)),
         tuple(call.func for call in calls),
     )
+
+
+def _training_branch(node: ast.AST, paths: _Paths) -> Iterator[ast.AST]:
+    """The nodes of a branch that only training takes: ``if self.training:``, or the ``else`` of its opposite."""
+    if isinstance(node, (ast.If, ast.IfExp)):
+        test, taken = node.test, node.body
+        if isinstance(test, ast.UnaryOp) and isinstance(test.op, ast.Not):
+            test, taken = test.operand, node.orelse
+        if isinstance(test, ast.Attribute) and paths.of(test) == ("training",):
+            for statement in taken if isinstance(taken, list) else [taken]:
+                yield from ast.walk(statement)
 
 
 def _is_weight(node: ast.AST) -> bool:

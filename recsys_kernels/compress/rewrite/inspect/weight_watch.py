@@ -17,26 +17,26 @@ _TORCH = os.path.dirname(torch.__file__) + os.sep
 
 
 class WeightWatch(TorchFunctionMode):
-    """Within this context, notes every torch call on a layer's weight from outside of the layer's ``forward``.
+    """Within this context, notes every torch call on a weight from outside of the modules that may read it.
 
     Args:
-        layers: the layers to watch.
-        readers: modules whose ``forward`` may read weights of the layers, as ``EmbeddingBagCollection`` does.
+        weights: the weights to watch.
+        owners: the modules whose ``forward`` may read weights: the layers, and such as ``EmbeddingBagCollection``.
 
     Attributes:
-        found: id of the weight -> where it is read.
+        found: id of a weight -> the place in the code that reads it.
     """
 
-    def __init__(self, layers: Collection[Any], readers: Collection[torch.nn.Module] = ()) -> None:
+    def __init__(self, weights: Collection[torch.Tensor], owners: Collection[torch.nn.Module]) -> None:
         super().__init__()
         self.found: dict[int, str] = {}
-        self._weights = {id(layer.weight) for layer in layers}
-        self._watched = (*layers, *readers)
+        self._weights = {id(weight) for weight in weights}
+        self._owners = owners
         self._inside = 0
         self._handles: list[RemovableHandle] = []
 
     def __enter__(self) -> WeightWatch:
-        for module in self._watched:
+        for module in self._owners:
             # Closest to forward: hooks of the user are outside.
             self._handles.append(module.register_forward_pre_hook(self._go_in))
             self._handles.append(module.register_forward_hook(self._come_out, prepend=True))
