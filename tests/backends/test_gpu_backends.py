@@ -279,11 +279,9 @@ def test_backends_that_are_asked_for(machine: Machine, monkeypatch: pytest.Monke
 @pytest.mark.skipif(not TRITON, reason="Triton is not installed")
 def test_triton_can_be_asked_for_where_the_library_serves(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_backends, "_cuda_operators", {"embedding_bag"})
-    from recsys_kernels.ops.embedding_bag import triton as kernels
-
     with rk.backend("triton"):
         assert _backends.chosen("embedding_bag", "cuda") == "triton"
-        assert _backends.implementation("embedding_bag", ON_GPU) is kernels.embedding_bag
+        assert _backends.implementation("embedding_bag", ON_GPU) is operators["embedding_bag"].triton
         assert _backends.implementation("quantize_rowwise", ON_GPU) is operators["quantize_rowwise"].reference
 
 

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 import torch
+from support import REFERENCE
 from test_bad_input import NAMES, calls
 
 import recsys_kernels as rk
 from recsys_kernels.backends import selection as _backends
-from recsys_kernels.ops.embedding_bag import reference
 from recsys_kernels.testing import assert_matches
 
 OFFSETS = torch.tensor([0, 2, 5, 5, 8])
@@ -21,7 +21,7 @@ FINE = torch.tensor([0, 6, 2, 3, 1, 5, 0, 4])
 
 def wanted_error(name: str, args: tuple[Any, ...]) -> tuple[type, str]:
     with pytest.raises((IndexError, RuntimeError)) as caught:
-        getattr(reference, name)(*args)
+        getattr(REFERENCE, name)(*args)
     return type(caught.value), str(caught.value)
 
 
