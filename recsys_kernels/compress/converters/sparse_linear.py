@@ -8,16 +8,18 @@ from typing import Any, ClassVar
 import torch
 
 from ...ops.linear.int8 import Int8Linear
-from ...ops.linear.operands import MAX_IN_FEATURES
+from ...ops.linear.operands import (
+    MAX_IN_FEATURES,
+)
 from ...ops.linear.sparse import SparseLinear
-from ...ops.linear.sparse.crossover import FEW_ROWS
+from ...ops.linear.sparse.crossover import FEW_ROWS, runs_dense
+from ...ops.linear.sparse.packs import runs_packed
 from ...ops.linear.sparse.patterns import Pattern, check_sparsity, parse_pattern
-from ...ops.linear.sparse.prepared import runs_dense, runs_packed
 from ..sizes import stored_bytes
 from .converter import Check, Converter, LayerDecision, Options, RewriteState, register
 from .linear import MIN_SQNR, LinearConverter
 
-# Values of the option, and what ``activation`` of a SparseLinear they are.
+# Values of the option, and the ``activation`` of a SparseLinear for each.
 ACTIVATIONS = {"sparse": None, "int8+sparse": "dynamic", "int8-static+sparse": "static"}
 
 

@@ -1,4 +1,4 @@
-"""How much each layer of a model minds being pruned."""
+"""The loss of a metric when each layer of a model is pruned by itself."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Sensitivity:
 
     Attributes:
         baseline: the metric of the model as it is.
-        sparsities: what was tried, ascending.
+        sparsities: the sparsities that were tried, ascending.
         metrics: by the name of a layer, one value a sparsity.
         pattern: name of the sparsity pattern.
         higher_is_better: whether a higher metric is better.
@@ -101,7 +101,7 @@ def sensitivity(
         >>> rk.prune(model, amounts=found.amounts(max_drop=0.0005))                # doctest: +SKIP
 
     Args:
-        model: any model with ``torch.nn.Linear`` layers. Those that have a mask are pruned further.
+        model: any model with ``torch.nn.Linear`` layers. Layers that have a mask are pruned further.
         evaluate: the model -> the metric. It decides about eval mode and gradients.
         sparsities: shares of a layer's weights to drop, each 0 < sparsity < 1. An n:m pattern has only one, so that
             they are not used then.
@@ -148,7 +148,7 @@ def sensitivity(
 
 
 def _scores(target: Target) -> torch.Tensor:
-    """Magnitudes of the weights in use: what a mask has dropped goes first."""
+    """Magnitudes of the weights in use: weights that a mask has dropped go first."""
     found = scores_of(target, "magnitude")
     return found if target.mask is None else found * target.mask
 
@@ -178,13 +178,13 @@ def _measure(model: torch.nn.Module, evaluate: Callable[[Any], float], bar: _Bar
 
 
 class _Bar(Protocol):
-    """What is used of tqdm's."""
+    """The methods of a progress bar that are used."""
 
     def update(self) -> Any:
-        """One more measurement is done."""
+        """Counts one measurement."""
 
     def close(self) -> None:
-        """There are no more."""
+        """Ends the bar."""
 
 
 class _Lines:

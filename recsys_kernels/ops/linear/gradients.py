@@ -6,7 +6,13 @@ from collections.abc import Callable
 
 import torch
 
-from .operands import GELU, NONE, RELU, SIGMOID, SILU
+from .activation import (
+    GELU,
+    NONE,
+    RELU,
+    SIGMOID,
+    SILU,
+)
 
 # The gradients of relu and sigmoid follow from the output of the layer.
 _FROM_OUTPUT = (RELU, SIGMOID)

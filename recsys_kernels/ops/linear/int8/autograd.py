@@ -13,8 +13,12 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from ....backends import selection
+from ..activation import (
+    NONE,
+    epilogue_number,
+    scheme_number,
+)
 from ..gradients import before_activation, needs_again, needs_output
-from ..operands import NONE, epilogue_number, scheme_number
 from .spec import Int8Layer
 
 

@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ....backends import selection
+from ..prepared import Prepared, count_writes
+from ..sequence import LinearSequence, check_widths
 from . import autograd as op
-from .layer import CHAIN, NUMBERS, Int8Linear, Seen, run_compiled, runs_compiled, runs_packed
-from .reference import WEIGHT_ONLY
+from .layer import CHAIN, NUMBERS, RUN_CHAIN, Int8Linear, run_compiled, runs_compiled, runs_packed
 
 if TYPE_CHECKING:
-    from .qat import QATMLP
+    from ..qat import QATMLP
 
 EPILOGUES: dict[type[torch.nn.Module], str] = {
     torch.nn.ReLU: "relu",
@@ -23,7 +24,7 @@ EPILOGUES: dict[type[torch.nn.Module], str] = {
 }
 
 
-class Int8MLP(torch.nn.Sequential):
+class Int8MLP(LinearSequence):
     """:class:`Int8Linear` layers one after the other, on the CPU in one call.
 
     Between the layers values are float32, whatever the type of the output, which is that of the last layer. On other
@@ -42,9 +43,10 @@ class Int8MLP(torch.nn.Sequential):
     def __init__(self, *layers: Int8Linear) -> None:
         super().__init__(*layers)
         self._check_layers()
-        self._seen: list[tuple[Int8Linear, Seen]] = []
-        self._tensors: list[torch.Tensor] = []
-        self._versions: list[int] = []
+        self._forget()
+
+    def _forget(self) -> None:
+        self._prepared: list[tuple[Int8Linear, Prepared[None]]] = []
         self._packed: torch.Tensor | None = None
 
     @classmethod
@@ -106,7 +108,7 @@ class Int8MLP(torch.nn.Sequential):
         Raises:
             TypeError, ValueError: what :meth:`from_float` and :meth:`Int8Linear.qat` raise.
         """
-        from .qat import QATMLP
+        from ..qat import QATMLP
 
         steps = _checked_steps(mlp, input_ranges)
         modules: list[torch.nn.Module] = []
@@ -139,44 +141,29 @@ class Int8MLP(torch.nn.Sequential):
         for number, layer in enumerate(layers):
             if not isinstance(layer, Int8Linear):
                 raise TypeError(f"layer {number} must be an Int8Linear, but is a {type(layer).__name__}")
-        for number in range(1, len(layers)):
-            given, taken = layers[number - 1].out_features, layers[number].in_features
-            if given != taken:
-                raise ValueError(f"layer {number} takes {taken} features, but the one before it gives {given}")
+        check_widths(layers, Int8Linear)
 
-    def _is_current(self, layers: list[Int8Linear]) -> bool:
-        """Whether the layers are the packed ones, and :meth:`Int8Linear.is_as` holds for each."""
-        seen = self._seen
-        if len(layers) != len(seen):
+    def _is_fresh(self, layers: list[Int8Linear]) -> bool:
+        """Whether the layers are the packed ones, and none of their tensors was replaced or written to since."""
+        known = self._prepared
+        if len(layers) != len(known):
             return False
-        # Without a call for each layer, and versions in a row: 1 us less of 5 for five layers.
-        for layer, (known, of_layer) in zip(layers, seen):  # noqa: B905 (strict=True takes time)
-            if layer is not known:
+        for layer, (packed_layer, prepared) in zip(layers, known):  # noqa: B905 (strict=True takes time)
+            if layer is not packed_layer or not layer.is_fresh(prepared):
                 return False
-            weight, _, scale, _, bias, _, qparams, _, values = of_layer
-            buffers, parameters = layer._buffers, layer._parameters
-            if (
-                buffers["weight"] is not weight
-                or (parameters if layer._scheme == WEIGHT_ONLY else buffers)["weight_scale"] is not scale
-                or parameters["bias"] is not bias
-                or buffers["input_qparams"] is not qparams
-                or (layer._trains and not layer._have_values(values))
-            ):
-                return False
-        # Those that were seen are those that are there.
-        return [tensor._version for tensor in self._tensors] == self._versions
+        return True
 
     def _current_pack(self, layers: list[Int8Linear]) -> torch.Tensor:
         """The packed layers, as fresh as their state."""
         packed = self._packed
-        if packed is None or not self._is_current(layers):
-            self._packed, seen = None, [(layer, layer.see()) for layer in layers]
-            tensors = [tensor for _, of_layer in seen for tensor in of_layer.tensors()]
-            versions = [version for _, of_layer in seen for version in of_layer.versions()]
+        if packed is None or not self._is_fresh(layers):
+            self._packed = None
+            for layer in layers:
+                count_writes(layer)
             with torch.inference_mode(False):
                 packed = torch.cat([layer.pack() for layer in layers])
             if type(packed) is torch.Tensor:  # not a fake one
-                self._packed, self._seen, self._tensors, self._versions = packed, seen, tensors, versions
+                self._packed, self._prepared = packed, [(layer, layer.prepare(None)) for layer in layers]
         return packed
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
@@ -190,10 +177,10 @@ class Int8MLP(torch.nn.Sequential):
         if not torch.compiler.is_compiling() and not needs_grad:
             # As in Int8Linear.forward: first without what cannot apply.
             packed = self._packed
-            if packed is not None and input.dim() == 2 and self._is_current(layers):  # noqa: SIM102
+            if packed is not None and input.dim() == 2 and self._is_fresh(layers):  # noqa: SIM102
                 if selection.implementation("int8_chain", input) is CHAIN:
                     dtype = last.dtype
-                    return CHAIN(input, packed, last.out_features, NUMBERS.get(dtype, dtype))
+                    return RUN_CHAIN(input, packed, last.out_features, NUMBERS.get(dtype, dtype))
         self._check_layers()
         if not needs_grad:
             if torch.compiler.is_compiling():
@@ -205,14 +192,9 @@ class Int8MLP(torch.nn.Sequential):
             input = layer.run(input, torch.float32)
         return last(input)
 
-    def _apply(self, fn: Any, recurse: bool = True) -> Int8MLP:
-        super()._apply(fn, recurse)
-        self._packed = None
-        return self
-
     def __getstate__(self) -> dict[str, Any]:
         # Copies and files hold the canonical state only.
-        return {**self.__dict__, "_seen": [], "_tensors": [], "_versions": [], "_packed": None}
+        return {**self.__dict__, "_prepared": [], "_packed": None}
 
 
 def _checked_steps(

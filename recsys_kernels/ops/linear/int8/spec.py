@@ -16,7 +16,9 @@ from typing import NamedTuple
 import torch
 
 from ....backends import registry
-from ..operands import num_groups
+from ..operands import (
+    num_groups,
+)
 
 FAMILY = registry.register(
     registry.Family(

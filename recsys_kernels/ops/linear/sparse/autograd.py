@@ -8,87 +8,23 @@ rounded.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any
 
 import torch
 from torch.autograd.function import once_differentiable
 
 from ....backends import selection
+from ..activation import (
+    EPILOGUES,
+    NONE,
+    WEIGHT_ONLY,
+    epilogue_number,
+    scheme_number,
+)
 from ..gradients import before_activation, needs_again, needs_output
-from ..operands import EPILOGUES, NONE, WEIGHT_ONLY, epilogue_number, scheme_number
 from . import reference
-from .reference import two_of_four_columns
 from .spec import SparseLayer, block_shape
-
-if TYPE_CHECKING:
-    from .structure import Structure
-
-
-class Transposed(NamedTuple):
-    """The structure of a transposed layer.
-
-    Attributes:
-        crow_indices, col_indices: where its weights are; always blocks or unstructured.
-        permutation: which block, or weight, of the layer each of its own is.
-        out_features: K, of 2:4 rounded up to whole fours.
-    """
-
-    crow_indices: torch.Tensor
-    col_indices: torch.Tensor
-    permutation: torch.Tensor
-    out_features: int
-
-    def values(self, values: torch.Tensor) -> torch.Tensor:
-        """The values of the transposed layer."""
-        if values.dim() == 3:
-            return values.transpose(1, 2)[self.permutation]
-        return values.reshape(-1)[self.permutation]
-
-
-def transpose_structure(
-    crow_indices: torch.Tensor,
-    col_indices: torch.Tensor,
-    block_rows: int,
-    block_columns: int,
-    out_features: int,
-    in_features: int,
-) -> Transposed:
-    """The structure of a layer's transposed weights [K, N]: blocks r x c become c x r, 2:4 becomes unstructured.
-
-    Waits for no GPU: sizes follow from those of the arguments.
-
-    Args:
-        crow_indices, col_indices: see the module; a structure that has been checked.
-        block_rows, block_columns: of the blocks: 1 and 1 unstructured, 0 and 0 of 2:4.
-    """
-    device = col_indices.device
-    if block_rows == 0:
-        columns = two_of_four_columns(col_indices, in_features)
-        rows = torch.arange(out_features, device=device).unsqueeze(1).expand_as(columns).reshape(-1)
-        columns, count, transposed = columns.reshape(-1), -(-in_features // 4) * 4, -(-in_features // 4) * 4
-    else:
-        columns, count, transposed = col_indices.long(), -(-in_features // block_columns), in_features
-        block_row_numbers = torch.arange(crow_indices.shape[0] - 1, device=device)
-        lengths = crow_indices.long().diff()
-        rows = torch.repeat_interleave(block_row_numbers, lengths, output_size=columns.shape[0])
-    # Stable, so that the rows of a column stay in order.
-    permutation = torch.argsort(columns, stable=True)
-    ends = torch.zeros(count + 1, dtype=torch.int64, device=device)
-    ends.index_add_(0, columns + 1, torch.ones_like(columns))
-    return Transposed(ends.cumsum(0).int(), rows[permutation].int(), permutation, transposed)
-
-
-def packed(input: torch.Tensor, layer: torch.Tensor, out_features: int, dtype: torch.dtype) -> torch.Tensor:
-    """A packed layer over an input of any shape [..., K]; no gradient."""
-    run = selection.implementation("sparse_packed", input)
-    number = selection.dtype_argument(dtype)
-    if input.dim() == 2:
-        return run(input, layer, out_features, number)
-    if input.dim() == 0:
-        raise RuntimeError("input must have at least 1 dimension, but has 0")
-    # Not -1, which an empty input leaves open.
-    out = run(input.flatten(0, -2) if input.dim() > 2 else input.unsqueeze(0), layer, out_features, number)
-    return out.reshape(*input.shape[:-1], out_features)
+from .structure import Structure, transpose_structure
 
 
 def _input_gradient(grad: torch.Tensor, layer: SparseLayer, structure: Structure | None) -> torch.Tensor:
@@ -139,8 +75,8 @@ class _SparseLinear(torch.autograd.Function):
         ctx.save_for_backward(
             input if again or ctx.needs_input_grad[4] else None,
             layer.values,
-            layer.crow_indices,
-            layer.col_indices,
+            layer.crow_indices if structure is None else structure.crow_indices,
+            layer.col_indices if structure is None else structure.col_indices,
             layer.weight_scale,
             layer.bias if again else None,
             layer.input_qparams if again else None,

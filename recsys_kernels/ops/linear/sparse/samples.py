@@ -11,7 +11,19 @@ import numpy as np
 import torch
 
 from ....backends import selection
-from ..operands import DYNAMIC, EPILOGUES, FLOATS, GROUPS, NONE, SCHEMES, STATIC, WEIGHT_ONLY, num_groups
+from ..activation import (
+    DYNAMIC,
+    EPILOGUES,
+    NONE,
+    SCHEMES,
+    STATIC,
+    WEIGHT_ONLY,
+)
+from ..operands import (
+    FLOATS,
+    GROUPS,
+    num_groups,
+)
 from ..samples import INT8_SHAPES, finished, quantized_by_numpy
 from .patterns import parse_pattern
 from .spec import SparseLayer, block_shape
