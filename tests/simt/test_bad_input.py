@@ -67,7 +67,8 @@ def assert_raised_later(kernels: Emulation, name: str, args: tuple[Any, ...]) ->
     kernels.check_bounds()  # only once
     kernels.operator(name)(*args)
     good = calls(torch.zeros(8, dtype=torch.int64), OFFSETS)["embedding_bag"]
-    with pytest.raises(kind) as caught:
+    # Nothing of this package's Python runs in a direct call.
+    with pytest.raises(IndexError if issubclass(kind, IndexError) else kind) as caught:
         kernels.operator("embedding_bag")(*good)
     assert str(caught.value) == f"{message} (found by an earlier call)"
     kernels.operator("embedding_bag")(*good)

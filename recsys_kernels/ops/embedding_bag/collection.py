@@ -87,7 +87,7 @@ def _new_bag(
 
 
 class _Operands(NamedTuple):
-    """The tensors of a call, and what tells whether they are still those of the tables."""
+    """The tensors of a call, and the marks by which a later call sees whether the tables still hold them."""
 
     tables: TableLists  # without scales when every table is float
     own_scales: list[torch.Tensor]
@@ -143,7 +143,7 @@ class EmbeddingBagCollection(torch.nn.Module):
         self.register_load_state_dict_post_hook(_refresh_after_load)
 
     def _refresh_plan(self) -> None:
-        """Writes down what each feature reads and where its columns go; again whenever a table has changed."""
+        """Makes the plan: the table and the columns of each feature. Called again whenever a table has changed."""
         features, column = [], 0
         for number, (config, bag) in enumerate(zip(self.tables, self._bags(), strict=True)):
             bits, exponent = (bag.bits, bag.host_exponent()) if isinstance(bag, QuantizedEmbeddingBag) else (0, 0)
@@ -280,7 +280,7 @@ class EmbeddingBagCollection(torch.nn.Module):
         )
 
     def _is_known(self, known: _Operands) -> list[bool]:
-        """For each table whether it still is what ``known`` holds: the same tensors, output type and exponent."""
+        """For each table whether ``known`` still holds its tensors, output type and exponent."""
         modules = cast("Iterable[Any]", self.embedding_bags._modules.values())
         parts = zip(modules, known.tables.weights, known.own_scales, known.dtypes, known.exponents, strict=True)
         # Straight from the dicts: nn.Module's attribute access would double a request over many tables.
@@ -339,7 +339,7 @@ class EmbeddingBagCollection(torch.nn.Module):
 
     @staticmethod
     def _pair(name: str, value: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """What a mapping has for a feature; a bare tensor would fall into its rows."""
+        """The indices and offsets that a mapping has for a feature."""
         if isinstance(value, torch.Tensor):
             if value.dim() == 2:
                 return value, None

@@ -1,4 +1,4 @@
-"""What the embedding-bag operators compute, in plain PyTorch: the fallback anywhere and what kernels are tested with.
+"""The embedding-bag operators in plain PyTorch: the fallback on any machine, and the measure of every kernel.
 
 Each operator is a function of the fields of its operand table (see ``spec.py``).
 """

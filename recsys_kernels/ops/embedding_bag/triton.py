@@ -24,7 +24,7 @@ from .spec import BagOperands, CollectionBags, MaxBags, QuantizedTable, TableLis
 
 # ---- launches ----------------------------------------------------------------------------------------------------
 
-# Positions that one program of the backward sums, and what a launch divides the rest of the work by, twice over.
+# Positions that one program of the backward sums. Each launch leaves two sums for that many positions.
 _CHUNK = 64
 _TRITON_TYPES = {torch.float32: tl.float32, torch.float64: tl.float64}
 _KINDS = (torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.uint8)
@@ -52,7 +52,7 @@ _MOST_COLUMNS = 128
 
 
 def _blocks(width: int, per_thread: int) -> dict[str, int]:
-    """The tile of a program and how it is compiled.
+    """The tile of a program, and the options by which Triton compiles the program.
 
     Programs are single warps. A multiprocessor holds 32 programs, and ptxas would rather wait for one load after the
     other than exceed the registers with which it fills one: 64 a thread for one warp, but 32 for two. Tiles with 32
@@ -82,7 +82,7 @@ def _near_columns(table: torch.Tensor) -> torch.Tensor:
 
 
 class _Bags(NamedTuple):
-    """Checked arguments; what is absent is stood in for by ``indices``, which is then not read."""
+    """Checked arguments. ``indices`` stands in for an absent tensor, which no kernel reads."""
 
     indices: torch.Tensor
     offsets: torch.Tensor
@@ -375,15 +375,15 @@ def embedding_bag_weights_backward(grad: torch.Tensor, weight: torch.Tensor, bag
 
 
 class _Tables(NamedTuple):
-    """What the collection's kernel reads about the tables: int64 [tables, 7] on the device."""
+    """The collection's kernel reads this about the tables: int64 [tables, 7] on the device."""
 
     values: torch.Tensor
     variants: tuple[tuple[int, int, int, int], ...]
     blocks: int
 
 
-# Tables mostly stay where they are from call to call. An entry says nothing about memory that its key does not say, so
-# it never goes stale. What a captured CUDA graph reads must live as long as the graph, which only the graph knows.
+# Tables mostly stay where they are from call to call. An entry depends on nothing but its key, so an entry never goes
+# stale. The entries that a captured CUDA graph reads must live as long as the graph, whose end nobody tells.
 _described: OrderedDict[tuple[object, ...], _Tables] = OrderedDict()
 _captured: list[_Tables] = []
 _MOST_DESCRIBED = 256
