@@ -190,13 +190,13 @@ class _Bar(Protocol):
 class _Lines:
     """A line for each layer that is done."""
 
-    def __init__(self, layers: Sequence[str], runs: int, shown: bool) -> None:
-        self.layers, self.runs, self.shown = layers, runs, shown
+    def __init__(self, layers: Sequence[str], measurements: int, shown: bool) -> None:
+        self.layers, self.measurements, self.shown = layers, measurements, shown
         self.done = -1  # the first measurement is of the model as it is
 
     def update(self) -> None:
         self.done += 1
-        number, left = divmod(self.done, self.runs)
+        number, left = divmod(self.done, self.measurements)
         if self.shown and number and not left:
             name = self.layers[number - 1] or "the model"
             print(f"{_TITLE}: {number} of {len(self.layers)} done ({name})", file=sys.stderr, flush=True)
@@ -205,12 +205,12 @@ class _Lines:
         pass
 
 
-def _bar(layers: Sequence[str], runs: int, progress: bool | None) -> _Bar:
-    """Shows how far a scan is that makes a number of runs for each layer."""
+def _bar(layers: Sequence[str], measurements: int, progress: bool | None) -> _Bar:
+    """Shows how far a scan is with a number of measurements for each layer."""
     try:
         from tqdm.auto import tqdm  # type: ignore[import-untyped]
     except ModuleNotFoundError:  # a bar is not worth a requirement
-        return _Lines(layers, runs, sys.stderr.isatty() if progress is None else progress)
+        return _Lines(layers, measurements, sys.stderr.isatty() if progress is None else progress)
     disable = None if progress is None else not progress
-    bar: _Bar = tqdm(total=1 + len(layers) * runs, desc=_TITLE, unit="run", disable=disable)
+    bar: _Bar = tqdm(total=1 + len(layers) * measurements, desc=_TITLE, unit="run", disable=disable)
     return bar

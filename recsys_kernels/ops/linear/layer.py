@@ -24,7 +24,7 @@ def output_type(dtype: torch.dtype, layer: str = "an int8 layer") -> torch.dtype
 
 
 class FixedTypes(torch.nn.Module):
-    """A module whose tensors keep their types: casts choose that of its output, ``dtype``."""
+    """A module whose tensors keep their types: a cast chooses ``dtype``, the type of its output."""
 
     def __init__(self, dtype: torch.dtype) -> None:
         super().__init__()

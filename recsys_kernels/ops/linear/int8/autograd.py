@@ -51,7 +51,7 @@ def chain(input: torch.Tensor, packed: torch.Tensor, out_features: int, dtype: t
 
 
 class _Int8Linear(torch.autograd.Function):
-    """The gradients of input and bias, and with scheme weight_only, whose input is not rounded, of the scales."""
+    """The gradients of input and bias. Scheme weight_only, which rounds no input, also has that of the scales."""
 
     @staticmethod
     def forward(

@@ -54,7 +54,7 @@ class SparseLinear(FixedTypes):
     State (``state_dict``): ``values`` of the kept weights, a parameter if they are floats; ``crow_indices`` and
     ``col_indices``, where they are:
 
-    - ``"unstructured"``: values [nnz], int32 [out_features + 1] and int32 [nnz], those of compressed sparse rows
+    - ``"unstructured"``: values [nnz], int32 [out_features + 1] and int32 [nnz], as in compressed sparse rows
     - ``"block{r}x{c}"``, r rows and c columns each 1, 4 or 16: values [blocks, r, c], the same of blocks
     - ``"2:4"``: values [out_features, ceil(in_features / 4) * 2], crow_indices empty, col_indices uint8
       [out_features, ceil(in_features / 8)], 4 bits for every four columns, see ``functional.sparse_linear``
@@ -83,8 +83,8 @@ class SparseLinear(FixedTypes):
         pattern: ``"unstructured"``, ``"block{r}x{c}"`` or ``"2:4"``.
         epilogue: a function that is applied to the result: None, ``"relu"``, ``"gelu"`` (erf), ``"sigmoid"`` or
             ``"silu"``.
-        activation: None for float values. Of int8 values how the input is taken: ``"dynamic"``, ``"static"`` (by
-            ``input_range``) or ``"weight_only"``.
+        activation: None for float values. For int8 values it says how the layer takes its input: ``"dynamic"``,
+            ``"static"`` (by ``input_range``) or ``"weight_only"``.
         input_range: (low, high) of the input, for ``"static"``. A layer to load a state into can do without.
         dtype: of float values, and of the output: float32, float16 or bfloat16. The input may have any of them.
         device: where the layer lives.
@@ -483,7 +483,7 @@ class SparseLinear(FixedTypes):
         structure = self._current_structure() if needs_grad else None
         trains = needs_grad and self.values.requires_grad
         if trains and self.training:
-            # Values that change with every step. Of others than float32 the operator makes a new pack each time.
+            # The values change with every step. Unless they are float32, the operator makes a new pack each time.
             if structure is not None and structure.packs(self.values):
                 prepared = partial(structure.run, layer=layer, dtype=dtype)
         elif runs_packed(self.values):
@@ -494,7 +494,7 @@ class SparseLinear(FixedTypes):
 
     def _check_range(self) -> None:
         qparams = self.input_qparams
-        # Of a GPU's nobody asks: the kernels give NaN.
+        # A check on a GPU would wait for the GPU: its kernels give NaN instead.
         if qparams is not None and qparams.device.type == "cpu" and not qparams[0] > 0:
             raise RuntimeError(
                 "a static layer needs the range of its input: call quantize() with input_range=(low, high), "

@@ -34,7 +34,7 @@ class _Known(NamedTuple):
 class SparseMLP(LinearSequence):
     """A ``torch.nn.Sequential`` whose :class:`SparseLinear` layers need less time between them.
 
-    On the CPU, where no gradient is needed, their packed copies run straight after one check that all of them are
+    On the CPU, where no gradient is needed, their packed copies run straight after one check that every copy is
     fresh; other modules among them are called. Results, gradients, compiled code and state (``state_dict``) are those
     of the Sequential.
 
