@@ -1,4 +1,4 @@
-// What the GPU kernels share: numbers, loads by width, sums over groups of lanes.
+// Helpers that the GPU kernels share: numbers, loads by width, sums over groups of lanes.
 #pragma once
 
 #include <cstring>

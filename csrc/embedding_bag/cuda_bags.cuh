@@ -37,7 +37,7 @@ __host__ __device__ constexpr int log_group(uint32_t row_bytes, int share_bytes)
   return log;
 }
 
-// Which lanes of a warp do what. 2^log_split groups of 2^log_group lanes make the team of a bag: each group
+// The division of a warp's lanes. 2^log_split groups of 2^log_group lanes make the team of a bag: each group
 // adds up rows of its own, and the groups' sums are added last.
 struct Team {
   int lane;      // of the warp
@@ -119,7 +119,7 @@ __device__ __forceinline__ Range bag_range(const Bags& b, int64_t bag, bool zero
   return {static_cast<uint32_t>(begin), static_cast<uint32_t>(end)};
 }
 
-// What a wrong index belongs to, for the message.
+// The feature that a wrong index belongs to, for the message.
 struct Origin {
   int32_t feature;  // -1: a single table
   int32_t table;

@@ -79,7 +79,7 @@ struct Kept {
   }
 };
 
-// What is multiplied: floats, bytes one column at a time, bytes of four columns that lie together.
+// The factors of a product: floats, bytes of one column at a time, or bytes of four neighbouring columns.
 enum class Product { floats, bytes, fours };
 
 // A tile of the rows of weights that lie in one row of blocks, and its units. A unit is one column, or four
@@ -188,7 +188,7 @@ struct UnitRow {
   }
 };
 
-// What the kernels take beside the weights.
+// The inputs of the kernels beside the weights.
 struct SparseInput {
   const char* x;   // few: [m][k] floats or bytes less 128; many: transposed, [k] or [k / 4 words][x_stride]
   int64_t stride;  // bytes
@@ -209,7 +209,7 @@ struct SparseInput {
       y = __fmul_rn(static_cast<float>(bits_as<int32_t>(y)), scale);
     } else {
       if (scales != nullptr) y *= load_constant<float>(scales + column);
-      // Also where nothing is kept that could spread it.
+      // A NaN scale makes the result NaN even if the row keeps no weight that would spread the NaN.
       if (row_scale != nullptr && row_scale[row] != row_scale[row]) y = NAN;
     }
     finish(row, column, y);
@@ -238,7 +238,8 @@ struct LaneSums {
     Bits v[count][Rows], x[count][4];
     int column[count];
     bool there[count];
-    // What is not there is read from a place that is, and then counts as zero: nothing waits for a decision.
+    // A missing element is read from a valid place and then counts as zero, so that no load waits for a
+    // branch.
     if constexpr (floats) {
       int64_t at[count];
 #pragma unroll

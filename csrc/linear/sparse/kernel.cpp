@@ -231,7 +231,7 @@ void multiply_slabs(const SparseLayer& layer, const int32_t* x, int64_t stride, 
       int n = *steps++;
       const int32_t* of_chunk = x + *order++ * chunk_cells;
       if (n == 0) {
-        // Those that are left are empty too.
+        // The remaining chunks are empty, too.
         steps += chunks - c - 1, order += chunks - c - 1;
         break;
       }
@@ -486,7 +486,7 @@ void multiply_four(const SparseLayer& layer, const SparseStream& s, bool first, 
   }
 }
 
-// What fits into the registers: 4 x 4 sums with 32 of them, else 4 x 2.
+// The sums must fit into the registers: 32 registers hold 4 x 4 sums, fewer hold 4 x 2.
 constexpr int vectors_of_four = lanes == 16 ? 4 : 2;
 
 template <ElementType T, int W>

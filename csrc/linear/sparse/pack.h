@@ -157,7 +157,7 @@ class SparseEntries {
   bool exact_;
 };
 
-// Where the kernels find cells and weights: `place` says for every cell of a group which entry it becomes.
+// Stores cells and weights where the kernels read them: `place` gives the entry of every cell of a group.
 template <typename Word, int G, typename Place>
 void store_entries(const SparseEntries& e, uint32_t cells_mask, uint8_t* cell, uint8_t* value,
                    const Place& place) {
