@@ -31,6 +31,7 @@ FAMILY = registry.register(
             ".collection:EmbeddingBagCollection",
         ),
         samples=".samples:operator_samples",
+        module_samples=".module_samples:module_samples",
         facts=".facts:facts",
         converters=("recsys_kernels.compress.converters.tables",),
     )
@@ -135,7 +136,7 @@ class QuantizeOperands(NamedTuple):
 
 def _num_bags(bags: Any) -> int:
     if bags.offsets is None:
-        return int(bags.indices.shape[0])
+        return bags.indices.shape[0]  # type: ignore[no-any-return]  # maybe symbolic
     return bags.offsets.shape[0] - 1 if bags.include_last_offset else bags.offsets.shape[0]
 
 
