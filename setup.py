@@ -37,7 +37,7 @@ KERNEL_FLAGS = ["-fno-exceptions", "-fno-rtti", "-ffp-contract=off", "-fno-math-
 # gcc 12 sees uninitialized values inside its own AVX-512 intrinsics (GCC bug 105593).
 AVX512_WARNINGS = ["-Wno-maybe-uninitialized", "-Wno-uninitialized"]
 
-# Lowest first; the position is the level's number in csrc/common/isa.h.
+# Lowest first; the position is the level's number in csrc/core/isa.h.
 AVX2 = ["-mavx2", "-mfma", "-mf16c", "-mbmi2"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mprefer-vector-width=512", *AVX512_WARNINGS]
 X86_LEVELS = {
@@ -222,9 +222,9 @@ def ninja_file(cxx: str, torch_dir: Path, target: Path, extra: list[str], cuda: 
         objects.append(out)
 
     # First what takes longest.
-    for source in sorted((ROOT / "csrc").glob("*/*.cu")) if cuda else ():
+    for source in sorted((ROOT / "csrc").rglob("*.cu")) if cuda else ():
         add(source)
-    for source in sorted((ROOT / "csrc").glob("*/*.cpp")):
+    for source in sorted((ROOT / "csrc").rglob("*.cpp")):
         if source.stem == "kernel":
             for name, isa_flags in levels().items():
                 add(source, f"_{name}", " ".join([f"-DRK_ISA={name}", *KERNEL_FLAGS, *isa_flags]))
@@ -336,7 +336,7 @@ class PlatformWheel(bdist_wheel):
 
 
 def files(*suffixes: str) -> list[str]:
-    return sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").glob("*/*") if path.suffix in suffixes)
+    return sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*") if path.suffix in suffixes)
 
 
 def main() -> None:

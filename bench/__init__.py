@@ -1,1 +1,1 @@
-"""Benchmarks: `pytest bench` for single figures, `python bench/report.py` for the comparison with its report."""
+"""Benchmarks: `python bench/report.py` compares every operator with its peers, `pytest bench` times single sides."""

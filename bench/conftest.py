@@ -7,12 +7,12 @@ from collections.abc import Iterator
 
 import pytest
 
-from bench import levels
+from bench.core import levels
 
 os.environ.update(levels.caps())  # before torch and the peers are there to read them
 
-from bench.harness import Comparison
-from bench.sides import AbsentError
+from bench.core.harness import Comparison
+from bench.core.sides import AbsentError
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -25,7 +25,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.fixture(scope="module")
 def comparison(request: pytest.FixtureRequest) -> Iterator[Comparison]:
-    """The case of this test: one at a time is in memory."""
+    """The case of a test; a single case is in memory at a time."""
     quick = request.config.getoption("--quick")
     try:
         yield Comparison(request.param.resized(request.config.getoption("--rows"), quick), quick)

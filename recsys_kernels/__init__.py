@@ -1,25 +1,28 @@
 """Fused recommender kernels for PyTorch."""
 
-import sys
 import warnings
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from . import _start  # isort: skip - before torch, whose import takes seconds
-from . import functional
-from .backends import environment as _environment
-from .backends import selection as _selection
-from .backends.registry import native as _native_library
-from .backends.selection import backend, bounds_check, check_bounds
-from .ops.embedding_bag import (
-    EmbeddingBag,
-    EmbeddingBagCollection,
-    EmbeddingBagConfig,
-    QuantizedEmbedding,
-    QuantizedEmbeddingBag,
-)
-from .ops.embedding_bag.memory import use_huge_pages
-from .ops.linear.int8 import Int8Linear, Int8MLP
+from . import _importing
+
+with _importing.explained():
+    from . import functional
+    from .backends import environment, selection
+    from .backends.registry import native
+    from .backends.selection import backend, bounds_check, check_bounds
+    from .ops.embedding_bag import (
+        EmbeddingBag,
+        EmbeddingBagCollection,
+        EmbeddingBagConfig,
+        QuantizedEmbedding,
+        QuantizedEmbeddingBag,
+    )
+    from .ops.embedding_bag.memory import use_huge_pages
+    from .ops.linear.int8 import Int8Linear, Int8MLP
+
+    # The operators are defined by now, so the library finds their schemas when its kernels register.
+    native.load()
 
 if TYPE_CHECKING:
     from .backends.diagnosis import doctor
@@ -65,24 +68,19 @@ __all__ = [
     "use_huge_pages",
 ]
 
-# The operators are defined by now, so the library finds their schemas when its kernels register.
-_native_library.load()
-if _native_library.reason is not None:
+if native.reason is not None:
     # pip hides what a build says, so that this is the first place where a person can see it.
     warnings.warn(
-        f"recsys_kernels runs on its PyTorch references, which are slower; native kernels: {_native_library.reason}",
+        f"recsys_kernels runs on its PyTorch references, which are slower; native kernels: {native.reason}",
         RuntimeWarning,
         stacklevel=2,
     )
-_selection.connect_gpu_kernels()
+selection.connect_gpu_kernels()
 try:
-    _environment.configure()
+    environment.configure()
 except (ValueError, RuntimeError) as error:
-    # The command line starts with this import, too, and has no use for a traceback.
-    if not _start.IS_COMMAND_LINE:
-        raise
-    print(f"recsys-kernels: {error}", file=sys.stderr)
-    sys.exit(2)
+    _importing.print_in_one_line(error, str(error), _importing.WRONG_ENVIRONMENT)
+    raise
 
 # Imported at first use: a program that only looks rows up pays nothing for them.
 _LATER = {

@@ -12,7 +12,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from . import __version__, _start
+from . import __version__
 
 if TYPE_CHECKING:
     from .jobs.compress.run import JobResult, JobSettings
@@ -54,9 +54,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Args:
         arguments: without the program's name; `sys.argv[1:]` by default.
     """
-    _start.leave_interrupts_to_python()
     try:
-        return _run(_parser(), arguments)
+        return _run(parser(), arguments)
+    except KeyboardInterrupt:
+        return _fail("interrupted; nothing was written", INTERRUPTED)
     finally:
         _print("")  # what argparse printed, too, meets a closed pipe here and not at exit
 
@@ -91,7 +92,7 @@ def _left(out: Path | None, before: tuple[int, int] | None) -> str:
     return "nothing was written" if _identity(out) == before else f"the report in {out} is complete"
 
 
-def _parser() -> argparse.ArgumentParser:
+def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="recsys-kernels", description="Fused kernels that make recommender models cheap to run."
     )
@@ -158,7 +159,7 @@ def _parser() -> argparse.ArgumentParser:
         "--save",
         metavar="FORM",
         help="form of the model to save: fp32, int8, int4, int8-mlp, int8-mlp-static, int8-mlp-qat, pruned, "
-        "int8-pruned, int4-mlp (default: the smallest that keeps the AUC within 0.001)",
+        "int8-pruned, int4-mlp (default: the smallest that surely keeps the AUC within 0.001)",
     )
     return parser
 

@@ -24,7 +24,9 @@ from .ops.linear.int8.samples import (  # noqa: F401
     expected_int8_linear,
     int8_linear_samples,
 )
-from .ops.linear.operands import FLOATS
+from .ops.linear.operands import (
+    FLOATS,
+)
 from .ops.linear.samples import INT8_SHAPES  # noqa: F401
 from .ops.linear.sparse.samples import (  # noqa: F401
     SPARSE_PATTERNS,

@@ -8,8 +8,10 @@ from typing import Any
 
 import torch
 
-from recsys_kernels.ops.linear.int8.reference import DYNAMIC, STATIC
-from recsys_kernels.ops.linear.operands import num_groups
+from recsys_kernels.ops.linear.activation import DYNAMIC, STATIC
+from recsys_kernels.ops.linear.operands import (
+    num_groups,
+)
 from recsys_kernels.testing import Int8Sample
 
 

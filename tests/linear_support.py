@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import nn
 
-from recsys_kernels.compress.converters import int8 as linear_module
+from recsys_kernels.compress.converters import linear as linear_module
 from recsys_kernels.compress.rewrite.optimize import optimize
-from recsys_kernels.compress.rewrite.report import LayerSwap
+from recsys_kernels.compress.rewrite.report import LayerReport
 
 WIDTH = 24
 
@@ -32,7 +32,7 @@ def mlp(*, seed: int = 0) -> nn.Sequential:
     )
 
 
-def by_name(report: Any) -> dict[str, LayerSwap]:
+def by_name(report: Any) -> dict[str, LayerReport]:
     return {layer.name: layer for layer in report.layers}
 
 

@@ -9,7 +9,11 @@ from typing import Any
 import int8_gpu_cases
 import torch
 
-from recsys_kernels.ops.linear.operands import DYNAMIC, STATIC, WEIGHT_ONLY
+from recsys_kernels.ops.linear.activation import (
+    DYNAMIC,
+    STATIC,
+    WEIGHT_ONLY,
+)
 from recsys_kernels.ops.linear.sparse.patterns import parse_pattern
 from recsys_kernels.testing import SparseSample, assert_matches
 

@@ -6,7 +6,7 @@
 #include <string>
 #include <utility>
 
-#include "common/tensor_view.h"
+#include "core/device.h"
 #include "kernel.h"
 
 namespace rk {
@@ -14,32 +14,16 @@ namespace rk {
 constexpr const char* no_max_gradient =
     "the gradient of max pooling is not a weighted sum: use embedding_bag_max";
 
-inline std::string device_name(const Tensor& t) {
-  if (t.is_cpu()) return "cpu";
-  if (t.is_cuda()) return "cuda:" + std::to_string(t.get_device_index());
-  return "another device";
-}
-
-// All tensors of a call are where its first one is.
-inline void check_device(const Tensor& t, const Tensor& first, const char* name) {
-  if (first.is_cpu()) return check_cpu(t, name);
-  const bool same = t.is_cuda() && first.is_cuda() && t.get_device_index() == first.get_device_index();
-  if (!same) {
-    raise<std::runtime_error>(name, " must be on ", device_name(first),
-                              " like the other arguments, but is on ", device_name(t));
-  }
-}
-
-inline RowType float_type(ScalarType t, const char* name) {
+inline ElementType row_type(ScalarType t, const char* name) {
   switch (t) {
     case ScalarType::Double:
-      return RowType::f64;
+      return ElementType::f64;
     case ScalarType::Float:
-      return RowType::f32;
+      return ElementType::f32;
     case ScalarType::Half:
-      return RowType::f16;
+      return ElementType::f16;
     case ScalarType::BFloat16:
-      return RowType::bf16;
+      return ElementType::bf16;
     default:
       raise<std::runtime_error>(name, " must be a floating point tensor, but is ", type_name(t));
   }
@@ -101,7 +85,7 @@ struct BagArguments {
             weights_arg->numel());
       weights = weights_arg->is_contiguous() ? *weights_arg : torch::stable::contiguous(*weights_arg);
       bags.weights = weights->data_ptr();
-      bags.weights_type = float_type(weights->scalar_type(), "per_sample_weights");
+      bags.weights_type = row_type(weights->scalar_type(), "per_sample_weights");
     }
   }
 };
@@ -114,7 +98,7 @@ inline Tensor contiguous_rows(const Tensor& t, const Tensor& first, const char* 
 }
 
 inline Table float_table(const Tensor& weight, const char* name) {
-  const RowType type = float_type(weight.scalar_type(), name);
+  const ElementType type = row_type(weight.scalar_type(), name);
   const int64_t size = weight.element_size();
   // A single row can have any stride.
   const int64_t stride = weight.size(0) > 1 ? weight.stride(0) * size : weight.size(1) * size;
@@ -143,7 +127,7 @@ inline Table quantized_table(const Tensor& weight, const Tensor& scale_bias, con
           stride,
           scale_bias.stride(0) * 2,
           dim,
-          bits == 8 ? RowType::u8 : RowType::u4,
+          bits == 8 ? ElementType::u8 : ElementType::u4,
           std::ldexp(1.0f, static_cast<int>(exponent))};
 }
 

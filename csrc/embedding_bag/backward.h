@@ -65,7 +65,7 @@ int64_t collect(const Bags& b, int64_t num_rows, int64_t first_row, int64_t last
 
 // Rows without contributions are cleared and the others written once, in ascending order: the gradient is a
 // stream of writes, and 16-bit rows are rounded once, not after every addition.
-template <RowType T>
+template <ElementType T>
 void reduce_rows(const Matrix& grad, const Contribution* list, int64_t count, const Matrix& out, int64_t dim,
                  int64_t first_row, int64_t last_row, float* scratch) {
   constexpr int64_t size = row_bytes(T, 1);
@@ -85,12 +85,12 @@ void reduce_rows(const Matrix& grad, const Contribution* list, int64_t count, co
     for (; i < count && list[i].row == key; ++i, empty = false) {
       const char* g =
           static_cast<const char*>(grad.data) + static_cast<int64_t>(list[i].bag) * grad.stride * size;
-      if constexpr (T == RowType::f64) {
+      if constexpr (T == ElementType::f64) {
         double* acc = reinterpret_cast<double*>(base + row * stride);
         const double* x = reinterpret_cast<const double*>(g);
         for (int64_t c = 0; c < dim; ++c) acc[c] = (empty ? 0.0 : acc[c]) + list[i].weight * x[c];
       } else {
-        float* acc = T == RowType::f32 ? reinterpret_cast<float*>(base + row * stride) : scratch;
+        float* acc = T == ElementType::f32 ? reinterpret_cast<float*>(base + row * stride) : scratch;
         const vf w = simd::broadcast(static_cast<float>(list[i].weight));
         for_each_vector<T>(reinterpret_cast<const uint8_t*>(g), dim, [&](int64_t c, vf x, int n) {
           const vf old = empty ? simd::zero() : simd::load_f32(acc + c, n);
@@ -98,7 +98,7 @@ void reduce_rows(const Matrix& grad, const Contribution* list, int64_t count, co
         });
       }
     }
-    if (T == RowType::f16 || T == RowType::bf16) store_floats(out, row * out.stride, scratch, dim);
+    if (T == ElementType::f16 || T == ElementType::bf16) store_floats(out, row * out.stride, scratch, dim);
   }
   clear(next_row, last_row);
 }
@@ -106,20 +106,20 @@ void reduce_rows(const Matrix& grad, const Contribution* list, int64_t count, co
 void reduce(const Matrix& grad, const Contribution* list, int64_t count, const Matrix& out, int64_t dim,
             int64_t first_row, int64_t last_row, float* scratch) {
   switch (out.type) {
-    case RowType::f64:
-      return reduce_rows<RowType::f64>(grad, list, count, out, dim, first_row, last_row, scratch);
-    case RowType::f32:
-      return reduce_rows<RowType::f32>(grad, list, count, out, dim, first_row, last_row, scratch);
-    case RowType::f16:
-      return reduce_rows<RowType::f16>(grad, list, count, out, dim, first_row, last_row, scratch);
+    case ElementType::f64:
+      return reduce_rows<ElementType::f64>(grad, list, count, out, dim, first_row, last_row, scratch);
+    case ElementType::f32:
+      return reduce_rows<ElementType::f32>(grad, list, count, out, dim, first_row, last_row, scratch);
+    case ElementType::f16:
+      return reduce_rows<ElementType::f16>(grad, list, count, out, dim, first_row, last_row, scratch);
     default:
-      return reduce_rows<RowType::bf16>(grad, list, count, out, dim, first_row, last_row, scratch);
+      return reduce_rows<ElementType::bf16>(grad, list, count, out, dim, first_row, last_row, scratch);
   }
 }
 
-template <RowType T>
+template <ElementType T>
 double dot(const uint8_t* row, const char* grad, int64_t dim) {
-  if constexpr (T == RowType::f64) {
+  if constexpr (T == ElementType::f64) {
     const double* x = reinterpret_cast<const double*>(row);
     const double* g = reinterpret_cast<const double*>(grad);
     double total = 0.0;
@@ -134,13 +134,13 @@ double dot(const uint8_t* row, const char* grad, int64_t dim) {
   }
 }
 
-template <RowType T>
+template <ElementType T>
 void weights_gradient_rows(const Table& t, const Bags& b, const Matrix& grad, const Matrix& out,
                            int64_t first, int64_t last, Fault* fault) {
   int64_t pos = offset_at(b, first);
   Lookahead ahead(t, b, pos, offset_at(b, last));
   const auto put = [&](int64_t at, double x) {
-    if (out.type == RowType::f64)
+    if (out.type == ElementType::f64)
       static_cast<double*>(out.data)[at] = x;
     else
       store(out, at, simd::broadcast(static_cast<float>(x)), 1);
@@ -163,14 +163,14 @@ void weights_gradient(const Table& t, const Bags& b, const Matrix& grad, const M
                       int64_t last, Fault* fault) {
   if (first >= last || !offsets_good(b, first, last, fault)) return;
   switch (t.type) {
-    case RowType::f64:
-      return weights_gradient_rows<RowType::f64>(t, b, grad, out, first, last, fault);
-    case RowType::f32:
-      return weights_gradient_rows<RowType::f32>(t, b, grad, out, first, last, fault);
-    case RowType::f16:
-      return weights_gradient_rows<RowType::f16>(t, b, grad, out, first, last, fault);
+    case ElementType::f64:
+      return weights_gradient_rows<ElementType::f64>(t, b, grad, out, first, last, fault);
+    case ElementType::f32:
+      return weights_gradient_rows<ElementType::f32>(t, b, grad, out, first, last, fault);
+    case ElementType::f16:
+      return weights_gradient_rows<ElementType::f16>(t, b, grad, out, first, last, fault);
     default:
-      return weights_gradient_rows<RowType::bf16>(t, b, grad, out, first, last, fault);
+      return weights_gradient_rows<ElementType::bf16>(t, b, grad, out, first, last, fault);
   }
 }
 

@@ -2,6 +2,8 @@
 #pragma once
 
 #include "rows.h"
+#include "simd/addresses.h"
+#include "simd/prefetch.h"
 
 namespace {
 
@@ -226,7 +228,7 @@ class Lookahead {
 };
 
 // What the stored elements of the row at `pos` are multiplied with; adds to `sum` what all its elements get.
-template <RowType T>
+template <ElementType T>
 inline float row_factor(const Lookahead& ahead, const Bags& b, int64_t pos, simd::ScaleBias& sum) {
   const bool weighted = b.weights != nullptr;
   const float w = weighted ? static_cast<float>(element(b.weights, b.weights_type, pos)) : 1.0f;

@@ -185,7 +185,7 @@ struct Segments {
     if (first >= a.source.row_bytes) return;
     const int64_t row = finished ? static_cast<int64_t>(key) : 2 * chunk + (came_in ? 0 : 1);
     char* to = static_cast<char*>(finished ? a.out.data : a.partial.data);
-    const RowType type = finished ? a.out.type : a.partial.type;
+    const ElementType type = finished ? a.out.type : a.partial.type;
     share.store(to + row * a.dim * (element_bits(type) / 8), type, first, a.dim, sum);
   }
 
@@ -220,7 +220,7 @@ struct Segments {
       if (row[u] == absent) continue;
       holds = true;
       share.visit([&](auto type) {
-        constexpr RowType T = decltype(type)::value;
+        constexpr ElementType T = decltype(type)::value;
 #pragma unroll
         for (int e = 0; e < Share::words * 32 / element_bits(T); ++e) {
           sum[e] = fma(static_cast<Sum>(element_of<T>(word[u], e)), factor[u], sum[e]);
@@ -294,12 +294,12 @@ __global__ void __launch_bounds__(block_lanes, blocks_at_once)
   if constexpr (std::is_same_v<Sum, float>) {
     if (is_wide(a.source, a.source.type, a.dim)) {
       switch (a.source.type) {
-        case RowType::f32:
-          return sum_segments(a, WideShare<RowType::f32>{});
-        case RowType::f16:
-          return sum_segments(a, WideShare<RowType::f16>{});
+        case ElementType::f32:
+          return sum_segments(a, WideShare<ElementType::f32>{});
+        case ElementType::f16:
+          return sum_segments(a, WideShare<ElementType::f16>{});
         default:
-          return sum_segments(a, WideShare<RowType::bf16>{});
+          return sum_segments(a, WideShare<ElementType::bf16>{});
       }
     }
   }
@@ -354,7 +354,7 @@ struct Dots {
         }
       }
       share.visit([&](auto type) {
-        constexpr RowType T = decltype(type)::value;
+        constexpr ElementType T = decltype(type)::value;
 #pragma unroll
         for (int u = 0; u < rows; ++u) {
 #pragma unroll

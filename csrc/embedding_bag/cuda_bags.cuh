@@ -1,7 +1,7 @@
 // Indices and offsets on the device: checked, and read by a team of lanes a bag.
 #pragma once
 
-#include "common/cuda_faults.cuh"
+#include "cuda/faults.cuh"
 #include "cuda_rows.cuh"
 
 namespace rk {
@@ -20,13 +20,13 @@ struct DeviceTable {
   uint32_t row_stride;         // bytes
   uint32_t scale_bias_stride;  // bytes
   uint32_t row_bytes;
-  RowType type;
+  ElementType type;
   uint32_t alignment;  // bytes, at most 16, of which begin, length and distance of rows are multiples
 };
 
 // Whether rows can be read in wide shares.
-__host__ __device__ constexpr bool is_wide(const DeviceTable& table, RowType type, int64_t dim) {
-  return type != RowType::f64 && table.alignment >= static_cast<uint32_t>(wide_bytes(type)) &&
+__host__ __device__ constexpr bool is_wide(const DeviceTable& table, ElementType type, int64_t dim) {
+  return type != ElementType::f64 && table.alignment >= static_cast<uint32_t>(wide_bytes(type)) &&
          int64_t{table.row_bytes} * 8 == dim * element_bits(type);
 }
 

@@ -21,7 +21,7 @@ struct PoolArguments {
   int64_t* argmax;
   Bounds bounds;
   const int64_t* plan;  // [features][plan_columns]; null: one feature, which is described by what follows
-  RowType type;
+  ElementType type;
   int32_t dim;
   float multiplier;
   int32_t log_split;
@@ -38,7 +38,7 @@ static_assert(sizeof(PoolArguments) <= 4096, "what a kernel may take");
 
 // What one feature reads and writes.
 struct Feature {
-  RowType type;
+  ElementType type;
   int32_t dim;
   Pooling pooling;
   float multiplier;
@@ -179,7 +179,7 @@ struct Pooler {
     return j < team.group ? scale : Sum{0};
   }
 
-  template <RowType T>
+  template <ElementType T>
   __device__ __forceinline__ void add(const uint32_t (&word)[Share::words], Sum scale) {
 #pragma unroll
     for (int e = 0; e < Share::words * 32 / element_bits(T); ++e) {
@@ -189,7 +189,7 @@ struct Pooler {
 
   // The first row is taken as it is and later ones only where they are greater, as torch does: of equal
   // values the first wins, and a NaN is kept only from the first row.
-  template <RowType T>
+  template <ElementType T>
   __device__ __forceinline__ void take_greater(const uint32_t (&word)[Share::words], uint32_t scale_bias,
                                                bool is_present, bool is_first, uint32_t row) {
 #pragma unroll
@@ -375,7 +375,7 @@ __device__ __forceinline__ void pool_feature(const PoolArguments& a, const Devic
   if constexpr (std::is_same_v<Sum, float>) {
     const bool aligned =
         is_aligned(feature.out, 16) && (a.out.stride * (element_bits(a.out.type) / 8) & 15) == 0;
-    if (feature.pooling != Pooling::max && a.out.type != RowType::f64 && aligned &&
+    if (feature.pooling != Pooling::max && a.out.type != ElementType::f64 && aligned &&
         is_wide(table, feature.type, feature.dim)) {
       visit_type(feature.type, [&](auto type) {
         pool_tiles<Does::sum>(a, table, feature, WideShare<decltype(type)::value>{});
@@ -420,8 +420,8 @@ __device__ __forceinline__ int read_plan(const PoolArguments& a, int64_t number,
   const int table = here ? static_cast<int>(of_launch) : -1;
   if (here) {
     const DeviceTable& t = a.tables[table];
-    const bool quantized = t.type == RowType::u8;  // or u4: only the plan says it
-    feature.type = quantized && p[plan_bits] == 4 ? RowType::u4 : t.type;
+    const bool quantized = t.type == ElementType::u8;  // or u4: only the plan says it
+    feature.type = quantized && p[plan_bits] == 4 ? ElementType::u4 : t.type;
     const int bits = element_bits(feature.type);
     fits = (p[plan_dim] * bits + 7) / 8 == t.row_bytes && p[plan_bits] == (quantized ? bits : 0);
   }

@@ -3,7 +3,7 @@
 
 #include <type_traits>
 
-#include "common/device.cuh"
+#include "cuda/device.cuh"
 #include "kernel.h"
 
 namespace rk {
@@ -11,13 +11,13 @@ namespace rk {
 // ---- single numbers ----
 
 template <typename Float>
-__device__ __forceinline__ Float load_float(const void* data, RowType type, int64_t at) {
+__device__ __forceinline__ Float load_float(const void* data, ElementType type, int64_t at) {
   switch (type) {
-    case RowType::f64:
+    case ElementType::f64:
       return static_cast<Float>(load_constant<double>(static_cast<const double*>(data) + at));
-    case RowType::f32:
+    case ElementType::f32:
       return load_constant<float>(static_cast<const float*>(data) + at);
-    case RowType::f16:
+    case ElementType::f16:
       return f16_to_float(load_constant<unsigned short>(static_cast<const uint16_t*>(data) + at));
     default:
       return bf16_to_float(load_constant<unsigned short>(static_cast<const uint16_t*>(data) + at));
@@ -25,15 +25,15 @@ __device__ __forceinline__ Float load_float(const void* data, RowType type, int6
 }
 
 template <typename Float>
-__device__ __forceinline__ void store_float(void* data, RowType type, int64_t at, Float x) {
+__device__ __forceinline__ void store_float(void* data, ElementType type, int64_t at, Float x) {
   switch (type) {
-    case RowType::f64:
+    case ElementType::f64:
       static_cast<double*>(data)[at] = static_cast<double>(x);
       return;
-    case RowType::f32:
+    case ElementType::f32:
       static_cast<float*>(data)[at] = static_cast<float>(x);
       return;
-    case RowType::f16:
+    case ElementType::f16:
       static_cast<uint16_t*>(data)[at] = static_cast<uint16_t>(pack_f16(static_cast<float>(x), 0.0f));
       return;
     default:
@@ -43,75 +43,75 @@ __device__ __forceinline__ void store_float(void* data, RowType type, int64_t at
 
 // ---- a lane's share of a row ----
 
-__host__ __device__ constexpr int element_bits(RowType type) {
-  return type == RowType::f64   ? 64
-         : type == RowType::f32 ? 32
-         : type == RowType::u8  ? 8
-         : type == RowType::u4  ? 4
-                                : 16;
+__host__ __device__ constexpr int element_bits(ElementType type) {
+  return type == ElementType::f64   ? 64
+         : type == ElementType::f32 ? 32
+         : type == ElementType::u8  ? 8
+         : type == ElementType::u4  ? 4
+                                    : 16;
 }
 
 // The columns in `bytes` bytes of a row. By shifts: the compiler does not see that element_bits are powers of
 // two.
-__host__ __device__ constexpr uint32_t columns_in(uint32_t bytes, RowType type) {
-  return type == RowType::f64   ? bytes >> 3
-         : type == RowType::f32 ? bytes >> 2
-         : type == RowType::u8  ? bytes
-         : type == RowType::u4  ? bytes << 1
-                                : bytes >> 1;
+__host__ __device__ constexpr uint32_t columns_in(uint32_t bytes, ElementType type) {
+  return type == ElementType::f64   ? bytes >> 3
+         : type == ElementType::f32 ? bytes >> 2
+         : type == ElementType::u8  ? bytes
+         : type == ElementType::u4  ? bytes << 1
+                                    : bytes >> 1;
 }
 
-__host__ __device__ constexpr bool is_quantized(RowType type) {
-  return type == RowType::u8 || type == RowType::u4;
+__host__ __device__ constexpr bool is_quantized(ElementType type) {
+  return type == ElementType::u8 || type == ElementType::u4;
 }
 
 // Calls f with a constant of the type, of all but float64.
 template <typename F>
-__device__ __forceinline__ void visit_type(RowType type, F&& f) {
+__device__ __forceinline__ void visit_type(ElementType type, F&& f) {
   switch (type) {
-    case RowType::f32:
-      return f(std::integral_constant<RowType, RowType::f32>{});
-    case RowType::f16:
-      return f(std::integral_constant<RowType, RowType::f16>{});
-    case RowType::bf16:
-      return f(std::integral_constant<RowType, RowType::bf16>{});
-    case RowType::u8:
-      return f(std::integral_constant<RowType, RowType::u8>{});
+    case ElementType::f32:
+      return f(std::integral_constant<ElementType, ElementType::f32>{});
+    case ElementType::f16:
+      return f(std::integral_constant<ElementType, ElementType::f16>{});
+    case ElementType::bf16:
+      return f(std::integral_constant<ElementType, ElementType::bf16>{});
+    case ElementType::u8:
+      return f(std::integral_constant<ElementType, ElementType::u8>{});
     default:
-      return f(std::integral_constant<RowType, RowType::u4>{});
+      return f(std::integral_constant<ElementType, ElementType::u4>{});
   }
 }
 
 // Element `e` of a share, without scale and bias.
-template <RowType T, int Words>
+template <ElementType T, int Words>
 __device__ __forceinline__ auto element_of(const uint32_t (&word)[Words], int e) {
-  if constexpr (T == RowType::f64) {
+  if constexpr (T == ElementType::f64) {
     return bits_as<double>(static_cast<uint64_t>(word[2 * e + 1]) << 32 | word[2 * e]);
-  } else if constexpr (T == RowType::f32) {
+  } else if constexpr (T == ElementType::f32) {
     return bits_as<float>(word[e]);
-  } else if constexpr (T == RowType::f16) {
+  } else if constexpr (T == ElementType::f16) {
     return f16_to_float(word[e / 2] >> (16 * (e % 2)) & 0xffffu);
-  } else if constexpr (T == RowType::bf16) {
+  } else if constexpr (T == ElementType::bf16) {
     return bits_as<float>(e % 2 == 0 ? word[e / 2] << 16 : word[e / 2] & 0xffff0000u);
-  } else if constexpr (T == RowType::u8) {
+  } else if constexpr (T == ElementType::u8) {
     return static_cast<float>(word[e / 4] >> (8 * (e % 4)) & 255u);
   } else {
     return static_cast<float>(word[e / 8] >> (4 * (e % 8)) & 15u);
   }
 }
 
-__host__ __device__ constexpr int wide_bytes(RowType type) { return type == RowType::u4 ? 8 : 16; }
+__host__ __device__ constexpr int wide_bytes(ElementType type) { return type == ElementType::u4 ? 8 : 16; }
 
-__host__ __device__ constexpr int log_wide_rows(RowType type) { return type == RowType::f32 ? 3 : 2; }
+__host__ __device__ constexpr int log_wide_rows(ElementType type) { return type == ElementType::f32 ? 3 : 2; }
 
-__host__ __device__ constexpr int narrow_bytes(RowType type, uint32_t alignment) {
-  if (type == RowType::f64) return 8;
+__host__ __device__ constexpr int narrow_bytes(ElementType type, uint32_t alignment) {
+  if (type == ElementType::f64) return 8;
   return alignment >= 4 ? 4 : element_bits(type) == 16 ? 2 : 1;
 }
 
 // A wide share is one load of 16 bytes, the widest there is (8 bytes of int4 rows, whose 16 would be 32 sums
 // a lane). Rows must be whole wide shares and aligned for them, and so must be the results.
-template <RowType T>
+template <ElementType T>
 struct WideShare {
   using Sum = float;
   static constexpr int bytes = wide_bytes(T);
@@ -127,14 +127,14 @@ struct WideShare {
 
   template <typename F>
   __device__ __forceinline__ void visit(F&& f) const {
-    f(std::integral_constant<RowType, T>{});
+    f(std::integral_constant<ElementType, T>{});
   }
 
   // Writes the share whose first byte in its row is `first`.
-  __device__ __forceinline__ void store(char* row, RowType type, uint32_t first, int32_t,
+  __device__ __forceinline__ void store(char* row, ElementType type, uint32_t first, int32_t,
                                         const float (&x)[elements]) const {
     const uint32_t column = columns_in(first, T);
-    if (type == RowType::f32) {
+    if (type == ElementType::f32) {
       uint32_t word[elements];
 #pragma unroll
       for (int e = 0; e < elements; ++e) word[e] = bits_as<uint32_t>(x[e]);
@@ -143,7 +143,8 @@ struct WideShare {
       uint32_t word[elements / 2];
 #pragma unroll
       for (int w = 0; w < elements / 2; ++w) {
-        word[w] = type == RowType::f16 ? pack_f16(x[2 * w], x[2 * w + 1]) : pack_bf16(x[2 * w], x[2 * w + 1]);
+        word[w] =
+            type == ElementType::f16 ? pack_f16(x[2 * w], x[2 * w + 1]) : pack_bf16(x[2 * w], x[2 * w + 1]);
       }
       store_words(row + column * 2, word);
     }
@@ -162,10 +163,10 @@ struct NarrowShare {
   static constexpr int log_rows = is_double ? 2 : 3;
   static constexpr int rows = 1 << log_rows;
   static constexpr bool one_type = is_double;
-  RowType type;
+  ElementType type;
   int bytes;
 
-  __device__ __forceinline__ NarrowShare(RowType type_arg, uint32_t alignment)
+  __device__ __forceinline__ NarrowShare(ElementType type_arg, uint32_t alignment)
       : type(type_arg), bytes(narrow_bytes(type_arg, alignment)) {}
 
   __device__ __forceinline__ bool quantized() const { return elements == 8 && is_quantized(type); }
@@ -183,17 +184,17 @@ struct NarrowShare {
   template <typename F>
   __device__ __forceinline__ void visit(F&& f) const {
     if constexpr (is_double) {
-      f(std::integral_constant<RowType, RowType::f64>{});
+      f(std::integral_constant<ElementType, ElementType::f64>{});
     } else if constexpr (elements < 8) {
-      if (type == RowType::f32) {
-        f(std::integral_constant<RowType, RowType::f32>{});
-      } else if (type == RowType::f16) {
-        f(std::integral_constant<RowType, RowType::f16>{});
+      if (type == ElementType::f32) {
+        f(std::integral_constant<ElementType, ElementType::f32>{});
+      } else if (type == ElementType::f16) {
+        f(std::integral_constant<ElementType, ElementType::f16>{});
       } else {
-        f(std::integral_constant<RowType, RowType::bf16>{});
+        f(std::integral_constant<ElementType, ElementType::bf16>{});
       }
     } else {
-      visit_type(static_cast<RowType>(opaque(static_cast<int>(type))), f);
+      visit_type(static_cast<ElementType>(opaque(static_cast<int>(type))), f);
     }
   }
 
@@ -208,21 +209,21 @@ struct NarrowShare {
     }
   }
 
-  __device__ __forceinline__ void store(char* row, RowType to, uint32_t first, int32_t dim,
+  __device__ __forceinline__ void store(char* row, ElementType to, uint32_t first, int32_t dim,
                                         const Sum (&x)[elements]) const {
     const auto store_as = [&](auto constant) {
       for_each_column(first, dim, [&](int e, int32_t column) {
         store_float(row, decltype(constant)::value, column, x[e]);
       });
     };
-    if (is_double || to == RowType::f64) {
-      store_as(std::integral_constant<RowType, RowType::f64>{});
-    } else if (to == RowType::f32) {
-      store_as(std::integral_constant<RowType, RowType::f32>{});
-    } else if (to == RowType::f16) {
-      store_as(std::integral_constant<RowType, RowType::f16>{});
+    if (is_double || to == ElementType::f64) {
+      store_as(std::integral_constant<ElementType, ElementType::f64>{});
+    } else if (to == ElementType::f32) {
+      store_as(std::integral_constant<ElementType, ElementType::f32>{});
+    } else if (to == ElementType::f16) {
+      store_as(std::integral_constant<ElementType, ElementType::f16>{});
     } else {
-      store_as(std::integral_constant<RowType, RowType::bf16>{});
+      store_as(std::integral_constant<ElementType, ElementType::bf16>{});
     }
   }
 };

@@ -18,11 +18,11 @@ namespace {
 constexpr int64_t fold_rows = 32;  // a power of two
 
 // The row fits into N registers: they are loaded from nothing and stored once a bag.
-template <RowType T, int N>
+template <ElementType T, int N>
 void pool_registers(const Table& t, const Bags& b, const Matrix& out, int64_t first, int64_t last,
                     Fault* fault) {
-  const int64_t unit = T == RowType::u4 ? (t.dim + 1) / 2 : t.dim;
-  const int tail = static_cast<int>(unit - (T == RowType::u4 ? N / 2 - 1 : N - 1) * lanes);
+  const int64_t unit = T == ElementType::u4 ? (t.dim + 1) / 2 : t.dim;
+  const int tail = static_cast<int>(unit - (T == ElementType::u4 ? N / 2 - 1 : N - 1) * lanes);
   int64_t pos = offset_at(b, first);
   Lookahead ahead(t, b, pos, offset_at(b, last));
   for (int64_t bag = first; bag < last; ++bag) {
@@ -51,7 +51,7 @@ void pool_registers(const Table& t, const Bags& b, const Matrix& out, int64_t fi
     });
     pos = end;
     if (!ahead.ok()) break;
-    if constexpr (T == RowType::u4) {
+    if constexpr (T == ElementType::u4) {
 #pragma GCC unroll 16
       for (int g = 0; g < N; g += 2) simd::interleave(acc[g], acc[g + 1]);
     }
@@ -67,7 +67,7 @@ void pool_registers(const Table& t, const Bags& b, const Matrix& out, int64_t fi
 }
 
 // Longer rows: accumulators in memory (L1). Such rows stream, so the extra traffic is hidden behind theirs.
-template <RowType T>
+template <ElementType T>
 void pool_memory(const Table& t, const Bags& b, const Matrix& out, int64_t first, int64_t last, float* acc,
                  Fault* fault) {
   int64_t pos = offset_at(b, first);
@@ -123,11 +123,11 @@ void pool_f64(const Table& t, const Bags& b, const Matrix& out, int64_t first, i
 }
 
 // Picks the instance with as many registers as the row has vectors.
-template <RowType T, int N = (T == RowType::u4 ? 2 : 1)>
+template <ElementType T, int N = (T == ElementType::u4 ? 2 : 1)>
 void pool_rows(const Table& t, const Bags& b, const Matrix& out, int64_t first, int64_t last, float* scratch,
                Fault* fault) {
   if (t.dim <= N * lanes) return pool_registers<T, N>(t, b, out, first, last, fault);
-  constexpr int step = T == RowType::u4 ? 2 : 1;
+  constexpr int step = T == ElementType::u4 ? 2 : 1;
   if constexpr (N + step <= simd::max_vectors) {
     return pool_rows<T, N + step>(t, b, out, first, last, scratch, fault);
   } else {
@@ -139,18 +139,18 @@ void pool(const Table& t, const Bags& b, const Matrix& out, int64_t first, int64
           Fault* fault) {
   if (!offsets_good(b, first, last, fault)) return;
   switch (t.type) {
-    case RowType::f64:
+    case ElementType::f64:
       return pool_f64(t, b, out, first, last, fault);
-    case RowType::f32:
-      return pool_rows<RowType::f32>(t, b, out, first, last, scratch, fault);
-    case RowType::f16:
-      return pool_rows<RowType::f16>(t, b, out, first, last, scratch, fault);
-    case RowType::bf16:
-      return pool_rows<RowType::bf16>(t, b, out, first, last, scratch, fault);
-    case RowType::u8:
-      return pool_rows<RowType::u8>(t, b, out, first, last, scratch, fault);
-    case RowType::u4:
-      return pool_rows<RowType::u4>(t, b, out, first, last, scratch, fault);
+    case ElementType::f32:
+      return pool_rows<ElementType::f32>(t, b, out, first, last, scratch, fault);
+    case ElementType::f16:
+      return pool_rows<ElementType::f16>(t, b, out, first, last, scratch, fault);
+    case ElementType::bf16:
+      return pool_rows<ElementType::bf16>(t, b, out, first, last, scratch, fault);
+    case ElementType::u8:
+      return pool_rows<ElementType::u8>(t, b, out, first, last, scratch, fault);
+    case ElementType::u4:
+      return pool_rows<ElementType::u4>(t, b, out, first, last, scratch, fault);
   }
 }
 
@@ -172,7 +172,7 @@ inline void keep_greater(F* __restrict best, const F* __restrict x, int64_t* __r
   }
 }
 
-template <RowType T>
+template <ElementType T>
 void pool_max_rows(const Table& t, const Bags& b, const Matrix& out, int64_t* argmax, int64_t first,
                    int64_t last, float* scratch, Fault* fault) {
   int64_t pos = offset_at(b, first);
@@ -182,12 +182,12 @@ void pool_max_rows(const Table& t, const Bags& b, const Matrix& out, int64_t* ar
   for (int64_t bag = first; bag < last; ++bag) {
     const int64_t end = offset_at(b, bag + 1);
     int64_t* from = argmax == nullptr ? nullptr : argmax + bag * t.dim;
-    double* wide = T == RowType::f64 ? static_cast<double*>(out.data) + bag * out.stride : nullptr;
+    double* wide = T == ElementType::f64 ? static_cast<double*>(out.data) + bag * out.stride : nullptr;
     bool empty = true;
     ahead.for_each_row(pos, end, [&](int64_t at, const uint8_t* data) {
       if (data == nullptr) return;
       const int64_t row = index_at(b, at);
-      if constexpr (T == RowType::f64) {
+      if constexpr (T == ElementType::f64) {
         keep_greater(wide, reinterpret_cast<const double*>(data), from, row, t.dim, empty);
       } else {
         decode<T>(t, row, x);
@@ -198,13 +198,13 @@ void pool_max_rows(const Table& t, const Bags& b, const Matrix& out, int64_t* ar
     pos = end;
     if (!ahead.ok()) break;
     for (int64_t c = 0; empty && c < t.dim; ++c) {
-      if (T == RowType::f64)
+      if (T == ElementType::f64)
         wide[c] = 0.0;
       else
         best[c] = 0.0f;
       if (from != nullptr) from[c] = -1;
     }
-    if (T != RowType::f64) store_floats(out, bag * out.stride, best, t.dim);
+    if (T != ElementType::f64) store_floats(out, bag * out.stride, best, t.dim);
   }
   if (!ahead.ok()) *fault = ahead.fault();
 }
@@ -213,18 +213,18 @@ void pool_max(const Table& t, const Bags& b, const Matrix& out, int64_t* argmax,
               float* scratch, Fault* fault) {
   if (!offsets_good(b, first, last, fault)) return;
   switch (t.type) {
-    case RowType::f64:
-      return pool_max_rows<RowType::f64>(t, b, out, argmax, first, last, scratch, fault);
-    case RowType::f32:
-      return pool_max_rows<RowType::f32>(t, b, out, argmax, first, last, scratch, fault);
-    case RowType::f16:
-      return pool_max_rows<RowType::f16>(t, b, out, argmax, first, last, scratch, fault);
-    case RowType::bf16:
-      return pool_max_rows<RowType::bf16>(t, b, out, argmax, first, last, scratch, fault);
-    case RowType::u8:
-      return pool_max_rows<RowType::u8>(t, b, out, argmax, first, last, scratch, fault);
-    case RowType::u4:
-      return pool_max_rows<RowType::u4>(t, b, out, argmax, first, last, scratch, fault);
+    case ElementType::f64:
+      return pool_max_rows<ElementType::f64>(t, b, out, argmax, first, last, scratch, fault);
+    case ElementType::f32:
+      return pool_max_rows<ElementType::f32>(t, b, out, argmax, first, last, scratch, fault);
+    case ElementType::f16:
+      return pool_max_rows<ElementType::f16>(t, b, out, argmax, first, last, scratch, fault);
+    case ElementType::bf16:
+      return pool_max_rows<ElementType::bf16>(t, b, out, argmax, first, last, scratch, fault);
+    case ElementType::u8:
+      return pool_max_rows<ElementType::u8>(t, b, out, argmax, first, last, scratch, fault);
+    case ElementType::u4:
+      return pool_max_rows<ElementType::u4>(t, b, out, argmax, first, last, scratch, fault);
   }
 }
 

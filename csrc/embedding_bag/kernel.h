@@ -5,9 +5,11 @@
 
 #include <cstdint>
 
+#include "core/dispatch.h"
+#include "core/element_type.h"
+
 namespace rk {
 
-enum class RowType : int32_t { f64, f32, f16, bf16, u8, u4 };
 enum class Pooling : int32_t { sum = 0, mean = 1, max = 2 };
 
 // One embedding table. Quantized rows stand for scale * q + bias, times 2^exponent for the whole table.
@@ -19,7 +21,7 @@ struct Table {
   int64_t row_stride;         // bytes
   int64_t scale_bias_stride;  // bytes
   int64_t dim;                // elements
-  RowType type;
+  ElementType type;
   float multiplier;  // 2^exponent; 1 for float rows
 };
 
@@ -35,7 +37,7 @@ struct Bags {
   bool indices_64;      // int64, else int32
   bool offsets_64;
   bool has_last_offset;  // offsets has num_bags + 1 entries; else the last bag ends at num_indices
-  RowType weights_type;
+  ElementType weights_type;
   Pooling pooling;
 };
 
@@ -46,13 +48,6 @@ static inline int64_t offset_at(const Bags& b, int64_t bag) {
   return b.offsets_64 ? static_cast<const int64_t*>(b.offsets)[bag]
                       : static_cast<const int32_t*>(b.offsets)[bag];
 }
-
-// A matrix of `dim` columns whose rows stand `stride` elements apart.
-struct Matrix {
-  void* data;
-  int64_t stride;
-  RowType type;
-};
 
 enum class FaultKind : int32_t { none, index, offset, value };
 
@@ -98,11 +93,4 @@ struct EmbeddingBagKernels {
 
 }  // namespace rk
 
-extern "C" {
-extern const rk::EmbeddingBagKernels rk_embedding_bag_generic;
-#if RK_HIGHEST_ISA > 0
-extern const rk::EmbeddingBagKernels rk_embedding_bag_avx2;
-extern const rk::EmbeddingBagKernels rk_embedding_bag_avx512;
-extern const rk::EmbeddingBagKernels rk_embedding_bag_avx512_vnni;
-#endif
-}
+RK_KERNEL_TABLES(rk::EmbeddingBagKernels, rk_embedding_bag)

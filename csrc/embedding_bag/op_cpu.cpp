@@ -8,8 +8,7 @@
 #include <memory>
 #include <vector>
 
-#include "common/isa.h"
-#include "common/tensor_view.h"
+#include "core/tensor_view.h"
 #include "kernel.h"
 
 namespace {
@@ -17,6 +16,7 @@ namespace {
 using rk::Bags;
 using rk::check;
 using rk::Contribution;
+using rk::ElementType;
 using rk::EmbeddingBagKernels;
 using rk::Fault;
 using rk::FaultKind;
@@ -25,38 +25,24 @@ using rk::Matrix;
 using rk::offset_at;
 using rk::Pooling;
 using rk::raise;
-using rk::RowType;
 using rk::ScalarType;
 using rk::Table;
 using rk::Tensor;
 
-const EmbeddingBagKernels& kernels() {
-  switch (rk::isa()) {
-#if RK_HIGHEST_ISA > 0
-    case rk::Isa::avx512_vnni:
-      return rk_embedding_bag_avx512_vnni;
-    case rk::Isa::avx512:
-      return rk_embedding_bag_avx512;
-    case rk::Isa::avx2:
-      return rk_embedding_bag_avx2;
-#endif
-    default:
-      return rk_embedding_bag_generic;
-  }
-}
+const EmbeddingBagKernels& kernels() { return rk::Kernels<EmbeddingBagKernels>::current(); }
 
 // ---- arguments ----
 
-RowType float_type(ScalarType t, const char* name) {
+ElementType float_type(ScalarType t, const char* name) {
   switch (t) {
     case ScalarType::Double:
-      return RowType::f64;
+      return ElementType::f64;
     case ScalarType::Float:
-      return RowType::f32;
+      return ElementType::f32;
     case ScalarType::Half:
-      return RowType::f16;
+      return ElementType::f16;
     case ScalarType::BFloat16:
-      return RowType::bf16;
+      return ElementType::bf16;
     default:
       raise<std::runtime_error>(name, " must be a floating point tensor, but is ", rk::type_name(t));
   }
@@ -108,7 +94,7 @@ struct BagArguments {
 };
 
 Table float_table(const Tensor& weight, const char* name) {
-  const RowType type = float_type(weight.scalar_type(), name);
+  const ElementType type = float_type(weight.scalar_type(), name);
   const int64_t size = weight.element_size();
   // A single row can have any stride.
   const int64_t stride = weight.size(0) > 1 ? weight.stride(0) * size : weight.size(1) * size;
@@ -129,7 +115,7 @@ Table quantized_table(const Tensor& weight, const Tensor& scale_bias, int64_t ex
             scale_bias.size(1) == 2 && scale_bias.stride(1) == 1,
         "scale_bias must be a float16 tensor of shape [", weight.size(0), ", 2] with contiguous rows");
   check(exponent >= -126 && exponent <= 126, "exponent must be between -126 and 126, but is ", exponent);
-  const RowType type = bits == 8 ? RowType::u8 : RowType::u4;
+  const ElementType type = bits == 8 ? ElementType::u8 : ElementType::u4;
   return {weight.data_ptr(),
           scale_bias.data_ptr(),
           weight.size(0),
@@ -276,7 +262,7 @@ void run(const std::vector<Job>& jobs) {
   }
 }
 
-Job single_job(const Table& table, const Bags& bags, const Tensor& out, RowType out_type, int64_t* argmax,
+Job single_job(const Table& table, const Bags& bags, const Tensor& out, ElementType out_type, int64_t* argmax,
                bool zero_start = true) {
   if (zero_start && bags.offsets != nullptr && bags.num_bags > 0 && offset_at(bags, 0) != 0) {
     raise_fault({FaultKind::offset, 0, offset_at(bags, 0)}, bags, table.num_rows, "");
@@ -350,7 +336,7 @@ Tensor embedding_bag_collection(const std::vector<Tensor>& weights, const std::v
   check(features > 0 && all_bags % features == 0, "offsets must have F*B+1 entries for F = ", features,
         " features, but has ", all_bags + 1);
   const int64_t batch = all_bags / features;
-  const RowType out_type = float_type(dtype, "dtype");
+  const ElementType out_type = float_type(dtype, "dtype");
   Tensor out = rk::empty_matrix(batch, total_dim, dtype);
   if (batch == 0) return out;
   char* data = static_cast<char*>(out.data_ptr());
@@ -372,7 +358,7 @@ Tensor embedding_bag_collection(const std::vector<Tensor>& weights, const std::v
                                                     p[plan_exponent], p[plan_dim], p[plan_bits]);
     check(job.table.dim == p[plan_dim], "plan row ", f, " says ", p[plan_dim], " columns, but the table has ",
           job.table.dim);
-    check((job.table.type == RowType::f64) == (out_type == RowType::f64),
+    check((job.table.type == ElementType::f64) == (out_type == ElementType::f64),
           "float64 tables need a float64 output and can't be mixed with others");
     job.bags = args.bags;
     job.bags.num_bags = batch;
@@ -433,7 +419,7 @@ Tensor embedding_bag_backward(const Tensor& grad_arg, const Tensor& indices,
         " bags, but has ", grad.size(0));
   check(num_embeddings >= 0 && num_embeddings <= UINT32_MAX, "num_embeddings must be below 2^32");
   check(args.bags.num_bags <= UINT32_MAX, "there must be fewer than 2^32 bags");
-  const RowType type = float_type(grad.scalar_type(), "grad");
+  const ElementType type = float_type(grad.scalar_type(), "grad");
   const int64_t dim = grad.size(1);
   Tensor out = rk::empty_matrix(num_embeddings, dim, grad.scalar_type());
   const Matrix source{grad.data_ptr(), grad.stride(0), type}, target{out.data_ptr(), dim, type};
@@ -473,7 +459,7 @@ Tensor embedding_bag_weights_backward(const Tensor& grad_arg, const Tensor& weig
   const Tensor weight = rk::with_contiguous_rows(weight_arg, "weight");
   const Tensor grad = rk::with_contiguous_rows(grad_arg, "grad");
   const Table table = float_table(weight, "weight");
-  const RowType type = float_type(grad.scalar_type(), "grad");
+  const ElementType type = float_type(grad.scalar_type(), "grad");
   check(type == table.type, "grad must have the type of weight");
   check(grad.size(0) == args.bags.num_bags && grad.size(1) == table.dim, "grad must have shape [",
         args.bags.num_bags, ", ", table.dim, "]");

@@ -2,7 +2,7 @@
 // recsys_kernels/ops/embedding_bag/spec.py.
 //
 // Nothing here waits for the device, and the forward allocates nothing but its result: calls can be captured
-// in a CUDA graph. Wrong indices and offsets are found by the kernels and raised later (common/cuda_faults).
+// in a CUDA graph. Wrong indices and offsets are found by the kernels and raised later (cuda/faults).
 
 #include "cuda_backward.cuh"
 #include "cuda_kernel.cuh"
@@ -40,9 +40,9 @@ using rk::Bags;
 using rk::check;
 using rk::check_device;
 using rk::DeviceTable;
+using rk::ElementType;
 using rk::Matrix;
 using rk::Pooling;
-using rk::RowType;
 using rk::ScalarType;
 using rk::Table;
 using rk::Tensor;
@@ -123,13 +123,13 @@ DeviceTable device_table(const Table& t, const char* name) {
 // How a kernel will go through rows: in which shares, the lanes of a group, and the tiles that it needs for a
 // row.
 struct Lanes {
-  RowType type;
+  ElementType type;
   bool wide;
   int log_group;
   int64_t tiles;
 };
 
-Lanes lanes_of(const DeviceTable& t, RowType type, bool wide) {
+Lanes lanes_of(const DeviceTable& t, ElementType type, bool wide) {
   const int bytes = wide ? rk::wide_bytes(type) : rk::narrow_bytes(type, t.alignment);
   const int log = rk::log_group(t.row_bytes, bytes);
   return {type, wide, log, ((int64_t{t.row_bytes} - 1) >> log) / bytes + 1};
@@ -180,8 +180,8 @@ struct Sharing {
 
 // Calls f with a value of the type in which rows are summed.
 template <typename F>
-void with_sum(RowType type, F&& f) {
-  if (type == RowType::f64) {
+void with_sum(ElementType type, F&& f) {
+  if (type == ElementType::f64) {
     f(double{});
   } else {
     f(float{});
@@ -198,7 +198,7 @@ PoolLaunch pool_launch(const Table& table, const Bags& bags, const Matrix& out, 
   rk::PoolArguments a{};
   a.tables[0] = device_table(table, "weight");
   // The kernel decides in the same way.
-  const bool wide = bags.pooling != Pooling::max && out.type != RowType::f64 &&
+  const bool wide = bags.pooling != Pooling::max && out.type != ElementType::f64 &&
                     rk::is_wide(a.tables[0], table.type, table.dim) &&
                     table.dim * rk::element_bits(out.type) % 128 == 0;
   const Lanes lanes = lanes_of(a.tables[0], table.type, wide);
@@ -251,7 +251,7 @@ Tensor quantized_embedding_bag(const Tensor& weight_arg, const Tensor& scale_bia
   const Device device(weight_arg);
   const Tensor weight = rk::contiguous_rows(weight_arg, weight_arg, "weight");
   const Table table = rk::quantized_table(weight, scale_bias, weight_arg, exponent, embedding_dim, bits);
-  const RowType type = rk::float_type(dtype, "dtype");
+  const ElementType type = rk::row_type(dtype, "dtype");
   Tensor out = empty(weight, Shape{args.bags.num_bags, embedding_dim}, dtype);
   pool(table, args.bags, {out.data_ptr(), table.dim, type}, device);
   return out;
@@ -285,7 +285,7 @@ std::tuple<Tensor, Tensor> embedding_bag_max(const Tensor& weight_arg, const Ten
 // What the plan says of the tables is known to the device only: features that do not fit are found there.
 std::vector<DeviceTable> collection_tables(const std::vector<Tensor>& weights,
                                            const std::vector<Tensor>& scale_bias, const Tensor& first,
-                                           RowType out_type, std::vector<Tensor>& rows) {
+                                           ElementType out_type, std::vector<Tensor>& rows) {
   std::vector<DeviceTable> tables;
   for (size_t i = 0; i < weights.size(); ++i) {
     rows.push_back(rk::contiguous_rows(weights[i], first, "weights"));
@@ -299,7 +299,7 @@ std::vector<DeviceTable> collection_tables(const std::vector<Tensor>& weights,
       tables.push_back(
           device_table(rk::quantized_table(weight, scale_bias[i], first, 0, bytes, 8), "weights"));
     }
-    check((tables.back().type == RowType::f64) == (out_type == RowType::f64),
+    check((tables.back().type == ElementType::f64) == (out_type == ElementType::f64),
           "float64 tables need a float64 output and can't be mixed with others");
   }
   return tables;
@@ -313,7 +313,7 @@ dim3 collection_grid(const std::vector<DeviceTable>& tables, int64_t batch, int6
   constexpr int64_t enough = 16384;
   int64_t fewest = INT64_MAX, most = 1, tiles = 1;
   for (const DeviceTable& t : tables) {
-    for (const RowType type : {t.type, t.type == RowType::u8 ? RowType::u4 : t.type}) {
+    for (const ElementType type : {t.type, t.type == ElementType::u8 ? ElementType::u4 : t.type}) {
       const bool wide = rk::is_wide(t, type, rk::columns_in(t.row_bytes, type));
       const Lanes lanes = lanes_of(t, type, wide);
       const int64_t blocks = blocks_for(batch, sharing.bags_in_warp(lanes));
@@ -339,7 +339,7 @@ Tensor embedding_bag_collection(const std::vector<Tensor>& weights, const std::v
   const int64_t all_bags = args.bags.num_bags;
   check(features > 0 && all_bags % features == 0, "offsets must have F*B+1 entries for F = ", features,
         " features, but has ", all_bags + 1);
-  const RowType out_type = rk::float_type(dtype, "dtype");
+  const ElementType out_type = rk::row_type(dtype, "dtype");
   check_counts(args.bags);
   const Device device(indices);
   std::vector<Tensor> rows;  // keeps contiguous copies alive
@@ -384,7 +384,9 @@ std::tuple<Tensor, Tensor> sort(const Tensor& keys) {
   return {torch::stable::detail::to<Tensor>(stack[0]), torch::stable::detail::to<Tensor>(stack[1])};
 }
 
-ScalarType sum_type(RowType type) { return type == RowType::f64 ? ScalarType::Double : ScalarType::Float; }
+ScalarType sum_type(ElementType type) {
+  return type == ElementType::f64 ? ScalarType::Double : ScalarType::Float;
+}
 
 // log2 of the entries that a group sums one after the other: 32, or, where that leaves most of a GPU without
 // work, as many as the group has lanes (8 at least), which then read all their numbers at once.
@@ -410,7 +412,7 @@ void sum_by_row(rk::SegmentArguments a, const Table& grad, const Tensor& like, c
     const ScalarType type = sum_type(source.type);
     const Tensor sums = empty(like, Shape{chunks > 1 ? 2 * chunks : 0, source.dim}, type);
     const Tensor keys = empty(like, Length{2 * chunks}, ScalarType::Long);
-    a.partial = {sums.data_ptr(), source.dim, rk::float_type(type, "grad")};
+    a.partial = {sums.data_ptr(), source.dim, rk::row_type(type, "grad")};
     a.next_keys = static_cast<int64_t*>(keys.data_ptr());
     const dim3 grid = grid_of(blocks_for(chunks, 32 >> lanes.log_group), 1, lanes.tiles);
     with_sum(source.type, [&](auto sum) {
@@ -431,7 +433,7 @@ void sum_by_row(rk::SegmentArguments a, const Table& grad, const Tensor& like, c
 }
 
 // For each bag 1 over the number of its rows.
-Tensor mean_factors(const Bags& bags, uint32_t num_rows, RowType type, const Tensor& like,
+Tensor mean_factors(const Bags& bags, uint32_t num_rows, ElementType type, const Tensor& like,
                     const Device& device) {
   const Tensor factors = empty(like, Length{bags.num_bags}, sum_type(type));
   rk::MeanArguments a{};

@@ -106,20 +106,20 @@ void quantize(const Table& source, int bits, float inverse_multiplier, uint8_t* 
               Fault* fault) {
   for (int64_t row = first; row < last; ++row) {
     switch (source.type) {
-      case RowType::f64:
+      case ElementType::f64:
         for (int64_t c = 0; c < source.dim; ++c) {
           const char* data = static_cast<const char*>(source.rows) + row * source.row_stride;
           x[c] = static_cast<float>(reinterpret_cast<const double*>(data)[c]);
         }
         break;
-      case RowType::f32:
-        decode<RowType::f32>(source, row, x);
+      case ElementType::f32:
+        decode<ElementType::f32>(source, row, x);
         break;
-      case RowType::f16:
-        decode<RowType::f16>(source, row, x);
+      case ElementType::f16:
+        decode<ElementType::f16>(source, row, x);
         break;
       default:
-        decode<RowType::bf16>(source, row, x);
+        decode<ElementType::bf16>(source, row, x);
         break;
     }
     const RowRange range = range_of(x, source.dim);

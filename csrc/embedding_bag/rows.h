@@ -1,29 +1,29 @@
 // Rows of every type as vectors of floats.
 #pragma once
 
-#include "common/simd.h"
 #include "kernel.h"
+#include "simd/vectors.h"
 
 namespace {
 
+using rk::ElementType;
 using rk::Matrix;
-using rk::RowType;
 using rk::Table;
 using simd::lanes;
 using simd::vf;
 
-constexpr bool is_quantized(RowType t) { return t == RowType::u8 || t == RowType::u4; }
+constexpr bool is_quantized(ElementType t) { return t == ElementType::u8 || t == ElementType::u4; }
 
-constexpr int64_t row_bytes(RowType t, int64_t dim) {
+constexpr int64_t row_bytes(ElementType t, int64_t dim) {
   switch (t) {
-    case RowType::f64:
+    case ElementType::f64:
       return dim * 8;
-    case RowType::f32:
+    case ElementType::f32:
       return dim * 4;
-    case RowType::f16:
-    case RowType::bf16:
+    case ElementType::f16:
+    case ElementType::bf16:
       return dim * 2;
-    case RowType::u8:
+    case ElementType::u8:
       return dim;
     default:
       return (dim + 1) / 2;
@@ -32,26 +32,26 @@ constexpr int64_t row_bytes(RowType t, int64_t dim) {
 
 // One vector (u4: two, even and odd elements) from byte or element `first` on; n < lanes only for the last
 // one.
-template <RowType T>
+template <ElementType T>
 inline vf load(const uint8_t* row, int64_t first) {
-  if constexpr (T == RowType::f32) return simd::load_f32(reinterpret_cast<const float*>(row) + first);
-  if constexpr (T == RowType::f16) return simd::load_f16(row + 2 * first);
-  if constexpr (T == RowType::bf16) return simd::load_bf16(row + 2 * first);
+  if constexpr (T == ElementType::f32) return simd::load_f32(reinterpret_cast<const float*>(row) + first);
+  if constexpr (T == ElementType::f16) return simd::load_f16(row + 2 * first);
+  if constexpr (T == ElementType::bf16) return simd::load_bf16(row + 2 * first);
   return simd::load_u8(row + first);
 }
 
-template <RowType T>
+template <ElementType T>
 inline vf load(const uint8_t* row, int64_t first, int n) {
-  if constexpr (T == RowType::f32) return simd::load_f32(reinterpret_cast<const float*>(row) + first, n);
-  if constexpr (T == RowType::f16) return simd::load_f16(row + 2 * first, n);
-  if constexpr (T == RowType::bf16) return simd::load_bf16(row + 2 * first, n);
+  if constexpr (T == ElementType::f32) return simd::load_f32(reinterpret_cast<const float*>(row) + first, n);
+  if constexpr (T == ElementType::f16) return simd::load_f16(row + 2 * first, n);
+  if constexpr (T == ElementType::bf16) return simd::load_bf16(row + 2 * first, n);
   return simd::load_u8(row + first, n);
 }
 
 // acc += w * row, the whole row in registers. Only a row whose last vector is not full needs a mask.
-template <RowType T, int N, bool Full>
+template <ElementType T, int N, bool Full>
 inline void add_row(vf (&acc)[N], const uint8_t* row, vf w, int tail) {
-  if constexpr (T == RowType::u4) {
+  if constexpr (T == ElementType::u4) {
 #pragma GCC unroll 16
     for (int g = 0; g < N / 2; ++g) {
       vf even, odd;
@@ -74,11 +74,11 @@ inline void add_row(vf (&acc)[N], const uint8_t* row, vf w, int tail) {
 
 void store(const Matrix& out, int64_t offset, vf x, int n) {
   switch (out.type) {
-    case RowType::f32:
+    case ElementType::f32:
       return simd::store_f32(static_cast<float*>(out.data) + offset, x, n);
-    case RowType::f16:
+    case ElementType::f16:
       return simd::store_f16(static_cast<uint16_t*>(out.data) + offset, x, n);
-    case RowType::bf16:
+    case ElementType::bf16:
       return simd::store_bf16(static_cast<uint16_t*>(out.data) + offset, x, n);
     default: {
       float f[lanes];
@@ -99,7 +99,7 @@ __attribute__((noinline)) void store_floats(const Matrix& out, int64_t offset, c
 // over.
 template <int N>
 inline void store_registers(const vf (&acc)[N], const Matrix& out, int64_t offset, int64_t dim) {
-  if (out.type != RowType::f32) {
+  if (out.type != ElementType::f32) {
     float buffer[N * lanes];
 #pragma GCC unroll 16
     for (int v = 0; v < N; ++v) simd::store_f32(buffer + v * lanes, acc[v]);
@@ -117,13 +117,13 @@ inline void store_registers(const vf (&acc)[N], const Matrix& out, int64_t offse
   }
 }
 
-inline double element(const void* data, RowType type, int64_t i) {
+inline double element(const void* data, ElementType type, int64_t i) {
   switch (type) {
-    case RowType::f64:
+    case ElementType::f64:
       return static_cast<const double*>(data)[i];
-    case RowType::f32:
+    case ElementType::f32:
       return static_cast<const float*>(data)[i];
-    case RowType::f16:
+    case ElementType::f16:
       return simd::f16_to_float(static_cast<const uint16_t*>(data)[i]);
     default:
       return simd::bf16_to_float(static_cast<const uint16_t*>(data)[i]);
@@ -131,9 +131,9 @@ inline double element(const void* data, RowType type, int64_t i) {
 }
 
 // Calls f(first, vector, n) over a row as floats, without scale and bias.
-template <RowType T, typename F>
+template <ElementType T, typename F>
 inline void for_each_vector(const uint8_t* row, int64_t dim, F&& f) {
-  if constexpr (T == RowType::u4) {
+  if constexpr (T == ElementType::u4) {
     const int64_t bytes = (dim + 1) / 2;
     for (int64_t b = 0; b < bytes; b += lanes) {
       vf even, odd;
@@ -155,7 +155,7 @@ inline const uint8_t* scale_bias_of(const Table& t, int64_t row) {
 }
 
 // Writes a row's values (scaled) to `x`.
-template <RowType T>
+template <ElementType T>
 void decode(const Table& t, int64_t row, float* x) {
   simd::ScaleBias sb = simd::no_scale_bias();
   if constexpr (is_quantized(T)) sb = simd::load_scale_bias(scale_bias_of(t, row));

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import ctypes
 import struct
+import sys
 import typing
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -28,6 +29,7 @@ from typing import Annotated, Any, NamedTuple
 import torch
 
 NAMESPACE = "recsys_kernels"
+LIBRARIES = ("_C.so", "_C.dylib")
 ISA_LEVELS = ("generic", "avx2", "avx512", "avx512_vnni")
 BOUNDS_CHECKS = ("raise", "clamp", "ignore")
 
@@ -165,7 +167,13 @@ class Operator:
     @cached_property
     def reference(self) -> Callable[..., Any]:
         """The implementation in plain PyTorch, on the flat arguments."""
-        return self._adapted("reference")
+        run = self._adapted("reference")
+
+        def checked(*args: Any) -> Any:
+            _check_devices(self.names, args)
+            return run(*args)
+
+        return checked
 
     @cached_property
     def triton(self) -> Callable[..., Any]:
@@ -362,6 +370,22 @@ def _truncated(path: Path) -> bool:
     return bool(offset + size * count > path.stat().st_size)
 
 
+def _why_not_built(here: Path) -> str:
+    """Why no library lies beside this copy of the package, and what to do about that.
+
+    Args:
+        here: the folder of this copy.
+    """
+    if not (here.parent / "setup.py").is_file():
+        return "not built (no C++ compiler when recsys_kernels was installed, or a platform without native kernels)"
+    reason = f"this is the source checkout {here.parent}, in which no library is built"
+    for folder in map(Path, sys.path):
+        other = (folder / here.name).resolve()
+        if other != here.resolve() and any((other / name).exists() for name in LIBRARIES):
+            return f"{reason}; the installed copy {other} has one: start Python in another folder to use it"
+    return f"{reason}; `pip install -e .` there builds it"
+
+
 def driver_release() -> tuple[int, int] | None:
     """The newest CUDA release that this machine's GPU driver serves, or None without a driver. Wakes no GPU."""
     try:
@@ -390,11 +414,9 @@ class NativeLibrary:
     def load(self) -> None:
         """Loads the library once; its kernels register with torch as it loads."""
         here = Path(__file__).parent.parent
-        found = [path for path in (here / "_C.so", here / "_C.dylib") if path.exists()]
+        found = [here / name for name in LIBRARIES if (here / name).exists()]
         if not found:
-            self.reason = (
-                "not built (no C++ compiler when recsys_kernels was installed, or a platform without native kernels)"
-            )
+            self.reason = _why_not_built(here)
             return
         try:
             if _truncated(found[0]):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -45,31 +45,64 @@ class Vocabulary:
         return np.fromiter((self.row(token) for token in tokens), np.int64)
 
 
+# Standardized values beyond this are cut also where no range is known: further out float32 products overflow.
+_FARTHEST = 1e6
+# The range of a dense feature leaves out this share of the training rows at each end.
+_TAIL = 0.005
+
+
 @dataclass(frozen=True)
 class DenseFeature:
-    """A number: optionally log(1 + x), then standardized with the training rows' mean and deviation."""
+    """A number: optionally log(1 + x), cut to the range of training, then standardized.
+
+    Outside the range of the training rows a model would extrapolate: days since a first rating, for example, only
+    grow. Models whose activations are quantized by ranges of training examples would then differ from the others for
+    a reason that has nothing to do with quantization.
+
+    Attributes:
+        name: of the feature.
+        log: whether log(1 + x) is taken first; x below 0 counts as 0.
+        mean, std: of the training rows, after `log` and the cut.
+        low, high: the range, after `log`; None (as in models from before there was one) cuts nothing.
+        minimum: the least raw number that makes sense, such as 0 for a count; None for any.
+    """
 
     name: str
     log: bool = False
     mean: float = 0.0
     std: float = 1.0
+    low: float | None = None
+    high: float | None = None
+    minimum: float | None = None
 
     def scale(self, raw: np.ndarray) -> np.ndarray:
         """float [N] (NaN where unknown) -> float32 [N]; unknown becomes 0, the training mean."""
-        values = (self._shape(raw) - self.mean) / self.std
-        return np.nan_to_num(values, nan=0.0, posinf=0.0, neginf=0.0).astype(np.float32)
+        with np.errstate(over="ignore"):  # infinity is cut as well
+            values = (self._shape(raw) - self.mean) / self.std
+        return np.nan_to_num(np.clip(values, -_FARTHEST, _FARTHEST), nan=0.0).astype(np.float32)
 
     def fit(self, raw: np.ndarray) -> DenseFeature:
-        """The same feature with mean and deviation of `raw`, which must be training rows only."""
-        values = self._shape(raw)
+        """The same feature with the range, mean and deviation of `raw`, which must be training rows only."""
+        values = replace(self, low=None, high=None)._shape(raw)
         values = values[np.isfinite(values)]
         if not len(values):
-            return DenseFeature(self.name, self.log)
-        return DenseFeature(self.name, self.log, float(values.mean()), float(values.std()) or 1.0)
+            return replace(self, mean=0.0, std=1.0, low=None, high=None)
+        low, high = (float(end) for end in np.quantile(values, (_TAIL, 1 - _TAIL)))
+        values = np.clip(values, low, high)
+        mean, std = float(values.mean()), float(values.std())
+        constant = std <= 1e-9 * max(1.0, abs(mean))  # what is left are rounding errors
+        return replace(self, mean=mean, std=1.0 if constant else std, low=low, high=high)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON values; what is not known is left out."""
+        optional = {"low": self.low, "high": self.high, "minimum": self.minimum}
+        known = {name: value for name, value in optional.items() if value is not None}
+        return {"name": self.name, "log": self.log, "mean": self.mean, "std": self.std, **known}
 
     def _shape(self, raw: np.ndarray) -> np.ndarray:
         values = np.asarray(raw, np.float64)
-        return np.log1p(np.maximum(values, 0.0)) if self.log else values
+        values = np.log1p(np.maximum(values, 0.0)) if self.log else values
+        return values if self.low is None else np.clip(values, self.low, self.high)
 
 
 @dataclass
@@ -117,7 +150,7 @@ class Schema:
             for example in examples:
                 value = example.get(name, [] if name in self.bags else "")
                 if isinstance(value, (list, tuple)) and name not in self.bags:
-                    raise TypeError(f"feature {name!r} takes one value, not a list ({value!r:.60})")
+                    raise TypeError(f"feature {name!r} takes one value, not a list of {len(value)} ({value!r:.60})")
                 tokens = value if isinstance(value, (list, tuple)) else [value]
                 indices.extend(vocabulary.row(token) for token in tokens)
                 offsets.append(len(indices))
@@ -130,8 +163,11 @@ class Schema:
 
     def to_json(self) -> dict[str, Any]:
         """Everything but the vocabularies' tokens, as plain JSON values."""
-        dense = [{"name": f.name, "log": f.log, "mean": f.mean, "std": f.std} for f in self.dense]
-        return {"dense": dense, "features": [list(pair) for pair in self.features], "bags": sorted(self.bags)}
+        return {
+            "dense": [feature.to_json() for feature in self.dense],
+            "features": [list(pair) for pair in self.features],
+            "bags": sorted(self.bags),
+        }
 
     @classmethod
     def from_json(cls, state: Mapping[str, Any], tokens: Mapping[str, Sequence[str]]) -> Schema:
@@ -176,7 +212,7 @@ class Dataset:
         bags: the categorical features.
         labels: float32 [N], 0 or 1.
         bounds: rows [0, bounds[0]) train, [bounds[0], bounds[1]) validate, the rest test.
-        dropped: categorical features that are replaced by the unknown row at random in training.
+        dropped: categorical features of which ids are replaced by the unknown row at random in training -> the share.
     """
 
     name: str
@@ -185,7 +221,7 @@ class Dataset:
     bags: dict[str, Bags]
     labels: np.ndarray
     bounds: tuple[int, int]
-    dropped: tuple[str, ...] = ()
+    dropped: Mapping[str, float] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -201,15 +237,15 @@ class Dataset:
 
         Args:
             rows: int64 [B].
-            drop: share of the ids of `dropped` features to replace by the unknown row, which teaches the
-                model what to do with users and items that it has never seen.
+            drop: 1 replaces the shares of ids that `dropped` names by the unknown row, which teaches the model what to
+                do with users and items that it has never seen; 0.5 half of that, 0 nothing.
             random: needed when `drop` is above 0.
         """
         values, lengths = [], []
         for name, bags in self.bags.items():
             picked, count = bags.take(rows)
             if drop and random is not None and name in self.dropped:
-                picked = np.where(random.random(len(picked)) < drop, UNKNOWN, picked)
+                picked = np.where(random.random(len(picked)) < drop * self.dropped[name], UNKNOWN, picked)
             values.append(picked)
             lengths.append(count)
         offsets = np.zeros(len(rows) * len(lengths) + 1, np.int64)

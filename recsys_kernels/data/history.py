@@ -9,13 +9,16 @@ from __future__ import annotations
 import numpy as np
 
 
-def past_counts(keys: np.ndarray, times: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def past_counts(
+    keys: np.ndarray, times: np.ndarray, weights: np.ndarray, longest: int | None = None
+) -> tuple[np.ndarray, np.ndarray]:
     """Number of earlier events with the same key, and the sum of their weights.
 
     Args:
         keys: int64 [N], for example user numbers.
         times: int64 [N].
         weights: float [N].
+        longest: only so many of the earlier events count, the latest; None for all.
 
     Returns:
         (counts float64 [N], sums float64 [N]) over events with the same key and a smaller time.
@@ -24,8 +27,9 @@ def past_counts(keys: np.ndarray, times: np.ndarray, weights: np.ndarray) -> tup
     group, before = _groups(keys[order], times[order])
     totals = np.concatenate(([0.0], np.cumsum(weights[order], dtype=np.float64)))
     counts, sums = np.empty(len(keys)), np.empty(len(keys))
-    counts[order] = before - group
-    sums[order] = totals[before] - totals[group]
+    first = group if longest is None else np.maximum(group, before - longest)
+    counts[order] = before - first
+    sums[order] = totals[before] - totals[first]
     return counts, sums
 
 

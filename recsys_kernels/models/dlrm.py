@@ -19,7 +19,7 @@ from recsys_kernels.ops.embedding_bag import EmbeddingBagCollection, EmbeddingBa
 from recsys_kernels.ops.linear.int8 import Int8Linear, Int8MLP
 from recsys_kernels.ops.linear.sparse import SparseLinear, SparseMLP
 
-# Forms of the MLPs, and what `Int8Linear` calls the treatment of activations; the same of pruned ones, `SparseLinear`.
+# Form of the MLPs -> how `Int8Linear` treats activations. Pruned MLPs: form -> how `SparseLinear` does.
 MLP_FORMS = {"float32": None, "int8": "dynamic", "int8-static": "static", "int8-weight-only": "weight_only"}
 SPARSE_FORMS = {"sparse": None, "int8+sparse": "dynamic", "int8-static+sparse": "static"}
 
@@ -47,8 +47,8 @@ class DLRMConfig:
         embedding: data type of the rows: "float32", "int8" or "int4".
         mlp: form of the two MLPs: "float32", "int8" (activations quantized row by row), "int8-static",
             "int8-weight-only", or pruned: "sparse", "int8+sparse", "int8-static+sparse".
-        mlp_pattern: of pruned MLPs: how the layers are stored, see `SparseLinear`; those of one output as
-            "unstructured". Else None.
+        mlp_pattern: how the layers of pruned MLPs are stored, see `SparseLinear`; layers of one output are stored as
+            "unstructured". None for other MLPs.
     """
 
     num_dense: int
@@ -120,7 +120,7 @@ class DLRM(nn.Module):
         return other.eval()
 
     def hidden_widths(self) -> dict[str, Any]:
-        """What `config.bottom` and `config.top` should be: the hidden widths of the MLPs as they are now."""
+        """The hidden widths of the two MLPs as they are now, by the names that `DLRMConfig` gives them."""
         widths = {}
         for name in ("bottom", "top"):
             layers = [m for m in getattr(self.head, name).modules() if hasattr(m, "out_features")]
@@ -212,7 +212,7 @@ def mlp(width: int, widths: Sequence[int], *, dropout: float = 0.0, last_relu: b
 
 
 def int8_mlp(width: int, widths: Sequence[int], scheme: str, *, last_relu: bool = True) -> Int8MLP:
-    """What `mlp` is quantized to, with values still to be loaded."""
+    """The 8-bit form of `mlp`; its values are still to be loaded."""
     layers = []
     for position, out in enumerate(widths):
         relu = last_relu or position + 1 < len(widths)
@@ -224,7 +224,7 @@ def int8_mlp(width: int, widths: Sequence[int], scheme: str, *, last_relu: bool 
 def sparse_mlp(
     width: int, widths: Sequence[int], activation: str | None, pattern: str, *, last_relu: bool = True
 ) -> SparseMLP:
-    """What `mlp` is pruned to, with values still to be loaded."""
+    """The pruned form of `mlp`; its values are still to be loaded."""
     layers = []
     for position, out in enumerate(widths):
         relu = last_relu or position + 1 < len(widths)
@@ -235,5 +235,5 @@ def sparse_mlp(
 
 
 def layer_pattern(out_features: int, pattern: str) -> str:
-    """How a layer of pruned MLPs is stored: one of a single output is not pruned, so that it has no pattern."""
+    """How a layer of pruned MLPs is stored: a layer of a single output is not pruned, so that it has no pattern."""
     return pattern if out_features > 1 else "unstructured"

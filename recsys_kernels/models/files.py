@@ -1,13 +1,12 @@
 """Model folders: `model.safetensors`, `model.json` with its SHA-256, and `vocabularies.json`.
 
-A folder appears whole or not at all (written beside its place, then renamed), and is refused when a
-file of it was cut short or altered.
+A folder appears whole or not at all (written beside its place, then renamed). What a folder may hold, and how it is
+checked when it is loaded, stands in `format.py`.
 """
 
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
 import os
 import re
@@ -23,21 +22,33 @@ from typing import Any
 import torch
 from torch import nn
 
-from recsys_kernels.data.checksum import sha256
 from recsys_kernels.data.examples import Schema
 from recsys_kernels.ops.embedding_bag import QuantizedEmbeddingBag
 from recsys_kernels.ops.linear.int8 import Int8Linear
 from recsys_kernels.ops.linear.sparse import SparseLinear
 
-from .dlrm import DLRM, MLP_FORMS, SPARSE_FORMS, DLRMConfig, empty_tables, layer_pattern
+from .dlrm import DLRM, MLP_FORMS, SPARSE_FORMS, empty_tables, layer_pattern
+from .format import (
+    CONFIG,
+    FORMAT,
+    KIND,
+    MAX_WEIGHT,
+    VOCABULARIES,
+    WEIGHTS,
+    ModelFileError,
+    check_hashes,
+    check_key,
+    check_saved,
+    check_vocabularies,
+    check_weights,
+    digest,
+    file_sha256,
+    read_config,
+    read_json,
+    signature,
+    vocabularies_limit,
+)
 from .requests import normalize
-
-FORMAT = 1
-WEIGHTS, CONFIG, VOCABULARIES = "model.safetensors", "model.json", "vocabularies.json"
-
-
-class ModelFileError(ValueError):
-    """A model folder that cannot be served; the message is one line naming the file and the reason."""
 
 
 class RankingModel(nn.Module):
@@ -69,45 +80,60 @@ class RankingModel(nn.Module):
         Raises:
             KeyError: an example has a field that the model does not read.
             TypeError: the examples are something else, or a value is; the message names the feature.
+            ValueError: a number that its feature cannot have: an infinite one, a negative count, 1.5 as an id; the
+                message names the feature.
         """
         batch = self.schema.encode(normalize(examples, self.schema))
         with torch.inference_mode():
             return self(batch.dense, batch.indices, batch.offsets).sigmoid()
 
 
-def save_model(model: DLRM, schema: Schema, folder: Path) -> None:
+def save_model(model: DLRM, schema: Schema, folder: Path, *, key: bytes | None = None) -> None:
     """Writes the three files of a model into an existing folder (see `new_folder`).
+
+    Args:
+        model: what to save, in any form that `compress` makes.
+        schema: how raw examples are encoded.
+        folder: where to write.
+        key: a secret of at least 16 bytes, with which the folder is signed (HMAC-SHA-256). `load_model` with the same
+            key then refuses a folder that someone without the key has changed.
 
     Raises:
         OSError: the disk is full, or the folder cannot be written.
         ModuleNotFoundError: safetensors is not installed.
-        ValueError: the tables are not all of one form (float32, int8 or int4), or the MLPs are not.
+        TypeError: the key is not bytes.
+        ValueError: the tables are not all of one form (float32, int8 or int4), or the MLPs are not; the schema does not
+            fit the model; the key is too short.
     """
+    check_key(key)
     # What `rk.optimize` and other code changed is not in `model.config`.
     form = _mlp_form(model)
     pattern = _mlp_pattern(model) if form in SPARSE_FORMS else None
     widths = model.hidden_widths()
     config = replace(model.config, embedding=_form(model), mlp=form, mlp_pattern=pattern, **widths)
+    tokens = {table: schema.vocabularies[table].tokens for table in dict(schema.features).values()}
+    body: dict[str, Any] = {"format": FORMAT, "kind": KIND, "config": config.to_json(), "schema": schema.to_json()}
+    body = json.loads(json.dumps(body))  # tuples become lists, as they will be when the file is read
+    check_saved(folder / CONFIG, body, tokens)
+    _write_weights(model, folder / WEIGHTS)
+    (folder / VOCABULARIES).write_text(json.dumps(tokens, ensure_ascii=False), encoding="utf-8")
+    body["sha256"] = {name: file_sha256(folder / name) for name in (WEIGHTS, VOCABULARIES)}
+    if key is not None:
+        body["hmac_sha256"] = signature(body, key)
+    body["self_sha256"] = digest(body)
+    (folder / CONFIG).write_text(json.dumps(body, indent=1), encoding="utf-8")
+
+
+def _write_weights(model: DLRM, path: Path) -> None:
     state = {name: tensor.detach().contiguous() for name, tensor in model.state_dict().items()}
     safetensors = _safetensors()
     try:
-        safetensors.torch.save_file(state, folder / WEIGHTS)
+        safetensors.torch.save_file(state, path)
     except safetensors.SafetensorError as error:  # an I/O error of its Rust writer, which carries no errno of its own
         found = re.search(r"os error (\d+)", str(error))
         code = int(found[1]) if found else errno.EIO
-        raise OSError(code, os.strerror(code), str(folder / WEIGHTS)) from error
-    (folder / WEIGHTS).chmod(0o666 & ~_umask())  # safetensors writes for the owner alone
-    tokens = {table: schema.vocabularies[table].tokens for table in dict(schema.features).values()}
-    (folder / VOCABULARIES).write_text(json.dumps(tokens, ensure_ascii=False), encoding="utf-8")
-    body = {
-        "format": FORMAT,
-        "kind": "dlrm",
-        "config": config.to_json(),
-        "schema": schema.to_json(),
-        "sha256": {name: sha256(folder / name) for name in (WEIGHTS, VOCABULARIES)},
-    }
-    body["self_sha256"] = _digest(body)
-    (folder / CONFIG).write_text(json.dumps(body, indent=1), encoding="utf-8")
+        raise OSError(code, os.strerror(code), str(path)) from error
+    path.chmod(0o666 & ~_umask())  # safetensors writes for the owner alone
 
 
 def _form(model: DLRM) -> str:
@@ -159,19 +185,26 @@ def _mlp_pattern(model: DLRM) -> str:
     raise ValueError(f"a model is saved with pruned layers of one pattern, but has {', '.join(sorted(found))}")
 
 
-def load_model(folder: str | os.PathLike[str]) -> RankingModel:
+def load_model(folder: str | os.PathLike[str], *, key: bytes | None = None) -> RankingModel:
     """Loads a model written by `recsys-kernels compress --out DIR`, ready to serve.
+
+    A folder from an unknown source does no harm: it is refused before anything is allocated that its files do not hold,
+    and holds no code. The hashes in it show damage, not tampering: whoever changes the weights can compute the hashes
+    anew. To notice that, sign the folder (see `save_model`) and load it with the key.
 
     Args:
         folder: the DIR.
+        key: the secret that the folder was signed with; None takes any folder.
 
     Returns:
         A `RankingModel` in eval mode.
 
     Raises:
-        FileNotFoundError: there is no model in the folder.
+        ModelFileError: a file was cut short, altered, written by a newer version, does not fit the others, cannot be
+            read, or is not signed with `key`. A `ValueError`. Of a file that is missing it is a `FileNotFoundError`,
+            too.
         ModuleNotFoundError: safetensors is not installed.
-        ModelFileError: a file was cut short, altered, or written by a newer version.
+        TypeError, ValueError: `key` is not bytes, or too short.
 
     Example:
         >>> model = rk.load_model("out")                                           # doctest: +SKIP
@@ -181,24 +214,43 @@ def load_model(folder: str | os.PathLike[str]) -> RankingModel:
         ... ])
         tensor([0.71])
     """
+    check_key(key)
     safetensors = _safetensors()
     place = Path(folder)
-    for name in (CONFIG, WEIGHTS, VOCABULARIES):
-        if not (place / name).is_file():
-            raise FileNotFoundError(errno.ENOENT, "no such model file", str(place / name))
-    body = _read_json(place / CONFIG)
-    if not isinstance(body, dict) or body.get("format") != FORMAT or body.get("kind") != "dlrm":
-        raise ModelFileError(f"{place / CONFIG}: is not a model of format {FORMAT}")
-    if body.pop("self_sha256", None) != _digest(body):
-        raise ModelFileError(f"{place / CONFIG}: was altered (SHA-256 differs)")
-    for name, expected in body["sha256"].items():
-        if sha256(place / name) != expected:
-            raise ModelFileError(f"{place / name}: was cut short or altered (SHA-256 differs from {CONFIG})")
-    schema = Schema.from_json(body["schema"], _read_json(place / VOCABULARIES))
-    config = DLRMConfig.from_json(body["config"])
-    model = DLRM(config, empty_tables(config))
-    model.load_state_dict(safetensors.torch.load_file(place / WEIGHTS))
-    return RankingModel(model, schema)
+    config, schema, hashes = read_config(place / CONFIG, key)
+    limits = {WEIGHTS: check_weights(place / WEIGHTS, config), VOCABULARIES: vocabularies_limit(config)}
+    check_hashes(place, hashes, limits)
+    tokens = read_json(place / VOCABULARIES, limits[VOCABULARIES])
+    check_vocabularies(place / VOCABULARIES, tokens, config)
+    try:
+        model = DLRM(config, empty_tables(config))
+        model.load_state_dict(safetensors.torch.load_file(place / WEIGHTS))
+    except (OSError, RuntimeError, ValueError, safetensors.SafetensorError) as error:
+        reason = " ".join(str(error).split())
+        raise ModelFileError(f"{place / WEIGHTS}: does not fit {CONFIG} ({reason:.300})") from error
+    ranking = RankingModel(model, Schema.from_json(schema, tokens))
+    _check_values(ranking, place / WEIGHTS)
+    return ranking
+
+
+def _check_values(ranking: RankingModel, path: Path) -> None:
+    """Refuses weights that give no scores: NaN, infinite or so large that sums of their products overflow."""
+    for name, tensor in ranking.model.state_dict().items():
+        if tensor.is_floating_point() and tensor.numel():
+            largest = max(-float(tensor.min()), float(tensor.max()))  # of a tensor with NaN both are NaN
+            if not largest <= MAX_WEIGHT:
+                raise ModelFileError(f"{path}: {name} holds NaN or a magnitude above {MAX_WEIGHT:g}")
+    for table, bag in ranking.model.embeddings.embedding_bags.items():
+        if isinstance(bag, QuantizedEmbeddingBag):
+            scale, bias = bag.scale_bias.float().abs().amax(0).tolist()
+            if (scale * (2**bag.bits - 1) + bias) * 2.0 ** int(bag.exponent) > MAX_WEIGHT:
+                raise ModelFileError(f"{path}: rows of table {table!r} reach a magnitude above {MAX_WEIGHT:g}")
+    try:
+        scores = ranking.predict([{}])
+    except (RuntimeError, ValueError, IndexError) as error:  # such as a static layer without a range
+        raise ModelFileError(f"{path}: the model cannot score an example ({error})") from error
+    if not bool(scores.isfinite().all()):
+        raise ModelFileError(f"{path}: the model gives scores that are not finite")
 
 
 def check_out(folder: Path, ours: frozenset[str]) -> None:
@@ -219,8 +271,11 @@ def check_out(folder: Path, ours: frozenset[str]) -> None:
         raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(parent))
     if not os.access(parent, os.W_OK | os.X_OK):
         raise PermissionError(errno.EACCES, "no permission to write into this folder", str(parent))
-    with tempfile.TemporaryDirectory(dir=parent, prefix=f".{place.name}-"):
-        pass
+    try:
+        with tempfile.TemporaryDirectory(dir=parent, prefix=f".{place.name}-"):
+            pass
+    except OSError as error:  # the error of /proc, "No such file or directory", names a folder that nobody asked for
+        raise OSError(error.errno, f"no folder can be made there ({error.strerror})", str(parent)) from None
 
 
 def _place(folder: Path) -> Path:
@@ -315,14 +370,3 @@ def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
-
-
-def _read_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, UnicodeDecodeError):
-        raise ModelFileError(f"{path}: was cut short or altered (is not JSON)") from None
-
-
-def _digest(body: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()

@@ -1,4 +1,4 @@
-"""Training of a ranking model on a `Dataset`: Adam on the log loss, best epoch by validation AUC."""
+"""Training of a ranking model on a `Dataset`: Adam on the log loss, averaged weights, best epoch by validation AUC."""
 
 from __future__ import annotations
 
@@ -8,12 +8,17 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from sklearn.metrics import log_loss, roc_auc_score
 from torch import nn
 
 from recsys_kernels.data.examples import Dataset
 
+from .metrics import Quality, quality_of
 from .plain import model_input
+
+# The average of the weights: step i of n counts about (i / n) ** 8, so that the last ninth of all steps so far carries
+# most of it, however many there are. Mean of three seeds on MovieLens 100k: validation AUC 0.7510, without it 0.7492.
+AVERAGING = 8
+LAST_RATE = 0.2  # learning rate at the end, as a share of that at the start: steps that are averaged must still differ
 
 
 @dataclass(frozen=True)
@@ -23,20 +28,20 @@ class TrainSettings:
     Attributes:
         epochs: passes over the training rows, at most; the best one by validation AUC is kept.
         batch_size: rows a step; by default about 160 steps an epoch, within 512 to 8192 rows.
-        learning_rate: Adam's, falling to zero along a half cosine.
+        learning_rate: Adam's, falling to a fifth along a half cosine.
         embedding_decay: decoupled weight decay of the tables, in powers of e an epoch (at the full learning
             rate) for a row that is never used: the more data, the weaker in each step.
         weight_decay: decoupled weight decay of the MLPs, as `torch.optim.AdamW` counts it.
-        drop_ids: share of the ids of `Dataset.dropped` hidden in training, for those that are new later.
+        drop_ids: factor of the shares of ids that `Dataset.dropped` hides in training, for those that are new later.
         seed: of the weights, the order of the rows and the dropout.
     """
 
     epochs: int = 5
     batch_size: int | None = None
-    learning_rate: float = 2e-3
-    embedding_decay: float = 6.0
+    learning_rate: float = 4e-3
+    embedding_decay: float = 4.5
     weight_decay: float = 1e-4
-    drop_ids: float = 0.5
+    drop_ids: float = 1.0
     seed: int = 0
 
 
@@ -49,18 +54,10 @@ class Epoch:
     log_loss: float
 
 
-@dataclass(frozen=True)
-class Quality:
-    """How well probabilities fit labels: area under the ROC curve, and log loss in nats."""
-
-    auc: float
-    log_loss: float
-
-
 def train(
     model: nn.Module, data: Dataset, settings: TrainSettings, on_step: Callable[[int, int], None] | None = None
 ) -> list[Epoch]:
-    """Trains `model` in place and leaves it in eval mode with the best epoch's weights.
+    """Trains `model` in place and leaves it in eval mode with the best epoch's averaged weights.
 
     Args:
         model: `forward(dense, indices, offsets)` -> logits [B].
@@ -69,7 +66,8 @@ def train(
         on_step: called with (steps done, steps in all) after each step.
 
     Returns:
-        One `Epoch` a pass. The same seed and thread count give the same result.
+        One `Epoch` a pass, with the quality of the averaged weights. The same seed and thread count give the same
+        result.
     """
     random = np.random.default_rng(settings.seed)
     torch.manual_seed(settings.seed)
@@ -78,7 +76,9 @@ def train(
     epoch_steps = -(-len(rows) // size)
     steps = epoch_steps * settings.epochs
     optimizer = torch.optim.AdamW(_groups(model, settings, epoch_steps), lr=settings.learning_rate)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    last = settings.learning_rate * LAST_RATE
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps, eta_min=last)
+    average = _Average(model)
     history: list[Epoch] = []
     best: dict[str, torch.Tensor] = {}
     done = 0
@@ -93,17 +93,36 @@ def train(
             loss.backward()
             optimizer.step()
             schedule.step()
+            average.add()
             total += loss.item() * len(batch.labels)
             done += 1
             if on_step:
                 on_step(done, steps)
-        quality = evaluate(model, data, "validation")
+        quality = evaluate(average.model, data, "validation")
         if not history or quality.auc > max(epoch.auc for epoch in history):
-            best = copy.deepcopy(model.state_dict())
+            best = copy.deepcopy(average.model.state_dict())
         history.append(Epoch(total / len(rows), quality.auc, quality.log_loss))
     model.load_state_dict(best)
     model.eval()
     return history
+
+
+class _Average:
+    """A copy of a model whose weights are the running average of the model's.
+
+    Polynomial-decay averaging: Shamir and Zhang, "Stochastic Gradient Descent for Non-smooth Optimization", 2013.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = copy.deepcopy(model)
+        self._own = [parameter.detach() for parameter in self.model.parameters()]
+        self._trained = [parameter.detach() for parameter in model.parameters()]
+        self._count = 0
+
+    def add(self) -> None:
+        """Takes the model's weights after a step into the average; those of the first step are the average then."""
+        self._count += 1
+        torch._foreach_lerp_(self._own, self._trained, (AVERAGING + 1) / (AVERAGING + self._count))
 
 
 def imitate(
@@ -164,8 +183,7 @@ def _batch_size(settings: TrainSettings, rows: int) -> int:
 def evaluate(model: nn.Module, data: Dataset, part: str) -> Quality:
     """Quality of a `DLRM` or `PlainDLRM` on one part of the data; the model is left in eval mode."""
     labels = data.labels[data.rows(part)]
-    scores = predict(model, data, part)
-    return Quality(float(roc_auc_score(labels, scores)), float(log_loss(labels, scores, labels=[0, 1])))
+    return quality_of(labels, predict(model, data, part))
 
 
 def predict(model: nn.Module, data: Dataset, part: str, batch_size: int = 4096) -> np.ndarray:

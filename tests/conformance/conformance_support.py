@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 import threading
 from collections.abc import Callable
 from functools import cache
@@ -93,7 +94,7 @@ class ModuleResults(torch.utils.data.Dataset):
     """A data set whose items are what modules give for their inputs, computed in the loader's workers."""
 
     def __init__(self, modules: list[torch.nn.Module], inputs: list[tuple[Any, ...]]) -> None:
-        self.modules, self.inputs, self.parent = modules, inputs, os.getpid()
+        self.modules, self.inputs, self.parent = list(map(pickle.dumps, modules)), inputs, os.getpid()
 
     def __len__(self) -> int:
         return len(self.modules)
@@ -101,4 +102,4 @@ class ModuleResults(torch.utils.data.Dataset):
     def __getitem__(self, number: int) -> torch.Tensor:
         assert os.getpid() != self.parent
         with torch.no_grad():
-            return self.modules[number](*self.inputs[number])
+            return pickle.loads(self.modules[number])(*self.inputs[number])

@@ -238,12 +238,12 @@ def test_wrong_input(name: str) -> None:
     first = args[0]
     wrong: dict[str, Any] = {
         "list": first.tolist(),
-        "None": None,
         "complex": first.to(torch.complex64),
         "0-d": first.flatten()[0],
     }
     if name in LINEAR:
         wrong |= {
+            "None": None,
             "integers": torch.zeros(12, 40, dtype=torch.int64),
             "float64": first.double(),
             "too wide": torch.zeros(12, 41),

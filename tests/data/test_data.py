@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 from small_data import ITEMS, RATINGS, USERS, WRITERS, World, criteo_lines, log_of, write_criteo
 
-from recsys_kernels.data import DataError, features, fetch
+from recsys_kernels.data import DataError, Schema, features, fetch
 from recsys_kernels.data.checksum import sha256
 from recsys_kernels.data.criteo import CATEGORIES, COLUMNS, MIN_COUNT, read_criteo
-from recsys_kernels.data.examples import Bags
-from recsys_kernels.data.features import HISTORY, PRIOR, rating_dataset, split_by_time
+from recsys_kernels.data.examples import Bags, DenseFeature
+from recsys_kernels.data.features import HIDDEN, HISTORY, PRIOR, RECENT_PRIOR, rating_dataset, split_by_time
 from recsys_kernels.data.history import past_counts, previous
 from recsys_kernels.data.load import load_dataset
 from recsys_kernels.data.movielens import LIKED, read_movielens
@@ -128,12 +128,22 @@ def test_dense_features_against_a_loop() -> None:
     order = np.argsort(world.times, kind="stable")
     names = [feature.name for feature in data.schema.dense]
     overall = world.ratings[order][: data.bounds[0]].mean()
+    beyond = np.empty(RATINGS)  # what a rating says beyond the item's past mean
+    for row in range(RATINGS):
+        past = (world.items == world.items[row]) & (world.times < world.times[row])
+        level = (world.ratings[past] - overall).sum() / (past.sum() + PRIOR)
+        beyond[row] = world.ratings[row] - overall - level
+    decades = np.array(world.years)[world.items - 1] // 10
     for row in (0, 150, RATINGS - 1):
         one = order[row]
         past = (world.users == world.users[one]) & (world.times < world.times[one])
         mean = overall + (world.ratings[past] - overall).sum() / (past.sum() + PRIOR)
+        latest = np.flatnonzero(past)[np.argsort(world.times[past], kind="stable")][-5:]
+        alike = past & (decades == decades[one])
         for name, raw in (
             ("user_mean", mean),
+            ("user_bias_last_5", beyond[latest].sum() / (len(latest) + RECENT_PRIOR)),
+            ("decade_bias", beyond[alike].sum() / (alike.sum() + PRIOR)),
             ("user_count", past.sum()),
             ("user_age", world.ages[world.users[one] - 1]),
         ):
@@ -142,6 +152,33 @@ def test_dense_features_against_a_loop() -> None:
             assert data.dense[row, column] == pytest.approx(expected, abs=1e-5)
     train = data.dense[data.rows("train")]
     np.testing.assert_allclose(train.mean(axis=0), 0, atol=1e-5)
+
+
+def test_dense_features_stay_in_the_range_of_training() -> None:
+    world = World(4)
+    order = np.argsort(world.times, kind="stable")
+    world.times[order[-60:]] += 4000 * 86400  # days since the first rating that training never saw
+    data = rating_dataset(log_of(world))
+    column = [feature.name for feature in data.schema.dense].index("user_days")
+    train, later = data.dense[data.rows("train")], data.dense[data.rows("test")]
+    assert (later.max(axis=0) <= train.max(axis=0)).all()
+    assert (later.min(axis=0) >= train.min(axis=0)).all()
+    feature = data.schema.dense[column]
+    assert feature.high is not None
+    assert np.expm1(feature.high) < 100
+    assert feature.scale(np.array([1e3, 1e300]))[0] == feature.scale(np.array([1e300]))[0] == later[:, column].max()
+    # The range is kept in the files, and without one (older files) nothing is cut.
+    again = Schema.from_json(data.schema.to_json(), {t: v.tokens for t, v in data.schema.vocabularies.items()})
+    assert again.dense == data.schema.dense
+    assert DenseFeature("x", mean=1.0, std=2.0).scale(np.array([101.0])).item() == 50.0
+
+
+def test_a_constant_dense_feature_is_zero_and_huge_numbers_stay_finite() -> None:
+    constant = DenseFeature("x").fit(np.full(77, 0.1))
+    assert constant.std == 1.0
+    np.testing.assert_allclose(constant.scale(np.array([0.1, 5.0])), 0.0, atol=1e-12)
+    assert np.isfinite(DenseFeature("x", std=1e-300).scale(np.array([1e300, -1e300, np.inf, np.nan]))).all()
+    assert DenseFeature("x").fit(np.array([np.nan])) == DenseFeature("x")
 
 
 def test_blocks_of_users_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -194,13 +231,21 @@ def test_batch_is_feature_major() -> None:
 def test_dropping_hides_only_the_named_ids() -> None:
     data = rating_dataset(log_of(World(8)))
     rows = data.rows("train")
+    assert data.dropped == HIDDEN
+    data.dropped = dict.fromkeys(HIDDEN, 1.0)
     full, dropped = data.batch(rows), data.batch(rows, 1.0, np.random.default_rng(0))
     kept = [name for name in data.bags if name not in data.dropped]
     for number, name in enumerate(data.bags):
         start, end = full.offsets[number * len(rows)], full.offsets[(number + 1) * len(rows)]
         part = dropped.indices[start:end]
         assert part.equal(full.indices[start:end]) if name in kept else not part.any()
-    assert set(data.dropped) == {"user", "item", "liked_items", "disliked_items"}
+    data.dropped = {"genres": 0.6}
+    half = data.batch(rows, 0.5, np.random.default_rng(0))
+    names = list(data.bags)
+    begin, end = (full.offsets[(names.index("genres") + more) * len(rows)] for more in (0, 1))
+    hidden = (half.indices == 0) & (full.indices != 0)
+    assert hidden[begin:end].float().mean() == pytest.approx(0.3, abs=0.05)
+    assert int(hidden.sum()) == int(hidden[begin:end].sum())
 
 
 def test_limit_keeps_the_latest_ratings() -> None:
@@ -247,7 +292,8 @@ def test_criteo(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
             assert data.bags[feature].values[row] == expected
     assert "deadbeef" not in data.schema.vocabularies["C1"].tokens
     assert "" not in data.schema.vocabularies["C1"].tokens
-    raw = [np.log1p(max(float(line[1]), 0)) for line in lines[:240] if line[1]]
+    raw = np.array([np.log1p(max(float(line[1]), 0)) for line in lines[:240] if line[1]])
+    raw = raw.clip(*np.quantile(raw, (0.005, 0.995)))
     assert data.schema.dense[0].mean == pytest.approx(np.mean(raw), rel=1e-5)
     missing = next(row for row, line in enumerate(lines) if line[1] == "")
     assert data.dense[missing, 0] == 0
@@ -286,6 +332,18 @@ def _csv(header: str) -> Callable[[Path], Path]:
     return write
 
 
+def _parquet(folder: Path) -> Path:
+    (folder / "part-0.parquet").write_bytes(b"PAR1\x15\x04\x00PAR1")
+    return folder
+
+
+def _criteo_folder(folder: Path) -> Path:
+    (folder / ".hidden").write_bytes(b"")
+    (folder / "readme.bin").write_bytes(b"\xff\xfe\x00")
+    write_criteo(folder / "train.txt", criteo_lines(40))
+    return folder
+
+
 BAD: dict[str, tuple[Callable[[Path], Path], str]] = {
     "no such path": (lambda folder: folder / "nowhere", "no such file or folder"),
     "unknown folder": (lambda folder: folder, r"looked for u\.data .* ratings\.csv"),
@@ -316,6 +374,12 @@ BAD: dict[str, tuple[Callable[[Path], Path], str]] = {
     "criteo columns": (_criteo(lambda lines: [line.pop() for line in lines]), "nor a Criteo TSV of 40 columns"),
     "criteo text": (_criteo(lambda lines: lines[0].__setitem__(3, "abc")), "wrong content .*abc"),
     "criteo short": (_criteo(lambda lines: lines.__delitem__(slice(2, None))), "2 lines cannot be split"),
+    "parquet": (
+        lambda folder: _parquet(folder) / "part-0.parquet",
+        r"is a Parquet file, .* write it as text first: pand",
+    ),
+    "parquet folder": (_parquet, r"holds Parquet files \(part-0.parquet\), .* write it as text first: pandas"),
+    "criteo folder": (_criteo_folder, r"is a folder with a Criteo log; name the file itself: --data .*/train\.txt$"),
     "criteo gz": (lambda folder: _write(folder / "day.gz", b"not gzip"), "cannot be read"),
 }
 

@@ -8,9 +8,9 @@
 #include <random>
 #include <vector>
 
-#include "common/cuda.cuh"
-#include "common/cuda_faults.cuh"
-#include "common/mma.cuh"
+#include "cuda/cuda.cuh"
+#include "cuda/faults.cuh"
+#include "cuda/mma.cuh"
 
 namespace {
 
@@ -35,7 +35,7 @@ T* mapped(size_t count) {
 
 // ---- the registers of mma.sync ----
 
-// By the table in common/mma.cuh: which bytes of A and B a lane holds, and which sums it gets.
+// By the table in cuda/mma.cuh: which bytes of A and B a lane holds, and which sums it gets.
 __global__ void multiply(const int8_t* a, const int8_t* b, int32_t* d) {
 #if RK_ARCH >= 750 || RK_ARCH == 0
   const int lane = static_cast<int>(threadIdx.x), group = lane / 4, place = lane % 4;
@@ -78,7 +78,7 @@ void check_mma(int capability) {
     need(cudaDeviceSynchronize(), "mma.sync");
     holds = holds && std::memcmp(d, wanted.data(), wanted.size() * sizeof(int32_t)) == 0;
   }
-  say("mma.sync.m16n8k32 holds matrices in the registers that common/mma.cuh names", holds);
+  say("mma.sync.m16n8k32 holds matrices in the registers that cuda/mma.cuh names", holds);
 }
 
 // ---- dp4a ----
@@ -211,7 +211,7 @@ __global__ void find_faults(rk::FaultRecord* record, const int* stop, long long 
   }
 }
 
-// As common/cuda_faults.cu reads it, over and over: each fault is whole, and no two are counted as one.
+// As cuda/faults.cu reads it, over and over: each fault is whole, and no two are counted as one.
 void check_faults() {
   constexpr uint32_t wanted = 2000;
   auto* record = mapped<rk::FaultRecord>(1);

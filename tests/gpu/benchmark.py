@@ -30,7 +30,8 @@ from layers import LayerCase, LayerWorkload, layer_cases  # noqa: E402
 from sparse_layers import SparseCase, SparseWorkload, sparse_cases  # noqa: E402
 
 import recsys_kernels as rk  # noqa: E402
-from bench.cases import BITS, Case  # noqa: E402
+from bench.ops.embedding_bag.cases import BITS  # noqa: E402
+from bench.ops.embedding_bag.cases import EmbeddingBagCase as Case  # noqa: E402
 from recsys_kernels.testing import assert_matches  # noqa: E402
 
 TABLE_BYTES = 1 << 30

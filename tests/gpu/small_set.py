@@ -26,7 +26,10 @@ import recsys_kernels as rk  # noqa: E402
 from recsys_kernels.backends import selection as _backends  # noqa: E402
 from recsys_kernels.backends.registry import BOUNDS_CHECKS  # noqa: E402
 from recsys_kernels.ops.embedding_bag.reference import MAX  # noqa: E402
-from recsys_kernels.ops.linear.operands import DYNAMIC, WEIGHT_ONLY  # noqa: E402
+from recsys_kernels.ops.linear.activation import (  # noqa: E402
+    DYNAMIC,
+    WEIGHT_ONLY,
+)
 from recsys_kernels.testing import FLOAT_DTYPES, SPARSE_PATTERNS, collection_samples  # noqa: E402
 
 KINDS = (

@@ -29,8 +29,13 @@ from recsys_kernels.ops.embedding_bag import triton as operators  # noqa: E402
 from recsys_kernels.ops.embedding_bag import triton_kernels  # noqa: E402
 from recsys_kernels.ops.embedding_bag.reference import MAX, MEAN, SUM  # noqa: E402
 from recsys_kernels.ops.linear import triton as linear_triton  # noqa: E402
+from recsys_kernels.ops.linear.activation import (  # noqa: E402
+    DYNAMIC,
+    GELU,
+    RELU,
+    WEIGHT_ONLY,
+)
 from recsys_kernels.ops.linear.int8 import triton as int8  # noqa: E402
-from recsys_kernels.ops.linear.operands import DYNAMIC, GELU, RELU, WEIGHT_ONLY  # noqa: E402
 from recsys_kernels.ops.linear.sparse import triton as sparse  # noqa: E402
 
 _GPU_TARGETS = {

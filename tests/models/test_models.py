@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import copy
 import errno
+import hashlib
 import json
+import math
 import os
+import re
+import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +37,7 @@ from recsys_kernels.models import (
     load_model,
     save_model,
 )
+from recsys_kernels.models import train as training
 from recsys_kernels.models.requests import normalize
 from recsys_kernels.models.train import TrainSettings, evaluate, imitate, predict, train
 
@@ -151,6 +157,24 @@ def test_training_learns_through_the_tables_and_is_reproducible() -> None:
     assert evaluate(model, data, "validation").auc == max(epoch.auc for epoch in epochs)
 
 
+def test_the_average_weights_late_steps_most() -> None:
+    model = nn.Linear(1, 1, bias=False)
+    average = training._Average(model)
+    total = 4000
+    for step in range(1, total + 1):
+        with torch.no_grad():
+            model.weight.fill_(step / total)
+        average.add()
+    # The mean of x under the density 9 x ** 8 on [0, 1].
+    assert average.model.weight.item() == pytest.approx(0.9, abs=0.001)
+    assert model.weight.item() == 1.0
+    first = training._Average(model)
+    with torch.no_grad():
+        model.weight.fill_(7.0)
+    first.add()
+    assert first.model.weight.item() == 7.0
+
+
 def material(data: Dataset) -> Material:
     def tune(model: DLRM, teacher: DLRM) -> None:
         imitate(model, teacher, data, TrainSettings(epochs=1, batch_size=256, learning_rate=1e-4))
@@ -211,11 +235,13 @@ def test_predict_takes_what_callers_have(data: Dataset, model: DLRM) -> None:
 @pytest.mark.parametrize(
     ("examples", "message"),
     [
-        ("user", "an iterable of dicts, one an example, not a str"),
-        (None, "an iterable of dicts, one an example, not None"),
+        ("user", r"an iterable of dicts, one an example, such as \[.*\], not a str"),
+        (None, r"an iterable of dicts, one an example, such as \[.*\], not None"),
         ({"user": "3"}, "not a dict: put a single example into a list"),
         (pd.DataFrame({"user": ["3"]}), r'not a DataFrame: give the DataFrame\'s \.to_dict\("records"\)'),
-        ([{}, "user"], "but number 1 is a str"),
+        ([{}, "user"], r"but number 1 is a str \('user'\)"),
+        ([196, 242], r"such as \[{'user': '196', 'item': '242'}\], but number 0 is an int \(196\)"),
+        ([{"user": ["3", "4"]}], r"feature 'user' takes one value, not a list of 2 \(\['3', '4'\]\)"),
         ([{"user_age": "old"}], r"feature 'user_age' takes a number, not a str \('old'\)"),
         ([{"user_age": [30]}], "feature 'user_age' takes a number, not a list"),
         ([{"user_age": np.array([30.0])}], "feature 'user_age' takes a number, not a ndarray"),
@@ -229,6 +255,28 @@ def test_predict_takes_what_callers_have(data: Dataset, model: DLRM) -> None:
 def test_predict_says_what_is_wrong(examples: Any, message: str, data: Dataset, model: DLRM) -> None:
     with pytest.raises(TypeError, match=message):
         RankingModel(model, data.schema).predict(examples)
+
+
+@pytest.mark.parametrize(
+    ("example", "message"),
+    [
+        ({"user": 1.5}, "feature 'user' takes ids, and 1.5 is none"),
+        ({"liked_items": [1, np.float32(2.5)]}, "feature 'liked_items' takes ids, and 2.5 is none"),
+        ({"item": math.inf}, "feature 'item' takes ids, and inf is none"),
+        ({"item_count": -3}, "feature 'item_count' takes a number of at least 0, not -3"),
+        ({"user_days": -0.5}, "feature 'user_days' takes a number of at least 0, not -0.5"),
+        ({"user_age": torch.tensor(-1)}, "feature 'user_age' takes a number of at least 0, not -1"),
+        ({"user_mean": -math.inf}, "feature 'user_mean' takes a finite number, not -inf"),
+    ],
+)
+def test_predict_refuses_numbers_that_a_feature_cannot_have(
+    example: dict[str, Any], message: str, data: Dataset, model: DLRM, tmp_path: Path
+) -> None:
+    save_model(model, data.schema, tmp_path)
+    for served in (RankingModel(model, data.schema), load_model(tmp_path)):
+        with pytest.raises(ValueError, match=message):
+            served.predict([{}, example])
+    served.predict([{"user_bias": -1.5, "user_count": 0, "user": -1, "item": 10**30}])
 
 
 @pytest.mark.parametrize("form", ["int8", "int4"])
@@ -279,14 +327,297 @@ def test_mlps_of_two_forms_are_not_saved(data: Dataset, model: DLRM, tmp_path: P
         assert not list(tmp_path.iterdir())
 
 
-def test_models_from_before_mlps_had_forms_are_read(data: Dataset, model: DLRM, tmp_path: Path) -> None:
-    save_model(model, data.schema, tmp_path)
-    body = json.loads((tmp_path / files.CONFIG).read_text())
-    del body["config"]["mlp"], body["self_sha256"]
-    body["self_sha256"] = files._digest(body)
-    (tmp_path / files.CONFIG).write_text(json.dumps(body))
+def _rewrite(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    """Changes `model.json` as an attacker can: with the hashes made to fit again."""
+    path = folder / files.CONFIG
+    body = json.loads(path.read_text())
+    change(body)
+    body.pop("self_sha256", None)
+    body["self_sha256"] = hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+    path.write_text(json.dumps(body))
+
+
+def _rehash(body: dict[str, Any], folder: Path) -> None:
+    for name in (files.WEIGHTS, files.VOCABULARIES):
+        body["sha256"][name] = hashlib.sha256((folder / name).read_bytes()).hexdigest()
+
+
+def _write_as_before(model: DLRM, schema: Schema, folder: Path) -> None:
+    """A folder of the first release, which knew neither forms of MLPs nor ranges of dense features."""
+    config = {name: value for name, value in model.config.to_json().items() if not name.startswith("mlp")}
+    dense = [{"name": f.name, "log": f.log, "mean": f.mean, "std": f.std} for f in schema.dense]
+    features = [list(pair) for pair in schema.features]
+    safetensors.torch.save_file(dict(model.state_dict()), folder / files.WEIGHTS)
+    tokens = {table: schema.vocabularies[table].tokens for _, table in schema.features}
+    (folder / files.VOCABULARIES).write_text(json.dumps(tokens, ensure_ascii=False), encoding="utf-8")
+    body = {
+        "format": 1,
+        "kind": "dlrm",
+        "config": config,
+        "schema": {"dense": dense, "features": features, "bags": sorted(schema.bags)},
+        "sha256": {},
+    }
+    (folder / files.CONFIG).write_text(json.dumps(body))
+    _rewrite(folder, lambda body: _rehash(body, folder))
+
+
+def test_folders_of_the_first_release_are_read(data: Dataset, model: DLRM, tmp_path: Path) -> None:
+    _write_as_before(model, data.schema, tmp_path)
     batch = data.batch(data.rows("test"))
-    assert load_model(tmp_path)(*batch[:3]).equal(model(*batch[:3]))
+    loaded = load_model(tmp_path)
+    assert loaded(*batch[:3]).equal(model(*batch[:3]))
+    assert loaded.schema.dense[0].low is None
+    # Nothing cuts an old model's dense features, since it was trained on what was not cut.
+    assert not loaded.predict([{"user_age": 80}]).equal(loaded.predict([{"user_age": 90}]))
+
+
+HOSTILE: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
+    "hash of a device": (lambda b: b["sha256"].update({"/dev/zero": "0"}), "sha256 has '/dev/zero'"),
+    "no hashes": (lambda b: b.update(sha256={}), "sha256 lacks 'model.safetensors'"),
+    "one hash": (lambda b: b["sha256"].pop(files.VOCABULARIES), "sha256 lacks 'vocabularies.json'"),
+    "hashes as a list": (lambda b: b.update(sha256=[]), "sha256 is not an object"),
+    "another key": (lambda b: b.update(plugin="os"), "the file has 'plugin'"),
+    "no schema": (lambda b: b.pop("schema"), "the file lacks 'schema'"),
+    "std of NaN": (lambda b: b["schema"]["dense"][0].update(std=float("nan")), "holds NaN"),
+    "std of 0": (lambda b: b["schema"]["dense"][0].update(std=0), "std of feature 'user_mean' is 0, not above 0"),
+    "std as text": (
+        lambda b: b["schema"]["dense"][0].update(std="1"),
+        "std of feature 'user_mean' is '1', not a number",
+    ),
+    "huge mean": (lambda b: b["schema"]["dense"][0].update(mean=10**400), "mean of feature 'user_mean' is 1"),
+    "range upside down": (lambda b: b["schema"]["dense"][0].update(low=1, high=0), "low and high .* no range"),
+    "log as a number": (lambda b: b["schema"]["dense"][0].update(log=1), "log of feature 'user_mean' is 1"),
+    "feature twice": (lambda b: b["schema"]["dense"][1].update(name="user_mean"), "feature 'user_mean' stands twice"),
+    "fewer dense features": (lambda b: b["schema"]["dense"].pop(), "but config.num_dense is"),
+    "other features": (lambda b: b["schema"]["features"].reverse(), "schema.features differ"),
+    "bag of no feature": (lambda b: b["schema"]["bags"].append("colour"), "schema.bags is 'colour', not one of"),
+    "bag as a list": (lambda b: b["schema"]["bags"].append(["user"]), r"schema.bags is \['user'\], not one of"),
+    "many layers": (lambda b: b["config"].update(top=[1] * 200_000), "config.top is not a list of 0 to 63 entries"),
+    "wide layer": (lambda b: b["config"].update(top=[2**40]), "a width of config.top is 1099511627776"),
+    "wide rows": (lambda b: b["config"].update(dim=2**16), "model.safetensors: tensor .* not F32"),
+    "many rows": (lambda b: b["config"]["tables"][0].update(rows=2**40), "model.safetensors: tensor .* not F32"),
+    "rows as a float": (lambda b: b["config"]["tables"][0].update(rows=15.0), "rows of table 'user' is 15.0"),
+    "dim as a truth": (lambda b: b["config"].update(dim=True), "config.dim is True, not a whole number"),
+    "dim as text": (lambda b: b["config"].update(dim="16"), "config.dim is '16', not a whole number"),
+    "pooling": (lambda b: b["config"]["tables"][0].update(pooling="eval"), "pooling of table 'user' is 'eval'"),
+    "dotted name": (lambda b: b["config"]["tables"][0].update(name="a.b"), "name 'a.b' holds a dot"),
+    "table twice": (lambda b: b["config"]["tables"][0].update(name="item"), "table 'item' stands twice"),
+    "unknown form": (lambda b: b["config"].update(mlp="int2"), "config.mlp is 'int2', not one of float32"),
+    "form as a list": (lambda b: b["config"].update(mlp=[]), r"config.mlp is \[\], not one of"),
+    "another form": (lambda b: b["config"].update(mlp="int8"), r"has another tensor|lacks the tensor"),
+    "pattern without pruning": (lambda b: b["config"].update(mlp_pattern="2:4"), "config.mlp_pattern is '2:4'"),
+    "dropout": (lambda b: b["config"].update(dropout=-1), "config.dropout is -1"),
+    "argument": (lambda b: b["config"].update(device="cuda"), "config has 'device'"),
+    "format of a later version": (lambda b: b.update(format=2), "is not a model of format 1"),
+}
+
+
+@pytest.mark.parametrize("case", HOSTILE)
+def test_hostile_configurations_are_refused(case: str, data: Dataset, model: DLRM, tmp_path: Path) -> None:
+    change, message = HOSTILE[case]
+    save_model(model, data.schema, tmp_path)
+    _rewrite(tmp_path, change)
+    start = time.perf_counter()
+    with pytest.raises(ModelFileError, match=message) as caught:
+        load_model(tmp_path)
+    assert time.perf_counter() - start < 2
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 400 + len(str(tmp_path))
+
+
+VOCABULARIES: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
+    "token twice": (lambda v: v["user"].__setitem__(1, v["user"][0]), "vocabulary of table 'user' holds a token twice"),
+    "a token less": (
+        lambda v: v["user"].pop(),
+        "vocabulary of table 'user' has 13 tokens, but a table of 15 rows needs",
+    ),
+    "a token more": (lambda v: v["user"].append("new"), "vocabulary of table 'user' has 15 tokens"),
+    "no vocabulary": (lambda v: v.pop("user"), "lacks 'user'"),
+    "another vocabulary": (lambda v: v.update(colour=[]), "has 'colour'"),
+    "tokens as text": (lambda v: v.update(user="a" * 14), "vocabulary of table 'user' is not a list of texts"),
+    "numbers": (lambda v: v["user"].__setitem__(0, 3), "vocabulary of table 'user' is not a list of texts"),
+}
+
+
+@pytest.mark.parametrize("case", VOCABULARIES)
+def test_hostile_vocabularies_are_refused(case: str, data: Dataset, model: DLRM, tmp_path: Path) -> None:
+    change, message = VOCABULARIES[case]
+    save_model(model, data.schema, tmp_path)
+    tokens = json.loads((tmp_path / files.VOCABULARIES).read_text())
+    change(tokens)
+    (tmp_path / files.VOCABULARIES).write_text(json.dumps(tokens))
+    _rewrite(tmp_path, lambda body: _rehash(body, tmp_path))
+    with pytest.raises(ModelFileError, match=message):
+        load_model(tmp_path)
+
+
+JSON_TEXTS = {
+    "deep": ("[" * 100_000, "is not JSON"),
+    "twice": ('{"format": 1, "format": 1}', "a key stands twice"),
+    "long number": ('{"format": ' + "9" * 10_000 + "}", "is not JSON"),
+    "large": (" " * (3 << 20), r"has 3,145,728 bytes, but at most 2,097,152 belong there"),
+    "list": ("[1]", "is not a model of format 1"),
+    "no text": ("\udcff", "is not JSON"),
+}
+
+
+@pytest.mark.parametrize("case", JSON_TEXTS)
+def test_hostile_json_is_refused(case: str, data: Dataset, model: DLRM, tmp_path: Path) -> None:
+    text, message = JSON_TEXTS[case]
+    save_model(model, data.schema, tmp_path)
+    (tmp_path / files.CONFIG).write_bytes(text.encode(errors="surrogateescape"))
+    with pytest.raises(ModelFileError, match=message):
+        load_model(tmp_path)
+
+
+@pytest.mark.parametrize("name", sorted(OURS))
+def test_only_regular_files_are_read(name: str, data: Dataset, model: DLRM, tmp_path: Path) -> None:
+    save_model(model, data.schema, tmp_path)
+    for replace in (
+        lambda path: path.symlink_to("/dev/zero"),
+        os.mkfifo,
+        Path.mkdir,
+    ):
+        (tmp_path / name).unlink()
+        replace(tmp_path / name)
+        with pytest.raises(ModelFileError, match=rf"{re.escape(name)}: (is not a regular file|cannot be read)"):
+            load_model(tmp_path)
+        (tmp_path / name).rmdir() if (tmp_path / name).is_dir() else (tmp_path / name).unlink()
+        save_model(model, data.schema, tmp_path)
+    # A link to a file is fine: caches of downloaded models are made of them.
+    (tmp_path / name).rename(tmp_path / "blob")
+    (tmp_path / name).symlink_to("blob")
+    load_model(tmp_path)
+
+
+def _set(state: dict[str, torch.Tensor], name: str, value: float) -> None:
+    state[name].view(-1)[0] = value
+
+
+WEIGHTS: dict[str, tuple[str, Callable[[dict[str, torch.Tensor]], object], str]] = {
+    "NaN in a table": (
+        "fp32",
+        lambda s: _set(s, "embeddings.embedding_bags.user.weight", np.nan),
+        "user.weight holds NaN",
+    ),
+    "infinite weight": ("fp32", lambda s: _set(s, "head.top.0.weight", -np.inf), r"head\.top\.0\.weight holds NaN"),
+    "huge weight": ("fp32", lambda s: _set(s, "head.top.0.bias", 1e30), "a magnitude above"),
+    "NaN scale": (
+        "int8",
+        lambda s: _set(s, "embeddings.embedding_bags.user.scale_bias", np.nan),
+        r"model\.safetensors",
+    ),
+    "exponent": ("int8", lambda s: s["embeddings.embedding_bags.user.exponent"].fill_(100), "reach a magnitude above"),
+    "huge exponent": ("int8", lambda s: s["embeddings.embedding_bags.user.exponent"].fill_(2**40), "exponent must be"),
+    "no range": ("int8-mlp-static", lambda s: s["head.top.0.input_qparams"].zero_(), "cannot score an example"),
+    "column": ("pruned", lambda s: _set(s, "head.top.0.col_indices", 2**30), "does not fit"),
+    "rows": ("int8-pruned", lambda s: _set(s, "head.top.0.crow_indices", 7), "does not fit"),
+    "missing tensor": ("fp32", lambda s: s.pop("head.top.0.bias"), r"lacks the tensor 'head\.top\.0\.bias'"),
+    "further tensor": ("fp32", lambda s: s.update(x=torch.zeros(1)), "has another tensor 'x'"),
+    "other type": (
+        "fp32",
+        lambda s: s.update({"head.top.0.bias": torch.zeros(128).double()}),
+        r"is 'F64' \[128\], not F32",
+    ),
+    "other shape": (
+        "fp32",
+        lambda s: s.update({"head.top.0.bias": torch.zeros(1, 128)}),
+        r"is 'F32' \[1, 128\], not F32",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", WEIGHTS)
+def test_hostile_weights_are_refused(case: str, data: Dataset, model: DLRM, tmp_path: Path) -> None:
+    form, change, message = WEIGHTS[case]
+    variant = next(variant for variant in VARIANTS if variant.name == form)
+    save_model(variant.make(model, material(data)), data.schema, tmp_path)
+    state = safetensors.torch.load_file(tmp_path / files.WEIGHTS)
+    change(state)
+    safetensors.torch.save_file(state, tmp_path / files.WEIGHTS)
+    _rewrite(tmp_path, lambda body: _rehash(body, tmp_path))
+    with pytest.raises(ModelFileError, match=message):
+        load_model(tmp_path)
+
+
+def test_a_signed_folder_is_loaded_with_its_key_alone(data: Dataset, model: DLRM, tmp_path: Path) -> None:
+    key = b"sixteen bytes or more"
+    save_model(model, data.schema, tmp_path, key=key)
+    expected = RankingModel(model, data.schema).predict([{}])
+    assert load_model(tmp_path, key=key).predict([{}]).equal(expected)
+    assert load_model(tmp_path).predict([{}]).equal(expected)  # without a key nothing is asked
+    with pytest.raises(ModelFileError, match="is not signed with this key, or was altered"):
+        load_model(tmp_path, key=b"another key of 16")
+    # What hashes alone let pass: a change by someone who computes them anew.
+    (tmp_path / files.WEIGHTS).write_bytes((tmp_path / files.WEIGHTS).read_bytes()[:-4] + b"\0\0\0\0")
+    _rewrite(tmp_path, lambda body: _rehash(body, tmp_path))
+    load_model(tmp_path)
+    with pytest.raises(ModelFileError, match="is not signed with this key, or was altered"):
+        load_model(tmp_path, key=key)
+    save_model(model, data.schema, tmp_path)
+    with pytest.raises(ModelFileError, match="is not signed, but a key was given"):
+        load_model(tmp_path, key=key)
+    for wrong, error in ((b"short", ValueError), ("text of sixteen bytes", TypeError)):
+        with pytest.raises(error, match="key must"):
+            load_model(tmp_path, key=wrong)  # type: ignore[arg-type]
+        with pytest.raises(error, match="key must"):
+            save_model(model, data.schema, tmp_path, key=wrong)  # type: ignore[arg-type]
+
+
+def test_what_could_not_be_loaded_is_not_saved(data: Dataset, model: DLRM, tmp_path: Path) -> None:
+    schema = copy.deepcopy(data.schema)
+    schema.vocabularies["user"] = Vocabulary(["1"])
+    with pytest.raises(ModelFileError, match="vocabulary of table 'user' has 1 tokens"):
+        save_model(model, schema, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+FUZZED = ["fp32", "int4-mlp", "int8-mlp-static", "int8-pruned"]
+
+
+@pytest.mark.parametrize("form", FUZZED)
+def test_mutated_folders_load_or_are_refused(form: str, data: Dataset, model: DLRM, tmp_path: Path) -> None:
+    variant = next(variant for variant in VARIANTS if variant.name == form)
+    save_model(variant.make(model, material(data)), data.schema, tmp_path)
+    whole = {name: (tmp_path / name).read_bytes() for name in OURS}
+    random = np.random.default_rng(len(form))
+    header = 8 + int.from_bytes(whole[files.WEIGHTS][:8], "little")
+    examples = [{"user": "3", "item": "5", "genres": ["Comedy"], "liked_items": ["1", "2"], "user_age": 30}, {}]
+    outcomes = {"loaded": 0, "refused": 0}
+    for _ in range(200):
+        name = str(random.choice(sorted(OURS)))
+        reach = header if name == files.WEIGHTS and random.random() < 0.5 else len(whole[name])
+        content = bytearray(whole[name])
+        _mutate(content, reach, random)
+        for other, old in whole.items():
+            (tmp_path / other).write_bytes(content if other == name else old)
+        with suppress(ValueError, KeyError, AttributeError, TypeError, RecursionError):
+            _rewrite(tmp_path, lambda body: _rehash(body, tmp_path))
+        try:
+            served = load_model(tmp_path)
+            known = {feature.name for feature in served.schema.dense} | {name for name, _ in served.schema.features}
+            scores = served.predict([{name: row[name] for name in row if name in known} for row in examples])
+        except ModelFileError:
+            outcomes["refused"] += 1
+        else:
+            assert scores.isfinite().all()
+            outcomes["loaded"] += 1
+    assert min(outcomes.values()) > 10, outcomes
+
+
+def _mutate(content: bytearray, reach: int, random: np.random.Generator) -> None:
+    """A few random changes within the first `reach` bytes: other bytes, digits, what is cut out or repeated."""
+    for _ in range(random.choice([1, 1, 1, 3])):
+        place = int(random.integers(0, max(1, min(reach, len(content)))))
+        kind = random.integers(0, 6)
+        if kind <= 2:
+            content[place] = int(random.integers(0, 256))
+        elif kind == 3:
+            content[place : place + 1] = random.choice([b"0", b"9", b"-", b"[]", b"null", b'"', b"1e9", b","])
+        elif kind == 4:
+            del content[place : place + int(random.integers(1, 30))]
+        else:
+            content[place:place] = content[place : place + int(random.integers(1, 30))]
 
 
 def test_mlps_of_another_form_share_the_tables(model: DLRM) -> None:
@@ -442,6 +773,18 @@ def test_a_folder_without_write_permission_is_refused_at_once(
     with pytest.raises(PermissionError, match="no permission to write") as caught:
         files.check_out(tmp_path / "out", OURS)
     assert caught.value.filename == str(locked)
+
+
+def test_a_place_that_takes_no_folders_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # What making a folder in /proc says; an error of the scratch folder would name a path that nobody has heard of.
+    def fail(*args: object, **options: object) -> None:
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(tmp_path / ".out-scratch"))
+
+    monkeypatch.setattr(files.tempfile, "mkdtemp", fail)
+    with pytest.raises(OSError, match="no folder can be made there") as caught:
+        files.check_out(tmp_path / "out", OURS)
+    assert caught.value.filename == str(tmp_path)
+    assert "scratch" not in str(caught.value)
 
 
 def test_what_a_link_leads_to_is_replaced(tmp_path: Path) -> None:

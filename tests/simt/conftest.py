@@ -17,7 +17,7 @@ collect_ignore = [] if BUILD == "checked" else ["test_programs.py", "test_suppor
 def kernels() -> Emulation:
     """The emulated kernels of the package, compiled from what is in csrc/ now."""
     found = emulation()
-    assert found is not None, "there is no csrc/*/op_cuda.cu"
+    assert found is not None, "there is no op_cuda.cu in csrc"
     return found
 
 

@@ -1,6 +1,6 @@
 """Compiles the CUDA kernels for the emulation, loads them, and lets this package's operators run on them.
 
-Every ``csrc/*/op_cuda.cu`` and ``csrc/common/*.cu`` there is goes into one library. Its operators are registered under
+Every ``.cu`` file of ``csrc`` goes into one library. Its operators are registered under
 ``recsys_kernels_simt`` with the schemas of ``recsys_kernels``, for CPU tensors.
 """
 
@@ -165,7 +165,7 @@ def cache_folder(build: str, name: str) -> Path:
 
 def kernel_sources() -> list[Path]:
     """Every operator's and the common files of CUDA C++ that there are."""
-    return sorted((ROOT / "csrc").glob("*/op_cuda.cu")) + sorted((ROOT / "csrc" / "common").glob("*.cu"))
+    return sorted((ROOT / "csrc").rglob("*.cu"))
 
 
 class Emulation:

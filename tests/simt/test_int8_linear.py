@@ -11,7 +11,7 @@ from support import named
 
 import recsys_kernels as rk
 from recsys_kernels.backends.registry import operators
-from recsys_kernels.ops.linear.int8.reference import DYNAMIC, NONE, RELU, STATIC, WEIGHT_ONLY
+from recsys_kernels.ops.linear.activation import DYNAMIC, NONE, RELU, STATIC, WEIGHT_ONLY
 from recsys_kernels.testing import FLOAT_DTYPES, Int8Sample, assert_matches, expected_int8_linear, int8_linear_samples
 
 from .support import BUILD, SEEDS, Emulation

@@ -201,7 +201,7 @@ def nvcc(*arguments: str | Path) -> None:
 
 @pytest.mark.parametrize("architecture", [80, 90, 100, 120])
 def test_matrix_product_is_one_instruction(architecture: int, tmp_path: Path) -> None:
-    """What csrc/common/mma.cuh emulates is what it makes of PTX, and ptxas makes code of it."""
+    """What csrc/cuda/mma.cuh emulates is what it makes of PTX, and ptxas makes code of it."""
     options = [f"-arch=sm_{architecture}", "-cubin", f"-keep-dir={tmp_path}", "-keep"]
     nvcc(*options, PROGRAMS / "matrices.cu", "-o", tmp_path / "matrices.cubin")
     (ptx,) = tmp_path.glob("*.ptx")

@@ -24,7 +24,12 @@ from support import named
 
 import recsys_kernels as rk
 from recsys_kernels.backends.registry import operators
-from recsys_kernels.ops.linear.operands import DYNAMIC, RELU, STATIC, WEIGHT_ONLY
+from recsys_kernels.ops.linear.activation import (
+    DYNAMIC,
+    RELU,
+    STATIC,
+    WEIGHT_ONLY,
+)
 from recsys_kernels.testing import (
     FLOAT_DTYPES,
     SPARSE_PATTERNS,

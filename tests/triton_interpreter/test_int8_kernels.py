@@ -12,8 +12,8 @@ from test_bad_input import guarded
 
 import recsys_kernels as rk
 from recsys_kernels.backends.registry import operators
+from recsys_kernels.ops.linear.activation import DYNAMIC, RELU, STATIC, WEIGHT_ONLY
 from recsys_kernels.ops.linear.int8 import triton as kernels
-from recsys_kernels.ops.linear.int8.reference import DYNAMIC, RELU, STATIC, WEIGHT_ONLY
 from recsys_kernels.testing import FLOAT_DTYPES, Int8Sample, assert_matches, expected_int8_linear, int8_linear_samples
 
 # All kinds on few shapes, and of the rest, which are the same code, some.

@@ -27,7 +27,12 @@ from test_bad_input import guarded
 
 import recsys_kernels as rk
 from recsys_kernels.backends.registry import operators
-from recsys_kernels.ops.linear.operands import DYNAMIC, RELU, STATIC, WEIGHT_ONLY
+from recsys_kernels.ops.linear.activation import (
+    DYNAMIC,
+    RELU,
+    STATIC,
+    WEIGHT_ONLY,
+)
 from recsys_kernels.ops.linear.sparse import reference
 from recsys_kernels.ops.linear.sparse import triton as kernels
 from recsys_kernels.testing import (

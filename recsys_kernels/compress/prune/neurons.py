@@ -13,9 +13,10 @@ from torch.utils import _pytree as pytree
 
 from ...models.dlrm import DLRM
 from ...ops.linear.sparse.patterns import check_sparsity, lowest, parse_pattern
-from ..converters.int8 import LinearConverter
-from ..rewrite.plan import Layer, Plan
-from ..rewrite.trial_run import call
+from ..converters.converter import LayerDecision
+from ..converters.linear import LinearConverter
+from ..rewrite.inspect.model_calls import ModelCall, model_calls
+from ..rewrite.plan import RewritePlan
 from .layers import Choice, aligned, chosen_modules, is_named
 from .masks import check_finite
 
@@ -90,14 +91,14 @@ class NeuronReport:
 class _Link:
     """A layer, what its neurons go through, and the layer that takes them; or why they can't be dropped."""
 
-    layer: Layer
+    layer: LayerDecision
     between: list[torch.nn.Module] = field(default_factory=list)
-    following: Layer | None = None
+    following: LayerDecision | None = None
     reason: str = "not in a torch.nn.Sequential before another linear layer"
 
 
 class _Neurons(LinearConverter):
-    """Linear layers, to a :class:`Plan`: it finds out whose weights other code uses."""
+    """Linear layers: a :class:`RewritePlan` finds out whose weights other code uses."""
 
     def reason_to_keep(self, module: Any, choice: str, parents: Sequence[torch.nn.Module]) -> str | None:
         if any(getattr(module, hooks) for hooks in _HOOKS):
@@ -160,10 +161,11 @@ def prune_neurons(
         known = ", ".join(map(repr, SCORES))
         raise ValueError(f"scores must be {known} or tensors by the names of layers, but is {scores!r}")
     chosen = chosen_modules(model, layers)
-    plan = Plan(model, [(_Neurons(), "fewer neurons")])
-    plan.leave_tied()
-    expected = plan.leave_read(sample_inputs)
-    plan.leave_tied()
+    plan = RewritePlan(model, [(_Neurons(), "fewer neurons")])
+    plan.keep_tied()
+    calls = model_calls(model, sample_inputs, None)
+    expected = plan.keep_read(calls, other_methods=False)
+    plan.keep_tied()
     links = [link for key, link in _links(plan).items() if chosen is None or key in chosen]
     for link in links:
         if link.following is None and is_named(model, layers, link.layer.module):
@@ -173,44 +175,44 @@ def prune_neurons(
         raise ValueError(f"the model has no torch.nn.Linear that can lose neurons{listed}")
     kept = {id(link): _kept(link, share, scores) for link in links if link.following is not None}
     new = _smaller(plan, [link for link in links if id(link) in kept], kept)
-    if sample_inputs is not None:
-        _try(new, sample_inputs, expected)
+    for call, outputs in zip(calls, expected, strict=True):
+        _try(new, call, outputs)
     return new, _report(model, new, links, kept)
 
 
 # ---- what follows what ---------------------------------------------------------------------------------------------
 
 
-def _links(plan: Plan) -> dict[int, _Link]:
+def _links(plan: RewritePlan) -> dict[int, _Link]:
     """For each linear layer, by id, what takes its outputs."""
-    links = {key: _Link(layer) for key, layer in plan.layers.items()}
+    links = {key: _Link(layer) for key, layer in plan.decisions.items()}
     for link in links.values():
-        link.reason = link.layer.keep or link.reason
+        link.reason = link.layer.reason_to_keep or link.reason
     nested = {
         id(child)
-        for module in plan.modules.values()
+        for module in plan.contents.modules.values()
         if _is_plain(module, plan)
         for child in module._modules.values()
         if child is not None and _is_plain(child, plan) and _is_only_here(child, plan)
     }
-    for key, module in plan.modules.items():
-        if type(module) is torch.nn.Sequential and key in plan.taken:
+    for key, module in plan.contents.modules.items():
+        if type(module) is torch.nn.Sequential and key in plan.taken_apart:
             for child in module.modules():
-                if id(child) in links and links[id(child)].layer.keep is None:
-                    links[id(child)].reason = f"its Sequential is not only called: {plan.taken[key]}"
+                if id(child) in links and links[id(child)].layer.reason_to_keep is None:
+                    links[id(child)].reason = f"its Sequential is not only called: {plan.taken_apart[key]}"
         if _is_plain(module, plan) and key not in nested:
             _follow(_flat(module, nested), plan, links)
     return links
 
 
-def _is_plain(module: torch.nn.Module, plan: Plan) -> bool:
+def _is_plain(module: torch.nn.Module, plan: RewritePlan) -> bool:
     """Whether it is a Sequential that does nothing but call its modules, one after the other."""
-    free = type(module) is torch.nn.Sequential and id(module) not in plan.taken and "forward" not in vars(module)
+    free = type(module) is torch.nn.Sequential and id(module) not in plan.taken_apart and "forward" not in vars(module)
     return free and not any(getattr(module, hooks) for hooks in _HOOKS)
 
 
-def _is_only_here(module: torch.nn.Module, plan: Plan) -> bool:
-    return len(plan.parents[id(module)]) == 1 and id(module) not in plan.aliased
+def _is_only_here(module: torch.nn.Module, plan: RewritePlan) -> bool:
+    return len(plan.contents.parents[id(module)]) == 1 and id(module) not in plan.contents.held_twice
 
 
 def _flat(sequential: torch.nn.Module, nested: set[int]) -> list[torch.nn.Module]:
@@ -221,11 +223,11 @@ def _flat(sequential: torch.nn.Module, nested: set[int]) -> list[torch.nn.Module
     return flat
 
 
-def _follow(flat: Sequence[torch.nn.Module], plan: Plan, links: Mapping[int, _Link]) -> None:
+def _follow(flat: Sequence[torch.nn.Module], plan: RewritePlan, links: Mapping[int, _Link]) -> None:
     """Finds the following layer of each linear one in a list of modules that are called one after the other."""
     for number, module in enumerate(flat):
         link = links.get(id(module))
-        if link is None or link.layer.keep is not None:
+        if link is None or link.layer.reason_to_keep is not None:
             continue
         if not _is_only_here(module, plan):
             link.reason = "used in several places"
@@ -234,8 +236,8 @@ def _follow(flat: Sequence[torch.nn.Module], plan: Plan, links: Mapping[int, _Li
         for other in flat[number + 1 :]:
             if id(other) in links:
                 following = links[id(other)].layer
-                if following.keep is not None:
-                    link.reason = f"{following.names[0]!r}, which follows, can't be changed: {following.keep}"
+                if following.reason_to_keep is not None:
+                    link.reason = f"{following.names[0]!r}, which follows, can't be changed: {following.reason_to_keep}"
                 elif not _is_only_here(other, plan):
                     link.reason = f"{following.names[0]!r}, which follows, is used in several places"
                 elif other.in_features != module.out_features:
@@ -244,12 +246,12 @@ def _follow(flat: Sequence[torch.nn.Module], plan: Plan, links: Mapping[int, _Li
                     link.following = following
                 break
             if refusal := _refusal(other, link.layer.module.out_features, plan):
-                link.reason = f"{plan.names[id(other)][0]!r}, which follows, {refusal}"
+                link.reason = f"{plan.contents.names[id(other)][0]!r}, which follows, {refusal}"
                 break
             link.between.append(other)
 
 
-def _refusal(module: torch.nn.Module, neurons: int, plan: Plan) -> str | None:
+def _refusal(module: torch.nn.Module, neurons: int, plan: RewritePlan) -> str | None:
     """Why neurons can't be dropped in front of a module."""
     kind = type(module).__name__
     if type(module) not in _ELEMENTWISE | _PER_NEURON:
@@ -321,7 +323,7 @@ def _scores(link: _Link, scores: str | Mapping[str, torch.Tensor]) -> torch.Tens
 # ---- the smaller model ---------------------------------------------------------------------------------------------
 
 
-def _smaller(plan: Plan, links: Sequence[_Link], kept: Mapping[int, torch.Tensor]) -> torch.nn.Module:
+def _smaller(plan: RewritePlan, links: Sequence[_Link], kept: Mapping[int, torch.Tensor]) -> torch.nn.Module:
     rows: dict[int, torch.Tensor] = {}
     columns: dict[int, torch.Tensor] = {}
     between: dict[int, list[torch.nn.Module]] = defaultdict(list)
@@ -373,9 +375,9 @@ def _select(module: torch.nn.Module, name: str, kept: torch.Tensor, dim: int) ->
         setattr(module, name, values)
 
 
-def _try(new: torch.nn.Module, sample_inputs: Any, expected: Any) -> None:
+def _try(new: torch.nn.Module, call: ModelCall, expected: Any) -> None:
     try:
-        outputs = call(copy.deepcopy(new), sample_inputs)
+        outputs = call.run(copy.deepcopy(new))
     except Exception as error:
         raise RuntimeError(
             "the smaller model fails on sample_inputs, the given one does not; choose others with layers "

@@ -1,1 +1,1 @@
-"""What quantization needs to know of activations."""
+"""Quantization: the ranges of activations, and equalization of channels."""

@@ -1,4 +1,4 @@
-"""Ranges of what linear layers get as input, seen on batches: what static int8 layers quantize by."""
+"""The ranges of the inputs of linear layers, observed on batches: static int8 layers quantize by them."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from typing import Any
 
 import torch
 
-from ..converters.int8 import LinearConverter, Range
-from ..rewrite.masked import without_masks
-from ..rewrite.plan import Plan, Skip
+from ..rewrite.plan import RewritePlan, Skip, plan_replacements
+from ..rewrite.without_masks import without_masks
+
+Range = tuple[float, float]
 
 METHODS = ("minmax", "percentile", "mse")
 
@@ -34,8 +35,8 @@ def calibrate(
 ) -> dict[str, Range]:
     """Ranges for the inputs of a model's linear layers, by name, from what they get on some batches.
 
-    The model runs on every batch in eval mode and without gradients, and is left as it was. Of each layer a minimum, a
-    maximum and, but for ``"minmax"``, a histogram is kept, whatever the number of batches.
+    The model runs on every batch in eval mode and without gradients, and is left as it was. The memory
+    for each layer does not grow with the batches: a minimum, a maximum and, but for ``"minmax"``, a histogram.
 
     Example:
         >>> ranges = rk.calibrate(model, (x for x, _ in loader), "mse")            # doctest: +SKIP
@@ -66,7 +67,7 @@ def calibrate(
         raise ValueError(f"percentile must be above 50 and at most 100, but is {percentile}")
     _check_model(model)
     plain, masked, _ = without_masks(model)
-    layers = {layer.names[0]: masked.get(id(layer.module), layer.module) for layer in plan_of(plain, skip).swapped}
+    layers = {layer.names[0]: masked.get(id(layer.module), layer.module) for layer in plan_of(plain, skip).replaced}
     return observe(model, layers, batches, method, percentile / 100.0, progress)
 
 
@@ -87,15 +88,15 @@ def observe(
     return {name: observer.range(method, share) for name, observer in observers.items()}
 
 
-def plan_of(model: torch.nn.Module, skip: Skip | Iterable[Skip]) -> Plan:
-    """The plan of a model whose linear layers become static ones."""
+def plan_of(model: torch.nn.Module, skip: Skip | Iterable[Skip]) -> RewritePlan:
+    """The plan of a model whose linear layers become static ones.
+
+    Raises:
+        ValueError: the model has no such layer.
+    """
     _check_model(model)
-    plan = Plan(model, [(LinearConverter(), "int8-static")])
-    plan.leave_skipped(skip)
-    plan.leave_tied()
-    plan.leave_read(None)
-    plan.leave_tied()
-    if not plan.swapped:
+    plan = plan_replacements(model, "linear", "int8-static", skip)
+    if not plan.replaced:
         raise ValueError("the model has no linear layer that can be swapped; see the report of optimize(linear='int8')")
     return plan
 

@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 
-from ..rewrite.plan import Layer, Plan, Skip
+from ..converters.converter import LayerDecision
+from ..rewrite.plan import RewritePlan, Skip
 from .calibrate import plan_of, watch
 
 # Exponents beyond would take values towards the ends of float16.
@@ -78,13 +79,13 @@ def equalize(
     return new
 
 
-def _pairs(plan: Plan) -> list[tuple[Layer, Layer]]:
+def _pairs(plan: RewritePlan) -> list[tuple[LayerDecision, LayerDecision]]:
     """Layers that follow each other, neither of which shares its weight with another."""
-    owners = Counter(id(layer.module.weight) for layer in plan.swapped)
+    owners = Counter(id(layer.module.weight) for layer in plan.replaced)
     return [
         (first, second)
-        for run in plan.runs()
-        for (first, epilogue), (second, _) in pairwise(run.steps)
+        for sequence in plan.fused_sequences()
+        for (first, epilogue), (second, _) in pairwise(sequence.steps)
         if epilogue in (None, "relu") and owners[id(first.module.weight)] == owners[id(second.module.weight)] == 1
     ]
 

@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
-from torch.nn.parameter import is_lazy
-from torch.utils import _pytree as pytree
 
-from ...ops.linear.sparse import SparseLinear
-from ..converters.int8 import LinearConverter, Range, leave_noisy, leave_slow
-from ..converters.sparse import SCHEMES as SPARSE
-from ..converters.sparse import SparseConverter, leave_dense
-from ..converters.tables import Converter, TableConverter, stored_bytes
-from .masked import without_masks
-from .plan import Layer, Plan, Skip, dtype_name
-from .report import LayerSwap, OptimizeReport
-from .trial_run import call
+from ..converters.converter import InputRange, Options, check_options, chosen_converters, converter_class
+from .build import build
+from .compare import compare
+from .inspect.model_calls import Methods, model_calls
+from .plan import RewritePlan, Skip
+from .report import OptimizeReport, report_of
+from .without_masks import without_masks
 
 
 def optimize(
@@ -30,9 +26,10 @@ def optimize(
     sparsity: float | None = None,
     pattern: str | None = None,
     sample_inputs: Any = None,
-    ranges: Mapping[str, Range] | None = None,
+    ranges: Mapping[str, InputRange] | None = None,
     min_sqnr: float | None = None,
     batch_size: int | None = None,
+    methods: Methods | None = None,
 ) -> tuple[torch.nn.Module, OptimizeReport]:
     """A copy of a model, for inference, with smaller layers; the model itself is not changed.
 
@@ -101,161 +98,29 @@ def optimize(
     """
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, but is {type(model).__name__}")
-    _check(linear, sample_inputs, ranges, min_sqnr, batch_size)
-    _check_pruning(linear, sparsity, pattern)
-    plain, masked, notes = without_masks(model) if linear in SPARSE else (model, {}, [])
-    wanted = ((TableConverter(), embedding), (_linear_converter(plain, linear, sparsity, pattern, ranges), linear))
-    plan = Plan(plain, _chosen(wanted), masked)
-    plan.leave_skipped(skip)
-    plan.leave_tied()
-    expected = plan.leave_read(sample_inputs)
-    plan.leave_tied()  # once more: a read of one layer's weight is one of all that share it
+    if batch_size is not None and batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, but is {batch_size}")
+    calls = model_calls(model, sample_inputs, methods)
+    choices = {"embedding": embedding, "linear": linear}
+    options = Options(model, choices, sparsity, pattern, ranges, min_sqnr, batch_size, sampled=bool(calls))
+    check_options(options)
+    plan = _plan(options)
+    plan.keep_skipped(skip)
+    plan.keep_tied()
+    expected = plan.keep_read(calls, other_methods=methods is None)
+    plan.keep_tied()  # once more: a read of one layer's weight is one of all that share it
     plan.convert()
-    if linear is not None:
-        _leave_worse(plan, sample_inputs is not None, min_sqnr, batch_size)
-    new = plan.build()
+    plan.keep_unprofitable()
+    new = build(plan)
+    return new, report_of(plan, model, new, compare(plan, new, calls, expected) if calls else ())
+
+
+def _plan(options: Options) -> RewritePlan:
+    """The plan of a model, without the masks that a chosen converter takes off."""
+    classes = [converter_class(option, choice) for option, choice in options.choices.items() if choice is not None]
+    if not any(converter.takes_off_masks for converter in classes):
+        return RewritePlan(options.model, chosen_converters(options))
+    plain, masked, notes = without_masks(options.model)
+    plan = RewritePlan(plain, chosen_converters(replace(options, model=plain)), masked)
     plan.notes += notes
-    error = None if sample_inputs is None else _output_error(expected, _try(plan, new, sample_inputs))
-    return new, _report(plan, model, new, error)
-
-
-def _leave_worse(plan: Plan, sampled: bool, min_sqnr: float | None, batch_size: int | None) -> None:
-    """Keeps linear layers whose new form is not good or fast enough, as far as that can be told."""
-    timed = sampled or batch_size is not None
-    leave_dense(plan, batch_size, timed)
-    plan.leave_tied()
-    if sampled:
-        leave_noisy(plan, min_sqnr)
-        plan.leave_tied()
-    if timed:
-        leave_slow(plan, batch_size)
-        plan.leave_tied()
-
-
-def _check(
-    linear: str | None,
-    sample_inputs: Any,
-    ranges: Mapping[str, Range] | None,
-    min_sqnr: float | None,
-    batch_size: int | None,
-) -> None:
-    """Whether options that need each other are there."""
-    static = linear in ("int8-static", "int8-static+sparse")
-    if static and ranges is None:
-        raise ValueError(f"linear={linear!r} needs ranges=rk.calibrate(model, batches)")
-    if ranges is not None and not static:
-        raise ValueError(f"ranges is for linear='int8-static', but linear is {linear!r}")
-    if min_sqnr is not None and (linear is None or sample_inputs is None):
-        raise ValueError("min_sqnr needs linear and sample_inputs, on which the noise is measured")
-    if batch_size is not None and (linear is None or batch_size < 1):
-        raise ValueError(f"batch_size must be at least 1, and needs linear, but is {batch_size} with linear={linear!r}")
-
-
-def _check_pruning(linear: str | None, sparsity: float | None, pattern: str | None) -> None:
-    """Whether options of sparse layers are given for sparse layers."""
-    for name, value in (("sparsity", sparsity), ("pattern", pattern)):
-        if value is not None and linear not in SPARSE:
-            known = ", ".join(map(repr, SPARSE))
-            raise ValueError(f"{name} is for linear={known}, but linear is {linear!r}")
-
-
-def _linear_converter(
-    model: torch.nn.Module,
-    linear: str | None,
-    sparsity: float | None,
-    pattern: str | None,
-    ranges: Mapping[str, Range] | None,
-) -> LinearConverter:
-    by_layer = None
-    if ranges is not None:
-        modules = dict(model.named_modules(remove_duplicate=False))
-        unknown = sorted(name for name in ranges if name not in modules)
-        if unknown:
-            raise ValueError(f"ranges: {unknown[0]!r} names no module of the model")
-        by_layer = {id(modules[name]): given for name, given in ranges.items()}
-    if linear not in SPARSE:
-        return LinearConverter(by_layer)
-    return SparseConverter(sparsity, "unstructured" if pattern is None else pattern, by_layer)
-
-
-def _chosen(wanted: Iterable[tuple[Converter, str | None]]) -> list[tuple[Converter, str]]:
-    for converter, choice in wanted:
-        if choice is not None and choice not in converter.choices:
-            choices = [*converter.choices, *(SPARSE if converter.option == "linear" else ())]
-            raise ValueError(f"{converter.option} must be {', '.join(map(repr, choices))} or None, but is {choice!r}")
-    return [(converter, choice) for converter, choice in wanted if choice is not None]
-
-
-# ---- the report ----------------------------------------------------------------------------------------------------
-
-
-def _report(plan: Plan, model: torch.nn.Module, new: torch.nn.Module, output_error: float | None) -> OptimizeReport:
-    order = {key: number for number, key in enumerate((*plan.modules, *plan.unregistered))}
-    return OptimizeReport(
-        layers=tuple(_describe(plan.layers[key], plan.masked) for key in sorted(plan.layers, key=order.__getitem__)),
-        bytes_before=stored_bytes(model),
-        bytes_after=stored_bytes(new),
-        output_error=output_error,
-        notes=tuple(dict.fromkeys(plan.notes)),
-    )
-
-
-def _describe(layer: Layer, masked: Mapping[int, torch.nn.Module]) -> LayerSwap:
-    module, given = layer.module, masked.get(id(layer.module), layer.module)
-    tensors = [*given.parameters(), *given.buffers()]
-    before = sum(tensor.nbytes for tensor in tensors if not is_lazy(tensor))
-    error = relative = None
-    if layer.new is not None:
-        error = layer.converter.max_error(module, layer.new)
-        largest = max(abs(value.item()) for value in module.weight.detach().aminmax())
-        relative = error / largest if largest else 0.0
-    return LayerSwap(
-        names=tuple(layer.names),
-        kind=type(module).__name__,
-        action="kept" if layer.new is None else layer.choice,
-        reason=layer.keep or "; ".join(layer.notes),
-        shape=layer.converter.shape(module),
-        dtype=dtype_name(tensors[0]) if tensors else "",
-        bytes_before=before,
-        bytes_after=before if layer.new is None else stored_bytes(layer.new),
-        max_error=error,
-        relative_error=relative,
-        sqnr=layer.sqnr,
-        float_us=layer.float_us,
-        int8_us=layer.new_us,
-        sparsity=layer.new.sparsity if isinstance(layer.new, SparseLinear) else None,
-        pattern=layer.converter.pattern.name if isinstance(layer.new, SparseLinear) else None,  # type: ignore[attr-defined]
-    )
-
-
-# ---- the trial run of the new model --------------------------------------------------------------------------------
-
-
-def _try(plan: Plan, new: torch.nn.Module, sample_inputs: Any) -> Any:
-    """Outputs of a new model, which stays as it is."""
-    buffers = {id(tensor): tensor for layer in plan.swapped for tensor in layer.new.buffers()}
-    twin = copy.deepcopy(new, dict(buffers))
-    try:
-        return call(twin, sample_inputs)
-    except Exception as error:
-        raise RuntimeError(
-            "the optimized model fails on sample_inputs, the given one does not; name the layer that it cannot do "
-            f"without in skip ({type(error).__name__}: {' '.join(str(error).split())})"
-        ) from error
-
-
-def _output_error(expected: Any, outputs: Any) -> float:
-    """The largest absolute difference between floating-point outputs; infinity where only one of them is finite."""
-    pairs = [
-        [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, torch.Tensor)] for tree in (expected, outputs)
-    ]
-    shapes = [[tuple(leaf.shape) for leaf in leaves] for leaves in pairs]
-    if shapes[0] != shapes[1]:
-        raise RuntimeError(f"outputs of the optimized model have the shapes {shapes[1]} instead of {shapes[0]}")
-    worst = 0.0
-    for one, other in zip(*pairs, strict=True):
-        if one.is_floating_point() and one.numel():
-            same = (one == other) | (one.isnan() & other.isnan())
-            difference = (one.double() - other.double()).abs().masked_fill(same, 0.0)
-            worst = max(worst, difference.nan_to_num(nan=float("inf"), posinf=float("inf")).max().item())
-    return worst
+    return plan

@@ -1,32 +1,36 @@
-"""What ``optimize`` will do to each layer of a model, and the copy made from that."""
+"""What ``optimize`` will do to each layer of a model."""
 
 from __future__ import annotations
 
-import copy
 import fnmatch
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from types import FunctionType, MethodType, ModuleType
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
-from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
-from ...ops.embedding_bag import EmbeddingBagCollection
 from ...ops.linear.sparse.torch_masks import masking_hooks
-from ..converters.tables import Converter
-from .sequences import Run, find_runs
-from .trial_run import Trial
-from .weight_reads import source_reads
+from .. import converters as converters  # lists the kinds of layers
+from ..converters.converter import (
+    Converter,
+    FusedSequence,
+    LayerDecision,
+    ObservedCall,
+    Options,
+    converter_class,
+)
+from ..sizes import dtype_name
+from .fuse import find_fused_sequences
+from .inspect.contents import MODULE_STATE, ModelContents, TensorUser, overlap
+from .inspect.model_calls import ModelCall
+from .inspect.sample_run import SampleRun
+from .inspect.source_code import SourceReads, find_weight_reads
 
 Skip = str | type[torch.nn.Module]
 
-# Attributes that every module has: not the user's.
-_MODULE_STATE = frozenset(vars(torch.nn.Module()))
-_FORWARD_HOOKS = tuple(n for n in sorted(_MODULE_STATE) if n.startswith("_forward_") and "hooks" in n)
-_STATE_HOOKS = tuple(n for n in sorted(_MODULE_STATE) if "state_dict" in n and "hooks" in n)
-# What a subclass may define and still do the same as its base when it is called.
+_FORWARD_HOOKS = tuple(n for n in sorted(MODULE_STATE) if n.startswith("_forward_") and "hooks" in n)
+_STATE_HOOKS = tuple(n for n in sorted(MODULE_STATE) if "state_dict" in n and "hooks" in n)
+# A subclass may define these and still do the same as its base when it is called.
 _HARMLESS_MEMBERS = frozenset(
     (
         *("__init__", "reset_parameters", "extra_repr", "__repr__", "__module__", "__doc__", "__constants__"),
@@ -35,54 +39,22 @@ _HARMLESS_MEMBERS = frozenset(
     )
 )
 _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-_CODE = (type, FunctionType, MethodType, ModuleType)
-# Modules that read the weights of their layers themselves and know the quantized ones.
-_READERS = (EmbeddingBagCollection,)
 
 
-@dataclass(eq=False)
-class Layer:
-    """One layer on its way through ``optimize``: swapped unless there is a reason to keep it."""
-
-    module: Any
-    names: list[str]
-    converter: Converter
-    choice: str
-    keep: str | None
-    notes: list[str] = field(default_factory=list)
-    new: Any = None
-    sqnr: float | None = None
-    float_us: float | None = None
-    new_us: float | None = None
-    unmasks: bool = False
-
-    def leave(self, reason: str, unmasks: bool = False) -> None:
-        """Keeps the layer; unmasks: as a plain one with zeros in place, if it has a pruning mask."""
-        self.keep, self.notes, self.new, self.unmasks = reason, [], None, unmasks
-
-
-class User(NamedTuple):
-    """A parameter or buffer of a module."""
-
-    owner: torch.nn.Module
-    name: str
-    tensor: torch.Tensor
-
-
-class Plan:
-    """What happens to each layer of a model, and the copy made from that.
+class RewritePlan:
+    """What happens to each layer of a model.
 
     Args:
         model: the model, which is not changed.
-        converters: the kinds of layers to swap, and the new form of each.
-        masked: id of a layer -> what it is where it is kept, if that is another one: with a pruning mask.
+        converters: the kinds of layers to replace, and the new form of each.
+        masked: id of a layer -> the layer with a pruning mask that the model has in its place.
 
     Attributes:
-        layers: id of a layer of these kinds -> what happens to it.
-        modules, names, parents: of every module, by id.
-        aliased: ids of modules that plain attributes hold, too.
-        taken: id of a Sequential -> what takes modules out of it instead of calling it.
-        trial: what a run on sample inputs showed, if there was one.
+        contents: what the model holds.
+        decisions: id of a layer of these kinds -> what happens to it.
+        taken_apart: id of a Sequential -> what takes modules out of it instead of calling it.
+        sample_run: what a run on sample inputs showed, if there was one.
+        notes: what else a user should know.
     """
 
     def __init__(
@@ -92,53 +64,52 @@ class Plan:
         masked: Mapping[int, torch.nn.Module] | None = None,
     ) -> None:
         self.model, self.masked = model, masked or {}
-        self.notes: list[str] = []
-        self.modules: dict[int, torch.nn.Module] = {}
-        self.names: dict[int, list[str]] = {}
-        self.taken: dict[int, str] = {}
-        self.trial: Trial | None = None
-        for name, module in model.named_modules(remove_duplicate=False):
-            self.modules[id(module)] = module
-            self.names.setdefault(id(module), []).append(name)
-            if isinstance(module, torch.jit.ScriptModule) and not self.notes:
-                self.notes.append(f"{name or '(the model)'}: scripted, left as it is; optimize before torch.jit.script")
-        self.parents: dict[int, list[torch.nn.Module]] = {}
-        for module in self.modules.values():
-            for _, child in module._modules.items():  # a scripted module has no true dict
-                if child is not None:
-                    self.parents.setdefault(id(child), []).append(module)
-        held = list(_held(self.modules, self.names))
-        self.aliased = {id(value) for _, value in held if id(value) in self.modules}
-        self.held = [(path, value) for path, value in held if id(value) not in self.modules]
-        # Modules that the model uses without having registered them.
-        self.unregistered = {
-            id(module): (f"{path}.{name}".rstrip("."), module)
-            for path, value in self.held
-            if isinstance(value, torch.nn.Module)
-            for name, module in value.named_modules()
-            if id(module) not in self.modules
-        }
-        self.layers: dict[int, Layer] = {}
+        self.contents = ModelContents(model)
+        self.notes: list[str] = list(self.contents.notes)
+        self.taken_apart: dict[int, str] = {}
+        self.sample_run: SampleRun | None = None
+        self.decisions: dict[int, LayerDecision] = {}
+        self.informed_readers = tuple(kind for converter, _ in converters for kind in converter.informed_readers)
         for converter, choice in converters:
             self._add(converter, choice)
 
     def _add(self, converter: Converter, choice: str) -> None:
-        for key, module in self.modules.items():
-            if isinstance(module, converter.handles):
+        contents = self.contents
+        for key, module in contents.modules.items():
+            if isinstance(module, converter.covered):
                 reason = _reason_to_keep(module, converter) or converter.reason_to_keep(
-                    module, choice, self.parents.get(key, ())
+                    module, choice, contents.parents.get(key, ())
                 )
-                self.layers[key] = Layer(module, self.names[key], converter, choice, reason)
-        for key, (path, module) in self.unregistered.items():
-            if isinstance(module, converter.handles):
+                self.decisions[key] = LayerDecision(module, contents.names[key], converter, choice, reason)
+        for key, (path, module) in contents.unregistered.items():
+            if isinstance(module, converter.covered):
                 reason = "not a registered submodule: .to() and state_dict() do not reach it either"
-                self.layers[key] = Layer(module, [path], converter, choice, reason)
+                self.decisions[key] = LayerDecision(module, [path], converter, choice, reason)
+
+    # ---- what converters ask for ----
 
     @property
-    def swapped(self) -> list[Layer]:
-        return [layer for layer in self.layers.values() if layer.keep is None]
+    def observed_calls(self) -> Mapping[int, ObservedCall] | None:
+        return None if self.sample_run is None else self.sample_run.observed
 
-    def leave_skipped(self, skip: Skip | Iterable[Skip]) -> None:
+    @property
+    def sample_batch_size(self) -> int | None:
+        return None if self.sample_run is None else self.sample_run.batch_size
+
+    def replaced_by(self, converter: Converter) -> list[LayerDecision]:
+        return [layer for layer in self.replaced if layer.converter is converter]
+
+    def fused_sequences(self) -> list[FusedSequence]:
+        return find_fused_sequences(self.contents, self.decisions, self.taken_apart)
+
+    # ---- decisions ----
+
+    @property
+    def replaced(self) -> list[LayerDecision]:
+        """The layers that are replaced, as far as it is decided."""
+        return [layer for layer in self.decisions.values() if layer.reason_to_keep is None]
+
+    def keep_skipped(self, skip: Skip | Iterable[Skip]) -> None:
         """Keeps what the user names."""
         for entry in [skip] if isinstance(skip, (str, type)) else list(skip):
             text = repr(entry) if isinstance(entry, str) else getattr(entry, "__name__", repr(entry))
@@ -146,148 +117,154 @@ class Plan:
             if not roots:
                 raise ValueError(f"skip: {text} names no module of the model")
             for module in (module for root in roots for module in root.modules()):
-                if id(module) in self.layers:
-                    self.layers[id(module)].keep = f"skip={text}"
+                if id(module) in self.decisions:
+                    self.decisions[id(module)].reason_to_keep = f"skip={text}"
 
     def _matches(self, entry: Any) -> list[torch.nn.Module]:
+        modules = self.contents.modules
         if isinstance(entry, str):
-            matches = [key for key, names in self.names.items() if any(fnmatch.fnmatchcase(n, entry) for n in names)]
-            return [self.modules[key] for key in matches]
+            names = self.contents.names.items()
+            return [modules[key] for key, known in names if any(fnmatch.fnmatchcase(name, entry) for name in known)]
         if isinstance(entry, type) and issubclass(entry, torch.nn.Module):
-            return [module for module in self.modules.values() if isinstance(module, entry)]
+            return [module for module in modules.values() if isinstance(module, entry)]
         raise TypeError(f"skip takes names, patterns and module classes, not {entry!r}")
 
-    def leave_read(self, sample_inputs: Any) -> Any:
-        """Keeps layers whose weight other code reads; returns the model's outputs if there are inputs."""
-        layers = self.swapped
-        outputs = None
-        readers = [module for module in self.modules.values() if not isinstance(module, _READERS)]
-        sequentials = [module for module in self.modules.values() if type(module) is torch.nn.Sequential]
-        reads = source_reads(readers, [layer.module for layer in layers], sequentials)
-        decisive = reads.places
-        self.taken.update(reads.taken)
-        if sample_inputs is not None:
-            self.trial = Trial(self.model, [layer.module for layer in layers], sequentials, self.parents, _READERS)
-            outputs = self.trial.run(sample_inputs, self.copy_memo())
-            decisive = self.trial.reads
-            self.taken.update(self.trial.taken)
+    def keep_read(self, calls: Sequence[ModelCall], other_methods: bool = True) -> list[Any]:
+        """Keeps layers whose weight other code reads, where the new layer cannot serve such reads.
+
+        Args:
+            calls: the calls of the model that must work; they show reads that the source does not.
+            other_methods: whether methods that these calls do not reach must work, too.
+
+        Returns:
+            The outputs of each call.
+        """
+        layers = self.replaced
+        modules = self.contents.modules.values()
+        readers = [module for module in modules if not isinstance(module, self.informed_readers)]
+        sequentials = [module for module in modules if type(module) is torch.nn.Sequential]
+        reads = find_weight_reads(readers, [layer.module for layer in layers], sequentials)
+        self.taken_apart.update(reads.taken_apart)
+        outputs: list[Any] = []
+        if calls:
+            self.sample_run = SampleRun(self.contents, layers, sequentials, self.informed_readers)
+            outputs = self.sample_run.run(calls, self.copy_memo())
+            self.taken_apart.update(self.sample_run.taken_apart)
         elif layers and reads.unknown:
             methods = ", ".join(sorted(reads.unknown))
             self.notes.append(f"no source of {methods}: give sample_inputs to see whether it reads weights directly")
-            self.taken.update({id(module): methods for module in sequentials})  # it may
+            self.taken_apart.update({id(module): methods for module in sequentials})  # the methods may do that
+        informed = {id(m) for reader in modules if isinstance(reader, self.informed_readers) for m in reader.modules()}
         for layer in layers:
-            key = id(layer.module)
-            if key in decisive:
-                layer.leave(f"its weight is read by {decisive[key]}")
-            elif sample_inputs is None and key in reads.maybe:
-                layer.leave(f"its weight may be read by {reads.maybe[key]}; sample_inputs would tell")
-            elif key in reads.places:
-                layer.notes.append(f"{reads.places[key]} reads its weight, which is not float any more")
+            if layer.converter.serves_weight_reads and id(layer.module) not in informed:
+                self._serve_reads(layer, reads)
+            else:
+                self._keep_if_read(layer, reads, other_methods)
         return outputs
 
-    def leave_tied(self) -> None:
-        """Keeps layers whose weight is also used by something that is not swapped along with them."""
-        users: dict[int, list[User]] = {}
-        modules = [(self.names[key][0], module) for key, module in self.modules.items()]
-        for user in _users([*modules, *self.unregistered.values()]):
-            users.setdefault(user.tensor.untyped_storage()._cdata, []).append(user)
+    def _serve_reads(self, layer: LayerDecision, reads: SourceReads) -> None:
+        """Decides about a layer whose new form can serve reads of ``layer.weight``."""
+        key, run = id(layer.module), self.sample_run
+        if run is not None and key in run.other_reads:
+            layer.keep(f"its weight is read by {run.other_reads[key]}, which does not take it from the layer")
+            return
+        seen = {} if run is None else run.attribute_reads
+        found = next((places[key] for places in (seen, reads.places, reads.training) if key in places), None)
+        maybe = None if run is not None else reads.maybe.get(key)
+        hooked = any(getattr(layer.module, hooks) for hooks in _FORWARD_HOOKS)  # hooks get the layer and may read it
+        layer.reads_weight = hooked or found is not None or key in reads.maybe or bool(reads.unknown)
+        if found is not None or maybe is not None:
+            verb = "reads" if found is not None else "may read"
+            nbytes = layer.module.weight.nbytes
+            layer.notes.append(f"{found or maybe} {verb} its weight: up to {nbytes:,} bytes of floats for each read")
+
+    def _keep_if_read(self, layer: LayerDecision, reads: SourceReads, other_methods: bool) -> None:
+        """Keeps a layer whose new form cannot serve reads of its weight, if there may be such reads."""
+        key, run = id(layer.module), self.sample_run
+        place = reads.places.get(key, reads.training.get(key))
+        if run is None:
+            if place is not None:
+                layer.keep(f"its weight is read by {place}")
+            elif key in reads.maybe:
+                layer.keep(f"its weight may be read by {reads.maybe[key]}; sample_inputs would tell")
+            return
+        seen = run.attribute_reads.get(key, run.other_reads.get(key))
+        if seen is not None:
+            layer.keep(f"its weight is read by {seen}")
+        elif other_methods and key in reads.places:
+            layer.keep(f"its weight is read by {place}, which did not run; methods= names what must work")
+        elif place is not None:
+            layer.notes.append(f"{place} reads its weight, which is not float any more")
+
+    def keep_tied(self) -> None:
+        """Keeps layers whose weight is also used by something that is not replaced along with them."""
+        users = self.contents.tensor_users()
         changed = True
         while changed:  # keeping one may keep another
-            changed = sum(self._keep_tied(layer, users) for layer in self.swapped) > 0
+            changed = sum(self._keep_one_tied(layer, users) for layer in self.replaced) > 0
 
-    def _keep_tied(self, layer: Layer, users: Mapping[int, list[User]]) -> bool:
+    def _keep_one_tied(self, layer: LayerDecision, users: Mapping[int, list[TensorUser]]) -> bool:
         for name in sorted(layer.converter.parameters, reverse=True):  # the weight first
             own = getattr(layer.module, name)
             for user in () if own is None else users[own.untyped_storage()._cdata]:
-                if user.owner is layer.module or not _overlap(user.tensor, own):
+                if user.owner is layer.module or not overlap(user.tensor, own):
                     continue
-                other = self.layers.get(id(user.owner))
-                along = other is not None and other.keep is None and other.converter is layer.converter
+                other = self.decisions.get(id(user.owner))
+                along = other is not None and other.reason_to_keep is None and other.converter is layer.converter
                 if not (along and user.tensor is own and name == "weight"):
-                    layer.leave(f"its {name} is shared with {user.name!r}")
+                    layer.keep(f"its {name} is shared with {user.name!r}")
                     return True
         return False
 
-    def runs(self) -> list[Run]:
-        """Linear layers and functions of a Sequential that become one call each."""
-        return find_runs(self)
-
-    def build(self) -> torch.nn.Module:
-        """The new model; to be called after :meth:`convert`."""
-        memo = self.copy_memo()
-        runs = self.runs()
-        for run in runs:
-            run.fold()
-        self._note_single(runs)
-        for layer in self.swapped:
-            weight = layer.module.weight
-            memo[id(layer.module)] = layer.new
-            # Not a meta tensor: torch's matmul of a CPU and a meta tensor gives random numbers, without an error.
-            memo[id(weight)] = weight.new_full((), float("nan")).expand_as(weight)
-            layer.notes += [f"{path} is NaN now" for path, value in self.held if value is weight]
-        for layer in self.swapped:
-            carry_over(layer.module, layer.new, memo)
-        for key, module in self.masked.items():
-            if key not in memo and not (key in self.layers and self.layers[key].unmasks):
-                computed = [v for v in vars(module).values() if isinstance(v, torch.Tensor) and v.grad_fn is not None]
-                memo.update((id(value), value.detach().clone()) for value in computed)  # deepcopy refuses these
-                memo[key] = copy.deepcopy(module, memo)
-        # Inner ones first: outer ones take them as they are.
-        for sequential in reversed([m for m in self.modules.values() if any(m is run.sequential for run in runs)]):
-            _rebuild(sequential, [run for run in runs if run.sequential is sequential], memo)
-        new = copy.deepcopy(self.model, memo)
-        for module in new.modules():
-            if isinstance(module, _READERS):
-                module._refresh_plan()
-        return new
-
-    def _note_single(self, runs: Sequence[Run]) -> None:
-        """Says why linear layers of a Sequential are in no run, where that is the code's doing."""
-        inside = {id(layer) for run in runs for layer, _ in run.steps}
-        for layer in self.swapped:
-            for parent in self.parents.get(id(layer.module), ()) if id(layer) not in inside else ():
-                if id(parent) in self.taken:
-                    layer.notes.append(f"by itself, as its Sequential is not only called: {self.taken[id(parent)]}")
-
     def convert(self) -> None:
-        """Makes the new form of every layer that is swapped. Those whose values forbid it are kept, with the reason."""
-        groups: dict[int, list[Layer]] = {}
-        for layer in self.swapped:
+        """Makes the new form of every layer that is replaced. A layer whose values forbid it is kept."""
+        groups: dict[int, list[LayerDecision]] = {}
+        for layer in self.replaced:
             groups.setdefault(id(layer.module.weight), []).append(layer)
         for group in groups.values():
             try:
-                new = group[0].converter.convert([layer.module for layer in group], group[0].choice)
+                new = group[0].converter.convert(group)
             except ValueError as refusal:
                 for layer in group:
-                    layer.leave(str(refusal))
+                    layer.keep(str(refusal))
                 continue
             for layer, module in zip(group, new, strict=True):
-                layer.new = module
+                layer.replacement = module
                 layer.notes += [f"one table with {other.names[0]!r}" for other in group if other is not layer]
 
+    def keep_unprofitable(self) -> None:
+        """Lets the converters keep layers whose new form is not good or fast enough."""
+        for converter in dict.fromkeys(layer.converter for layer in self.decisions.values()):
+            for check in converter.checks():
+                check(self)
+                self.keep_tied()
+
     def copy_memo(self) -> dict[int, Any]:
-        """What a copy of the model takes instead of copying, beside layers and weights."""
-        memo: dict[int, Any] = {}
-        for path, value in self.held:
-            if isinstance(value, torch.optim.Optimizer):
-                memo[id(value)] = None
-                self.notes.append(f"{path}: the optimizer is not copied")
-            elif isinstance(value, torch.Tensor) and value.grad_fn is not None:
-                memo[id(value)] = value.detach().clone()  # deepcopy refuses results of a computation
+        """The memo of a deep copy of the model, without layers and weights."""
+        memo, notes = self.contents.copy_memo()
+        self.notes += notes
         return memo
 
 
-# ---- what may be swapped -------------------------------------------------------------------------------------------
+def plan_replacements(model: torch.nn.Module, option: str, choice: str, skip: Skip | Iterable[Skip]) -> RewritePlan:
+    """The plan of ``optimize`` with one option, before anything is converted or measured."""
+    converter = converter_class(option, choice).from_options(Options(model, {option: choice}))
+    plan = RewritePlan(model, [(converter, choice)])
+    plan.keep_skipped(skip)
+    plan.keep_tied()
+    plan.keep_read([])
+    plan.keep_tied()
+    return plan
 
 
 def _reason_to_keep(module: Any, converter: Converter) -> str | None:
-    """Why a layer is none that any converter could swap."""
+    """Why no converter could replace a layer."""
     if parametrize.is_parametrized(module):
         return f"parametrized: {', '.join(module.parametrizations)}"
-    base = next((c for c in type(module).__mro__ if c in converter.swaps), None)
+    base = next((c for c in type(module).__mro__ if c in converter.replaceable), None)
     if base is None:
-        return f"{_a(type(module).__name__)} already"
-    if members := _members(type(module), base):
+        return f"{_with_article(type(module).__name__)} already"
+    if members := _own_members(type(module), base):
         return f"its class has its own {', '.join(members)}"
     if "forward" in vars(module):
         return "its forward was replaced"
@@ -308,94 +285,11 @@ def _reason_to_keep(module: Any, converter: Converter) -> str | None:
     return None if weight.dtype in _FLOATS else f"its weight is {dtype_name(weight)}"
 
 
-def _members(cls: type, base: type) -> list[str]:
-    """What a subclass and those between define that may change what a call does, or that the model may use."""
+def _own_members(cls: type, base: type) -> list[str]:
+    """Members of a subclass that may change what a call does, or that the model may use."""
     classes = cls.__mro__[: cls.__mro__.index(base)]
     return sorted({name for c in classes for name in vars(c)} - _HARMLESS_MEMBERS)
 
 
-def _held(modules: Mapping[int, torch.nn.Module], names: Mapping[int, list[str]]) -> Iterator[tuple[str, Any]]:
-    """Tensors, optimizers and modules in plain attributes, with their paths.
-
-    Looks into containers and attributes of objects, as ``copy.deepcopy`` does.
-    """
-    seen = set(modules)
-    for key, module in modules.items():
-        prefix = f"{names[key][0]}." if names[key][0] else ""
-        queue = [(prefix + name, value) for name, value in vars(module).items() if name not in _MODULE_STATE]
-        while queue:
-            path, value = queue.pop()
-            if isinstance(value, (torch.Tensor, torch.optim.Optimizer, torch.nn.Module)):
-                yield path, value
-                continue
-            if id(value) in seen:
-                continue
-            seen.add(id(value))
-            if isinstance(value, Mapping):
-                queue += [(f"{path}[{name!r}]", item) for name, item in value.items()]
-            elif isinstance(value, (list, tuple, set, frozenset)):
-                queue += [(f"{path}[{number}]", item) for number, item in enumerate(value)]
-            elif hasattr(value, "__dict__") and not isinstance(value, _CODE):
-                queue += [(f"{path}.{name}", item) for name, item in vars(value).items()]
-
-
-def _users(modules: Iterable[tuple[str, torch.nn.Module]]) -> Iterator[User]:
-    for path, module in modules:
-        for name, tensor in (*module._parameters.items(), *module._buffers.items()):
-            if tensor is not None and not is_lazy(tensor) and tensor.layout == torch.strided:
-                yield User(module, f"{path}.{name}".lstrip("."), tensor)
-
-
-def _overlap(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Whether two tensors of one storage have memory in common, by the range that each spans."""
-    (first_a, last_a), (first_b, last_b) = _span(a), _span(b)
-    return a is b or (first_a < last_b and first_b < last_a)
-
-
-def _span(tensor: torch.Tensor) -> tuple[int, int]:
-    """First and last byte (exclusive) in the storage."""
-    if tensor.numel() == 0:
-        return 0, 0
-    last = sum((int(size) - 1) * int(step) for size, step in zip(tensor.shape, tensor.stride(), strict=True))
-    first = int(tensor.storage_offset())
-    return first * tensor.element_size(), (first + last + 1) * tensor.element_size()
-
-
-def _a(name: str) -> str:
+def _with_article(name: str) -> str:
     return f"an {name}" if name[0] in "AEIOU" else f"a {name}"
-
-
-def dtype_name(tensor: torch.Tensor) -> str:
-    """The type of a tensor without ``torch.``."""
-    return str(tensor.dtype).removeprefix("torch.")
-
-
-# ---- the copy ------------------------------------------------------------------------------------------------------
-
-
-def carry_over(old: torch.nn.Module, new: torch.nn.Module, memo: dict[int, Any]) -> None:
-    """Gives a new module the hooks around ``forward`` and the attributes that the user put on the old one."""
-    for name in _FORWARD_HOOKS:
-        setattr(new, name, copy.deepcopy(getattr(old, name), memo))
-    known = {*_MODULE_STATE, *vars(new), *getattr(old, "__constants__", ())}
-    for name, value in vars(old).items():
-        if name not in known:
-            setattr(new, name, copy.deepcopy(value, memo))
-
-
-def _rebuild(sequential: torch.nn.Module, runs: Sequence[Run], memo: dict[int, Any]) -> None:
-    """Puts the new form of a Sequential into the memo of a copy: one call for each run in it."""
-    places = {key: module for run in runs for key, module in run.places().items()}
-    inside = {key for run in runs for key in run.keys}
-    if len(runs) == 1 and inside == sequential._modules.keys():
-        new: torch.nn.Module = runs[0].module()
-        memo[id(sequential)] = new
-    else:
-        memo[id(sequential)] = new = torch.nn.Sequential()
-        for key, child in sequential._modules.items():
-            if key in places:
-                new.add_module(key, places[key])
-            elif key not in inside:
-                new.add_module(key, copy.deepcopy(child, memo))
-    new.training = sequential.training
-    carry_over(sequential, new, memo)

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import torch
+from torch.nn.parameter import is_lazy
+
+from ..converters.converter import LayerDecision
+from ..converters.measure import times_text
+from ..sizes import dtype_name, stored_bytes
+from .plan import RewritePlan
+
 
 @dataclass(frozen=True)
-class LayerSwap:
-    """One layer that was swapped or kept.
+class LayerReport:
+    """One layer that was replaced or kept.
 
     Attributes:
         names: every place in the model where it is.
@@ -23,8 +32,8 @@ class LayerSwap:
         relative_error: the same, as a share of the largest absolute value.
         sqnr: of a linear layer: power of its output over that of the error that its new form makes, in dB; None if not
             measured.
-        float_us, int8_us: of a linear layer: time of a call in float and in its new form, microseconds; of the whole
-            call where several layers run in one; None if not measured.
+        float_us, int8_us: time of a call in float and in its new form, microseconds; time of the whole call where
+            several layers run in one; None if not measured.
         sparsity, pattern: of a sparse layer: share of its weights that are dropped, and how; else None.
     """
 
@@ -51,29 +60,60 @@ class LayerSwap:
 
 
 @dataclass(frozen=True)
+class CallReport:
+    """One call of the model that was compared.
+
+    Attributes:
+        name: ``"forward"`` for the call with ``sample_inputs``, or the method or function.
+        output_error: largest absolute difference of the outputs.
+        float_us, new_us: microseconds of a call before and after, on the very arguments; None if nothing was replaced.
+    """
+
+    name: str
+    output_error: float
+    float_us: float | None = None
+    new_us: float | None = None
+
+    def __str__(self) -> str:
+        where = "the sample inputs" if self.name == "forward" else f"the call {self.name!r}"
+        text = f"outputs on {where}: largest difference {self.output_error:.3g}"
+        if self.float_us is None or self.new_us is None:
+            return text
+        return f"{text}; {times_text(self.float_us, self.new_us)}"
+
+
+@dataclass(frozen=True)
 class OptimizeReport:
     """What ``optimize`` did: print it to read it.
 
     Attributes:
         layers: one entry a layer of the kinds asked for, in the model's order.
         bytes_before, bytes_after: bytes of all parameters and buffers of the model; shared memory counts once.
-        output_error: largest absolute difference of the outputs on ``sample_inputs``; None without them.
+        output_error: largest absolute difference of the outputs of all calls; None if the model was not run.
         notes: what else is different in the new model.
+        calls: one entry a call of the model: with ``sample_inputs``, and of each of ``methods``.
     """
 
-    layers: tuple[LayerSwap, ...]
+    layers: tuple[LayerReport, ...]
     bytes_before: int
     bytes_after: int
     output_error: float | None = None
     notes: tuple[str, ...] = ()
+    calls: tuple[CallReport, ...] = ()
 
     @property
-    def swapped(self) -> tuple[LayerSwap, ...]:
+    def slower(self) -> tuple[str, ...]:
+        """Names of replaced layers and of calls that were measured to be slower than before."""
+        layers = [layer.name for layer in self.swapped if _is_slower(layer.float_us, layer.int8_us)]
+        return (*layers, *(call.name for call in self.calls if _is_slower(call.float_us, call.new_us)))
+
+    @property
+    def swapped(self) -> tuple[LayerReport, ...]:
         """The layers that have a new form."""
         return tuple(layer for layer in self.layers if layer.action != "kept")
 
     @property
-    def kept(self) -> tuple[LayerSwap, ...]:
+    def kept(self) -> tuple[LayerReport, ...]:
         """The layers that were left alone."""
         return tuple(layer for layer in self.layers if layer.action == "kept")
 
@@ -105,14 +145,15 @@ class OptimizeReport:
             )
         else:
             lines.append(f"whole model: {self.bytes_before:,} bytes as before")
-        if self.output_error is not None:
-            lines.append(f"outputs on the sample inputs: largest difference {self.output_error:.3g}")
-        elif self.swapped:
+        lines += map(str, self.calls)
+        if slower := [layer.name for layer in self.swapped if _is_slower(layer.float_us, layer.int8_us)]:
+            lines.append(f"slower than in float at this size: {', '.join(slower)}; skip= keeps such layers in float")
+        if not self.calls and self.swapped:
             lines.append("outputs were not compared: no sample_inputs given")
         return "\n".join([*lines, *self.notes])
 
 
-def _cells(layer: LayerSwap) -> tuple[str, ...]:
+def _cells(layer: LayerReport) -> tuple[str, ...]:
     rows, columns = layer.shape
     size, error = f"{layer.bytes_before:,}", ""
     if layer.max_error is not None and layer.relative_error is not None:
@@ -121,9 +162,58 @@ def _cells(layer: LayerSwap) -> tuple[str, ...]:
     return layer.name, layer.kind, f"{rows:,} x {columns:,}", layer.dtype, layer.action, size, error, layer.reason
 
 
+def _is_slower(float_us: float | None, new_us: float | None) -> bool:
+    return float_us is not None and new_us is not None and new_us > float_us
+
+
 def _line(row: tuple[str, ...], widths: list[int]) -> str:
     left = {0, 1, 3, 4}
     cells = [
         cell.ljust(w) if i in left else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=False))
     ]
     return "  ".join([*cells, row[7]]).rstrip()
+
+
+def report_of(
+    plan: RewritePlan, model: torch.nn.Module, new: torch.nn.Module, calls: tuple[CallReport, ...]
+) -> OptimizeReport:
+    """The report of a plan that was carried out."""
+    contents = plan.contents
+    order = {key: number for number, key in enumerate((*contents.modules, *contents.unregistered))}
+    decisions = [plan.decisions[key] for key in sorted(plan.decisions, key=order.__getitem__)]
+    return OptimizeReport(
+        layers=tuple(_describe(layer, plan.masked) for layer in decisions),
+        bytes_before=stored_bytes(model),
+        bytes_after=stored_bytes(new),
+        output_error=max((call.output_error for call in calls), default=None),
+        notes=tuple(dict.fromkeys(plan.notes)),
+        calls=calls,
+    )
+
+
+def _describe(layer: LayerDecision, masked: Mapping[int, torch.nn.Module]) -> LayerReport:
+    module, given = layer.module, masked.get(id(layer.module), layer.module)
+    tensors = [*given.parameters(), *given.buffers()]
+    before = sum(tensor.nbytes for tensor in tensors if not is_lazy(tensor))
+    new = layer.replacement
+    error = relative = None
+    if new is not None:
+        error = layer.converter.max_error(module, new)
+        largest = max(abs(value.item()) for value in module.weight.detach().aminmax())
+        relative = error / largest if largest else 0.0
+    return LayerReport(
+        names=tuple(layer.names),
+        kind=type(module).__name__,
+        action="kept" if new is None else layer.choice,
+        reason=layer.reason_to_keep or "; ".join(layer.notes),
+        shape=layer.converter.shape(module),
+        dtype=dtype_name(tensors[0]) if tensors else "",
+        bytes_before=before,
+        bytes_after=before if new is None else stored_bytes(new),
+        max_error=error,
+        relative_error=relative,
+        sqnr=layer.sqnr,
+        float_us=layer.float_us,
+        int8_us=layer.replacement_us,
+        **({} if new is None else layer.converter.report_fields(layer)),
+    )

@@ -10,6 +10,8 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from recsys_kernels.models.metrics import Estimate
+
 from .variants import BASELINE
 
 _WIDTH = 4.3  # inches; with 11-point text a phone of 390 pixels shows about 11 pixels
@@ -31,28 +33,48 @@ def latency(report: Report, key: str | None = None) -> Figure:
     """Median and 99th percentile of a forward call by batch size.
 
     Args:
-        report: see `compress.job.to_json`.
+        report: see `run.to_json`.
         key: "grown" for the cost with grown tables, None for the trained model.
     """
     variants = [variant if key is None else variant[key] for variant in report["variants"]]
     titles = [variant["title"] for variant in report["variants"]]
     sizes = list(variants[0]["latency"])
     with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=(_WIDTH, (0.6 + 0.25 * len(variants)) * len(sizes)), layout="constrained")
+        figure = Figure(figsize=(_WIDTH, (0.75 + 0.25 * len(variants)) * len(sizes)), layout="constrained")
         for axes, size in zip(figure.subplots(len(sizes), squeeze=False)[:, 0], sizes, strict=True):
             median = [variant["latency"][size]["p50_us"] for variant in variants]
             tail = [variant["latency"][size]["p99_us"] for variant in variants]
             # A busy machine's tail can be 40 times the median: it must not shrink the bars to nothing.
             most = min(max(tail), 2 * max(median))
-            _bars(axes, titles, median, _colors(report), [_micros(value) for value in median], tail, most)
+            _bars(axes, titles, median, _colors(report), [""] * len(median), tail, most)
             for row, value in enumerate(tail):
                 if value <= most:
                     axes.plot([value, value], [row - 0.32, row + 0.32], color=_RED, linewidth=2)
                 else:
-                    axes.text(1.12 * most, row, f"{_micros(value)} →", va="center", ha="right", color=_RED)
-            axes.set_title(f"{int(size)} example{'s' if int(size) > 1 else ''} a call")
+                    axes.plot(1.08 * most, row, marker=">", color=_RED, markersize=5)
+            # The numbers stand in columns of their own: beside a bar that of the median would seem that of the mark.
+            _column(axes, 42, "median", [_micros(value) for value in median], _BLUE)
+            _column(axes, 82, "p99", [_micros(value) for value in tail], _RED)
+            axes.set_title(f"{int(size)} example{'s' if int(size) > 1 else ''} a call", pad=16)
         axes.set_xlabel("time of one call, µs")
     return figure
+
+
+def _column(axes: Axes, place: float, head: str, texts: Sequence[str], color: str) -> None:
+    """Numbers right of the axes, one a row, whose right edge is `place` points away."""
+    for row, text in ((-0.95, head), *enumerate(texts)):
+        axes.annotate(
+            text,
+            (1, row),
+            (place, 0),
+            xycoords=axes.get_yaxis_transform(),
+            textcoords="offset points",
+            annotation_clip=False,
+            va="center",
+            ha="right",
+            color=color,
+            fontsize=10,
+        )
 
 
 def table_size(report: Report) -> Figure:
@@ -67,7 +89,7 @@ def table_size(report: Report) -> Figure:
         totals = [a + b for a, b in zip(tables, others, strict=True)]
         _bars(axes, [v["title"] for v in variants], tables, _colors(report), [""] * len(tables), totals, max(totals))
         rows = list(range(len(variants)))
-        axes.barh(rows, others, left=tables, color="#d9dee3", height=0.6)
+        axes.barh(rows, others, left=tables, color="#b8c1c9", height=0.6)
         for row, total in enumerate(totals):
             axes.text(total, row, f" {total:,.{digits}f}", va="center")
         axes.set_xlabel(f"size, {unit}")
@@ -75,26 +97,32 @@ def table_size(report: Report) -> Figure:
 
 
 def auc_change(report: Report) -> Figure:
-    """Change of the test AUC against the uncompressed model, with the tolerance."""
+    """Change of the test AUC against the uncompressed model, with its deviation and the tolerance."""
     variants = [variant for variant in report["variants"] if variant["name"] != BASELINE]
-    changes = [variant["auc_change"] for variant in variants]
-    tolerance = report["auc_tolerance"]
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=(_WIDTH, 0.9 + 0.33 * len(variants)), layout="constrained")
         axes = figure.subplots()
-        rows = list(range(len(variants)))
-        axes.axvspan(-tolerance, tolerance, color="#e6f0e6")
-        axes.axvline(0, color="#444", linewidth=1)
-        axes.scatter(changes, rows, color=_BLUE, s=45, zorder=3)
-        for row, value in enumerate(changes):
-            axes.annotate(change(value), (value, row), (9, 0), textcoords="offset points", va="center")
-        reach = 1.4 * max(tolerance, *(abs(value) for value in changes))
-        axes.set_xlim(-reach, reach)
+        _changes(axes, variants, [_BLUE] * len(variants), report["auc_tolerance"])
         axes.set_ylim(len(variants) - 0.5, -0.5)
-        axes.set_yticks(rows, [variant["title"] for variant in variants])
-        axes.set_xticks([-tolerance, 0, tolerance])
+        axes.set_yticks(range(len(variants)), [variant["title"] for variant in variants])
         axes.set_xlabel("change of AUC (no unit)")
     return figure
+
+
+def _changes(axes: Axes, variants: Sequence[dict[str, Any]], colors: Sequence[str], tolerance: float) -> None:
+    """A point a variant at its change of AUC, with a line two deviations long to each side."""
+    rows = list(range(len(variants)))
+    changes = [variant["auc_change"] for variant in variants]
+    spreads = [2 * variant["auc_change_deviation"] for variant in variants]
+    axes.axvspan(-tolerance, tolerance, color="#d0e6d0")
+    axes.axvline(0, color="#444", linewidth=1)
+    axes.hlines(rows, *zip(*((c - s, c + s) for c, s in zip(changes, spreads, strict=True)), strict=True), color=colors)
+    axes.scatter(changes, rows, color=colors, s=40, zorder=3)
+    reach = 1.15 * max(1.2 * tolerance, *(abs(c) + s for c, s in zip(changes, spreads, strict=True)))
+    axes.set_xlim(-reach, reach)
+    axes.set_xticks([-tolerance, 0, tolerance] if reach < 4 * tolerance else [0])
+    if reach >= 4 * tolerance:
+        axes.locator_params(axis="x", nbins=3)
 
 
 def training(report: Report) -> Figure:
@@ -135,23 +163,17 @@ def overview(report: Report) -> Figure:
         first.set_xlabel("model size, MB")
         _bars(second, titles, median, _colors(report), [_micros(value) for value in median], median, max(median))
         second.set_xlabel(f"time for {int(size)} examples, µs")
-        changes = [variant["auc_change"] for variant in variants]
-        third.axvspan(-report["auc_tolerance"], report["auc_tolerance"], color="#e6f0e6")
-        third.axvline(0, color="#444", linewidth=1)
-        third.scatter(changes, range(len(changes)), color=_colors(report), s=45, zorder=3)
-        reach = 1.4 * max(report["auc_tolerance"], *(abs(value) for value in changes))
-        third.set_xlim(-reach, reach)
-        third.set_xticks([-report["auc_tolerance"], 0, report["auc_tolerance"]])
-        third.set_xlabel("change of test AUC")
+        _changes(third, variants, _colors(report), report["auc_tolerance"])
+        third.set_xlabel("AUC change, ± 2 deviations")
         grown = report["grown_rows"]
         where = f"tables of {grown:,} rows" if grown else report["data"]["name"]
         figure.suptitle(f"One ranking model, {where}; AUC on {report['data']['name']}", fontsize=11)
     return figure
 
 
-def change(value: float) -> str:
-    """A difference of AUCs with its sign; never "-0.00000"."""
-    return f"{round(value, 5) + 0.0:+.5f}"
+def change(variant: dict[str, Any]) -> Estimate:
+    """A variant's change of the test AUC."""
+    return Estimate(variant["auc_change"], variant["auc_change_deviation"])
 
 
 def svg(figure: Figure, label: str) -> str:
@@ -171,10 +193,12 @@ def _bars(
     ends: Sequence[float],
     most: float,
 ) -> None:
-    """Horizontal bars with a text each, which avoids the mark at `ends`; the axis shows values up to `most`."""
+    """Horizontal bars with a text each, beside what ends at `ends`; the axis shows values up to `most`."""
     rows = list(range(len(titles)))
     axes.barh(rows, values, color=colors, height=0.6)
     for row, (value, text, end) in enumerate(zip(values, texts, ends, strict=True)):
+        if not text:
+            continue
         if value > 0.25 * most:
             axes.text(value, row, f"{text} ", va="center", ha="right", color="white")
         else:

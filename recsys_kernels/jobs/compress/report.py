@@ -10,9 +10,11 @@ import jinja2
 from markupsafe import Markup
 
 from recsys_kernels.models.files import CONFIG, VOCABULARIES, WEIGHTS, new_folder, save_model
+from recsys_kernels.models.metrics import Estimate, decimals
 
 from . import plots
 from .run import JobResult, to_json
+from .variants import BASELINE
 
 PAGE, NUMBERS, PICTURE = "report.html", "report.json", "overview.png"
 FILES = frozenset({PAGE, NUMBERS, PICTURE, WEIGHTS, CONFIG, VOCABULARIES})
@@ -62,6 +64,10 @@ def render(report: dict[str, Any], folder: Path, example: str) -> str:
         size=lambda count: f"{count / scale:,.{0 if unit == 'kB' else 1}f}",
         micros=lambda value: f"{value:,.0f}" if value >= 100 else f"{value:.1f}",
         worth=report["variants"][0]["auc"] - report["without_tables"]["auc"],
+        auc=lambda value: f"{value:.{decimals(report['auc_deviation'])}f}",
+        loss=lambda value: f"{value:.{decimals(report['log_loss_deviation'])}f}",
+        change=lambda variant: "" if variant["name"] == BASELINE else str(plots.change(variant)),
+        lead=Estimate(report["boosted"]["lead"], report["boosted"]["lead_deviation"]),
         online="user_mean" in report["data"]["dense"],
         saved=report["saved"],
         saved_title=saved["title"],
@@ -80,14 +86,14 @@ def render(report: dict[str, Any], folder: Path, example: str) -> str:
 
 def _headline(first: dict[str, Any], saved: dict[str, Any]) -> str:
     ratio = first["total_bytes"] / saved["total_bytes"]
-    return f"{saved['title']}: {ratio:.1f} times smaller, AUC {saved['auc']:.4f} against {first['auc']:.4f}"
+    return f"{saved['title']}: {ratio:.1f} times smaller, AUC {plots.change(saved)}"
 
 
 def _facts(first: dict[str, Any], saved: dict[str, Any]) -> list[tuple[str, str]]:
     facts = [
         (f"{first['total_bytes'] / saved['total_bytes']:.1f}x", "smaller model"),
         (f"{first['table_bytes'] / saved['table_bytes']:.1f}x", "smaller embedding tables"),
-        (plots.change(saved["auc_change"]), "change of test AUC"),
+        (str(plots.change(saved)), "change of test AUC"),
     ]
     cost, where = (saved["grown"], ", grown tables") if saved["grown"] else (saved, "")
     for size, latency in cost["latency"].items():
@@ -134,6 +140,11 @@ def _setup(report: dict[str, Any]) -> list[tuple[str, str]]:
             "Pruned MLPs",
             f"{pruning['sparsity']:.0%} of the weights, pattern: {pruning['pattern']}, epochs: {pruning['epochs']}, "
             f"labels: {pruning['labels']}",
+        ),
+        (
+            "Trees",
+            f"scikit-learn's gradient boosting, {report['boosted']['rounds']} trees by validation AUC, "
+            f"{report['boosted']['rows']:,} training rows; ids as the mean label of other training rows",
         ),
         ("Timing", f"one process, forms in turn on the same batches, threads: {report['threads']}"),
         ("Machine", f"{machine['cpu']}, {machine['system']}, torch {machine['torch']}"),

@@ -14,9 +14,8 @@ from recsys_kernels.ops.linear.sparse import SparseLinear, SparseMLP
 from recsys_kernels.ops.linear.sparse.formats import stored_pattern
 from recsys_kernels.ops.linear.sparse.patterns import parse_pattern
 
-from ...compress.converters.int8 import Range
 from ...compress.prune.masks import prune, remove_masks
-from ...compress.quantize.calibrate import observe
+from ...compress.quantize.calibrate import Range, observe
 
 # How static ranges are found, see `rk.calibrate`.
 METHOD = "mse"

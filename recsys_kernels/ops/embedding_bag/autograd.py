@@ -11,7 +11,7 @@ differentiation only. A max over rows is a gather, and its derivatives are plain
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -26,6 +26,7 @@ from .spec import BagSpec, FeaturePlan, QuantizedTable
 
 _NO_BAGS = BagSpec(SUM, -1, False)
 _INDEX_TYPES = (torch.int32, torch.int64)
+_transforms_active = torch._C._are_functorch_transforms_active
 
 
 def _run(name: str, at: torch.Tensor, *args: Any) -> Any:
@@ -35,16 +36,19 @@ def _run(name: str, at: torch.Tensor, *args: Any) -> Any:
 
 def _apply(function: Any, *args: Any) -> Any:
     """``function.apply(*args)``, without torch's look at the signature (10 us) where only functorch needs it."""
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+    if torch.compiler.is_compiling() or _transforms_active():
         return function.apply(*args)
     return super(torch.autograd.Function, function).apply(*unwrap_dead_wrappers(args))
 
 
-def _wants_graph(*tensors: torch.Tensor | None) -> bool:
-    """Whether a call on these tensors is differentiated. (The fast path of ``embedding_bag`` asks the same inline.)"""
-    if forward_ad._current_level >= 0:
+def _wants_graph(one: torch.Tensor, other: torch.Tensor | None = None) -> bool:
+    """Whether a call on these tensors is differentiated. (``embedding_bag`` asks the same inline.)
+
+    Under functorch's transforms a tensor does not tell: what ``vmap`` hands out in ``grad`` requires no gradient.
+    """
+    if forward_ad._current_level >= 0 or _transforms_active():
         return True
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    return torch.is_grad_enabled() and (one.requires_grad or (other is not None and other.requires_grad))
 
 
 def _pick(function: Any, dual: Any) -> Any:
@@ -74,7 +78,7 @@ class _Looped(torch.autograd.Function):
 # ---- one table: the three operators and their derivatives ---------------------------------------------------------
 
 
-class _Pool(_Looped):
+class Pool(_Looped):
     """``embedding_bag`` for sum and mean; its operands, and whether the table's gradient is sparse."""
 
     @staticmethod
@@ -91,20 +95,33 @@ class _Pool(_Looped):
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        weight, indices, offsets, per_sample_weights = ctx.saved_tensors
-        grad_weight = grad_samples = None
-        if ctx.needs_input_grad[0]:
-            args = grad, indices, offsets, per_sample_weights, ctx.spec, ctx.num_embeddings
-            grad_weight = _sparse_backward(*args) if ctx.sparse else _table_gradient(*args)
-        if per_sample_weights is not None and ctx.needs_input_grad[3]:
-            grad_samples = _weights_gradient(grad, weight, indices, offsets, ctx.spec).reshape(per_sample_weights.shape)
-        return grad_weight, None, None, grad_samples, None, None, None, None
+        return *pool_backward(ctx, grad, _sparse_backward, *ctx.saved_tensors), None, None, None, None
 
 
-class _PoolDual(_Pool):
+def pool_backward(
+    ctx: Any,
+    grad: torch.Tensor,
+    sparse_gradient: Callable[..., torch.Tensor],
+    weight: torch.Tensor | None,
+    indices: torch.Tensor,
+    offsets: torch.Tensor | None,
+    per_sample_weights: torch.Tensor | None,
+) -> tuple[torch.Tensor | None, ...]:
+    """The gradients of the four tensors of a call."""
+    grad_weight = grad_samples = None
+    if ctx.needs_input_grad[0]:
+        gradient = sparse_gradient if ctx.sparse else _table_gradient
+        grad_weight = gradient(grad, indices, offsets, per_sample_weights, ctx.spec, ctx.num_embeddings)
+    if per_sample_weights is not None and ctx.needs_input_grad[3]:
+        assert weight is not None
+        grad_samples = _weights_gradient(grad, weight, indices, offsets, ctx.spec).reshape(per_sample_weights.shape)
+    return grad_weight, None, None, grad_samples
+
+
+class _PoolDual(Pool):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
-        _Pool.setup_context(ctx, inputs, output)
+        Pool.setup_context(ctx, inputs, output)
         ctx.save_for_backward(*inputs[:4])
         ctx.save_for_forward(*inputs[:4])
 
@@ -129,7 +146,7 @@ def _pool(
 ) -> torch.Tensor:
     args = weight, indices, offsets, per_sample_weights
     if _wants_graph(weight, per_sample_weights):
-        return _apply(_pick(_Pool, _PoolDual), *args, *spec, sparse)
+        return _apply(_pick(Pool, _PoolDual), *args, *spec, sparse)
     return _run("embedding_bag", weight, *args, *spec)
 
 
@@ -346,6 +363,41 @@ def _sparse_backward(
     return torch.sparse_coo_tensor(rows.long().unsqueeze(0), values, shape, check_invariants=False)
 
 
+class _PlainBag(torch.autograd.Function):
+    """``Pool`` and ``_Max`` where no transform sees the call, which spares it 2 us."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        weight: torch.Tensor,
+        indices: torch.Tensor,
+        offsets: torch.Tensor | None,
+        per_sample_weights: torch.Tensor | None,
+        spec: BagSpec,
+        sparse: bool,
+    ) -> torch.Tensor:
+        ctx.spec, ctx.sparse, ctx.num_embeddings = spec, sparse, weight.shape[0]
+        argmax = None
+        if spec.mode == MAX:
+            run = selection.implementation("embedding_bag_max", weight)
+            out, argmax = run(weight, indices, offsets, *spec[1:], True)
+        else:
+            run = selection.implementation("embedding_bag", weight)
+            out = run(weight, indices, offsets, per_sample_weights, *spec)
+        # Only what the backward reads: a table that it does not read may change before, as in torch.
+        keep_weight = per_sample_weights is not None and per_sample_weights.requires_grad
+        ctx.save_for_backward(weight if keep_weight else None, indices, offsets, per_sample_weights, argmax)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        weight, indices, offsets, per_sample_weights, argmax = ctx.saved_tensors
+        if argmax is not None:
+            return _max_backward(grad, argmax, ctx.num_embeddings), None, None, None, None, None
+        grads = pool_backward(ctx, grad, _sparse_backward, weight, indices, offsets, per_sample_weights)
+        return *grads, None, None
+
+
 def embedding_bag(
     weight: torch.Tensor,
     indices: torch.Tensor,
@@ -356,13 +408,19 @@ def embedding_bag(
 ) -> torch.Tensor:
     """Differentiable lookup over one float table; arguments are checked by the caller."""
     try:
-        if forward_ad._current_level >= 0 or (
-            torch.is_grad_enabled()
-            and (weight.requires_grad or (per_sample_weights is not None and per_sample_weights.requires_grad))
-        ):
+        if forward_ad._current_level >= 0 or _transforms_active():
             if spec.mode == MAX:
                 return _apply(_pick(_Max, _MaxDual), weight, indices, offsets, *spec[1:], True)[0]
             return _pool(weight, indices, offsets, per_sample_weights, spec, sparse)
+        if torch.is_grad_enabled() and (
+            weight.requires_grad or (per_sample_weights is not None and per_sample_weights.requires_grad)
+        ):
+            if sparse and torch.compiler.is_compiling():
+                # torch.compile's tracer, which that module imports, is as much as the rest of torch.
+                from .traced_sparse import pool
+
+                return pool(weight, indices, offsets, per_sample_weights, *spec)
+            return _PlainBag.apply(weight, indices, offsets, per_sample_weights, spec, sparse)
         run = selection.implementation("embedding_bag", weight)
         mode, padding_idx, include_last_offset = spec
         return run(weight, indices, offsets, per_sample_weights, mode, padding_idx, include_last_offset)
@@ -468,8 +526,6 @@ def quantized_embedding_bag(
     dtype: torch.dtype,
 ) -> torch.Tensor:
     """Lookup over one quantized table, differentiable in per_sample_weights."""
-    if torch.compiler.is_compiling():
-        indices, offsets = as_index_types(indices, offsets)  # a graph cannot find out at run time
     try:
         if per_sample_weights is not None and _wants_graph(per_sample_weights):
             function = _pick(_QuantizedPool, _QuantizedPoolDual)
@@ -648,9 +704,7 @@ def embedding_bag_collection(
     ``plan`` is ``features`` as an int64 tensor on the tables' device; ``scale_bias`` has an entry for each table (any
     tensor for a float one), or none at all when every table is float.
     """
-    if forward_ad._current_level >= 0 or (
-        not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
-    ):
+    if forward_ad._current_level >= 0 or _transforms_active():
         return _by_feature(weights, scale_bias, features, indices, offsets, per_sample_weights, dtype)
     if torch.is_grad_enabled() and (
         any(w.requires_grad for w in weights) or (per_sample_weights is not None and per_sample_weights.requires_grad)

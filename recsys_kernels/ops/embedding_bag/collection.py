@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, cast
 
 import torch
 
-from . import autograd
+from . import autograd, drop_in
 from .bag import EmbeddingBag
 from .faults import IndexOutOfRangeError
 from .quantized import QuantizedEmbeddingBag
@@ -237,14 +237,15 @@ class EmbeddingBagCollection(torch.nn.Module):
             indices, offsets = self._join(indices, include_last_offset)
         elif offsets is None:
             raise ValueError(f"offsets must be a tensor of F*B+1 entries (F = {len(self.feature_names)})")
-        elif not isinstance(offsets, torch.Tensor):
-            raise TypeError(f"offsets must be a tensor, but is of type {type(offsets).__name__}")
         if torch.compiler.is_compiling():
             return self._lookup(indices, offsets, per_sample_weights)
         try:
             return self._lookup(indices, offsets, per_sample_weights)
         except IndexError as error:
             raise IndexOutOfRangeError(self._with_names(str(error))) from None
+        except (AttributeError, RuntimeError):
+            drop_in.check_tensors(offsets=offsets, per_sample_weights=per_sample_weights)
+            raise
 
     def _lookup(
         self, indices: torch.Tensor, offsets: torch.Tensor, per_sample_weights: torch.Tensor | None

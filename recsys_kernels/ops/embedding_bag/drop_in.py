@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from . import autograd
-from .reference import MAX, MEAN, MODES, SUM
+from .reference import MAX, MODES
 from .spec import BagSpec
 
 # torch's own, also where a program has put this module's function in its place.
@@ -111,8 +111,7 @@ def embedding_bag(
         offsets: int32 or int64 [B] (with ``include_last_offset`` [B + 1]): where each bag starts in a 1-D input.
         max_norm, norm_type, scale_grad_by_freq: no kernel serves them; such calls run through torch's own operator.
         mode: ``"sum"``, ``"mean"`` or ``"max"``.
-        sparse: the gradient of ``weight`` is a sparse tensor (not for ``"max"``). Compiled training runs through
-            torch's own operator.
+        sparse: the gradient of ``weight`` is a sparse tensor (not for ``"max"``).
         per_sample_weights: one factor an index, of the type of ``weight``, for ``"sum"`` and, beyond torch, for
             ``"mean"`` (the weighted sum over the bag's size, as in FBGEMM and TorchRec). Has a gradient.
         include_last_offset: ``offsets`` has one more entry, the end of the last bag, which is the number of indices.
@@ -131,73 +130,55 @@ def embedding_bag(
             ``RuntimeError``, too, as torch raises one (not so for the native kernels in a compiled graph).
         TypeError: lists or arrays in the place of tensors.
     """
-    if not (isinstance(input, torch.Tensor) and isinstance(weight, torch.Tensor)):
-        check_tensors(input=input, weight=weight)
-    if has_torch_function_variadic(input, weight, offsets, per_sample_weights):
-        tensors = (input, weight, offsets, per_sample_weights)
-        rest = (offsets, max_norm, norm_type, scale_grad_by_freq, mode, sparse, per_sample_weights)
-        return handle_torch_function(embedding_bag, tensors, input, weight, *rest, include_last_offset, padding_idx)
-    if weight.dtype == torch.int64 and input.is_floating_point():
-        warnings.warn(
-            "embedding_bag takes (input, weight, ...): the order (weight, input, ...) is deprecated, as in torch",
-            stacklevel=2,
-        )
-        input, weight = weight, input
-    if max_norm is not None or scale_grad_by_freq:
-        rest = (offsets, max_norm, norm_type, scale_grad_by_freq, mode, sparse, per_sample_weights)
-        return _torch_embedding_bag(input, weight, *rest, include_last_offset, padding_idx)
-    if input.is_nested:
-        if offsets is not None:
-            raise ValueError("embedding_bag: offsets must be None when input is a nested tensor")
-        input, offsets, include_last_offset = input.values(), cast(Any, input).offsets(), True
-        if per_sample_weights is not None and per_sample_weights.is_nested:
-            per_sample_weights = per_sample_weights.values()
-    check_tensors(offsets=offsets, per_sample_weights=per_sample_weights)
-    check_bags(input, offsets, per_sample_weights)
-    if weight.dim() != 2:
-        raise ValueError(f"embedding_bag: weight has to be a 2D Tensor, but has {weight.dim()} dimensions")
-    spec = bag_spec(mode, padding_idx, include_last_offset, weight.shape[0])
+    try:
+        if has_torch_function_variadic(input, weight, offsets, per_sample_weights):
+            tensors = (input, weight, offsets, per_sample_weights)
+            rest = (offsets, max_norm, norm_type, scale_grad_by_freq, mode, sparse, per_sample_weights)
+            return handle_torch_function(embedding_bag, tensors, input, weight, *rest, include_last_offset, padding_idx)
+        if max_norm is not None or scale_grad_by_freq:
+            rest = (offsets, max_norm, norm_type, scale_grad_by_freq, mode, sparse, per_sample_weights)
+            return _torch_embedding_bag(input, weight, *rest, include_last_offset, padding_idx)
+        ids, bounds, samples = input, offsets, per_sample_weights
+        if input.is_nested:
+            if offsets is not None:
+                raise ValueError("embedding_bag: offsets must be None when input is a nested tensor")
+            ids, bounds, include_last_offset = input.values(), cast(Any, input).offsets(), True
+            if samples is not None and samples.is_nested:
+                samples = samples.values()
+        check_bags(ids, bounds, samples)
+        if weight.dim() != 2:
+            raise ValueError(f"embedding_bag: weight has to be a 2D Tensor, but has {weight.dim()} dimensions")
+        compiling = torch.compiler.is_compiling()
+        spec = (_bag_spec if compiling else cached_bag_spec)(mode, padding_idx, include_last_offset, weight.shape[0])
+        if sparse or samples is not None:
+            _check_options(spec, sparse, weight, samples)
+        if compiling:
+            ids, bounds = autograd.as_index_types(ids, bounds)  # a graph cannot find out at run time
+        return autograd.embedding_bag(weight, ids, bounds, samples, spec, sparse)
+    except AttributeError:
+        check_tensors(input=input, weight=weight, offsets=offsets, per_sample_weights=per_sample_weights)
+        raise
+    except (ValueError, RuntimeError):
+        if weight.dtype != torch.int64 or not input.is_floating_point():
+            raise
+    # What failed was called in the order of torch 0.3, which torch still takes.
+    warnings.warn(
+        "embedding_bag takes (input, weight, ...): the order (weight, input, ...) is deprecated, as in torch",
+        stacklevel=2,
+    )
+    rest = (offsets, max_norm, norm_type, scale_grad_by_freq, mode, sparse, per_sample_weights)
+    return embedding_bag(weight, input, *rest, include_last_offset, padding_idx)
+
+
+def _check_options(spec: BagSpec, sparse: bool, weight: torch.Tensor, per_sample_weights: torch.Tensor | None) -> None:
     if spec.mode == MAX and sparse:
         raise ValueError("embedding_bag: mode 'max' does not support sparse gradients")
-    if per_sample_weights is not None:
-        if spec.mode == MAX:
-            raise NotImplementedError(NO_WEIGHTED_MAX)
-        if per_sample_weights.dtype != weight.dtype:
-            raise RuntimeError(
-                f"embedding_bag: per_sample_weights must have the same type as weight ({weight.dtype}), "
-                f"but is {per_sample_weights.dtype}"
-            )
-    if not torch.compiler.is_compiling():
-        return autograd.embedding_bag(weight, input, offsets, per_sample_weights, spec, sparse)
-    input, offsets = autograd.as_index_types(input, offsets)  # a graph cannot find out at run time
-    if sparse and torch.is_grad_enabled():
-        return _compiled_sparse(weight, input, offsets, per_sample_weights, spec)
-    return autograd.embedding_bag(weight, input, offsets, per_sample_weights, spec, sparse)
-
-
-def _compiled_sparse(
-    weight: torch.Tensor,
-    input: torch.Tensor,
-    offsets: torch.Tensor | None,
-    per_sample_weights: torch.Tensor | None,
-    spec: BagSpec,
-) -> torch.Tensor:
-    """A call with a sparse gradient in a graph, which can only hold torch's own operator for one."""
-    if offsets is None:
-        offsets = torch.arange(input.shape[0], dtype=input.dtype, device=input.device) * input.shape[1]
-        input = input.reshape(-1)
-        per_sample_weights = None if per_sample_weights is None else per_sample_weights.reshape(-1)
-    weighted_mean = spec.mode == MEAN and per_sample_weights is not None
-    mode = SUM if weighted_mean else spec.mode
-    padding_idx = None if spec.padding_idx < 0 else spec.padding_idx
-    out: torch.Tensor = torch.embedding_bag(
-        weight, input, offsets, False, mode, True, per_sample_weights, spec.include_last_offset, padding_idx
-    )[0]
-    if not weighted_mean:
-        return out
-    ends = offsets[1:]
-    if not spec.include_last_offset:
-        ends = torch.cat([ends, ends.new_full((1,), input.shape[0])])
-    counted = torch.cat([offsets.new_zeros(1), (input != spec.padding_idx).cumsum(0).to(offsets.dtype)])
-    counts = counted[ends] - counted[offsets[: ends.shape[0]]]
-    return out / counts.clamp(min=1).unsqueeze(1).to(out.dtype)
+    if per_sample_weights is None:
+        return
+    if spec.mode == MAX:
+        raise NotImplementedError(NO_WEIGHTED_MAX)
+    if per_sample_weights.dtype != weight.dtype:
+        raise RuntimeError(
+            f"embedding_bag: per_sample_weights must have the same type as weight ({weight.dtype}), "
+            f"but is {per_sample_weights.dtype}"
+        )

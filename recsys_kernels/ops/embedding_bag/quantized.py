@@ -91,7 +91,7 @@ class _Quantized(torch.nn.Module):
         exponent = _table_exponent(weight)
         self.exponent.fill_(exponent)
         run = selection.implementation("quantize_rowwise", weight)
-        run(weight, self.bits, exponent, self.weight, self.scale_bias)
+        run(weight, self.bits, exponent, self.stored_rows, self.scale_bias)
         self.host_exponent()
 
     def host_exponent(self) -> int:
@@ -129,19 +129,26 @@ class _Quantized(torch.nn.Module):
         return QuantizedTable(weight, scale_bias, self.host_exponent(), self.embedding_dim, self.bits)
 
     @property
+    def stored_rows(self) -> torch.Tensor:
+        """The buffer ``weight``: the quantized rows, also where a subclass gives floats as its ``weight``."""
+        rows = self._buffers["weight"]
+        assert rows is not None
+        return rows
+
+    @property
     def nbytes(self) -> int:
         """Bytes of memory that rows, scales and biases hold."""
-        rows, scales = self.weight.untyped_storage(), self.scale_bias.untyped_storage()
-        together = rows.data_ptr() == scales.data_ptr() and not self.weight.is_meta
+        rows, scales = self.stored_rows.untyped_storage(), self.scale_bias.untyped_storage()
+        together = rows.data_ptr() == scales.data_ptr() and not self.stored_rows.is_meta
         return rows.nbytes() if together else rows.nbytes() + scales.nbytes()
 
     def dequantize(self) -> torch.Tensor:
         """The whole table as floats, [num_embeddings, embedding_dim] of type ``self.dtype``."""
-        out = memory.empty(self.num_embeddings, self.embedding_dim, dtype=self.dtype, device=self.weight.device)
+        out = memory.empty(self.num_embeddings, self.embedding_dim, dtype=self.dtype, device=self.stored_rows.device)
         spec = BagSpec(0, -1, False)
         for start in range(0, self.num_embeddings, _BLOCK_ROWS):
             end = min(start + _BLOCK_ROWS, self.num_embeddings)
-            ids = torch.arange(start, end, device=self.weight.device).unsqueeze(1)
+            ids = torch.arange(start, end, device=self.stored_rows.device).unsqueeze(1)
             out[start:end] = quantized_embedding_bag(self.table, ids, None, None, spec, self.dtype)
         return out
 
@@ -181,15 +188,15 @@ class _Quantized(torch.nn.Module):
     def _apply(self, fn: Any, recurse: bool = True) -> _Quantized:
         # .half() and .to(dtype) choose the type of the output; the stored table has its own types. Moving to another
         # device moves it, and the exponent, which the host reads, stays where it is.
-        before, exponent, scale_bias = self.weight.data_ptr(), self.exponent, self.scale_bias
+        before, exponent, scale_bias = self.stored_rows.data_ptr(), self.exponent, self.scale_bias
         super()._apply(fn, recurse)
         self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
         self.exponent = torch.zeros_like(exponent, device="cpu") if exponent.is_meta else exponent
-        device = self.weight.device
+        device = self.stored_rows.device
         # Off the meta device there is nothing to copy from.
         moves = not scale_bias.is_meta or device.type == "meta"
         self.scale_bias = scale_bias.to(device) if moves else torch.empty_like(scale_bias, device=device)
-        if self.weight.data_ptr() != before:
+        if self.stored_rows.data_ptr() != before:
             self._lay_out()
         return self
 
@@ -197,14 +204,14 @@ class _Quantized(torch.nn.Module):
         new = type(self).__new__(type(self))
         memo[id(self)] = new
         new.__dict__.update(copy.deepcopy(self.__dict__, memo))
-        memory.use_huge_pages(new.weight)
+        memory.use_huge_pages(new.stored_rows)
         return new
 
     def __getstate__(self) -> dict[str, Any]:
         # Files hold the table in its canonical form: rows and scales can share memory here, which pickle does not keep
         # and torch.save refuses.
         state = self.__dict__.copy()
-        if not self.weight.is_shared():  # a process that gets shared memory must get that, not a copy
+        if not self.stored_rows.is_shared():  # a process that gets shared memory must get that, not a copy
             state["_buffers"] = {k: b if b is None else _canonical(b) for k, b in self._buffers.items()}
         state["_seen_exponent"] = (None, 0, self._seen_exponent[2])
         return state
@@ -215,15 +222,17 @@ class _Quantized(torch.nn.Module):
 
     def _lay_out(self) -> None:
         """Moves a table that was copied or loaded as a whole into the layout of this machine."""
-        if self.weight.device.type != "cpu" or self.weight.is_shared():  # shared memory stays where others see it
+        if (
+            self.stored_rows.device.type != "cpu" or self.stored_rows.is_shared()
+        ):  # shared memory stays where others see it
             return
-        rows, scale_bias = memory.empty_quantized(self.num_embeddings, self.weight.shape[1])
-        if (rows.stride(), scale_bias.stride()) == (self.weight.stride(), self.scale_bias.stride()):
-            own = self.scale_bias.untyped_storage().data_ptr() == self.weight.untyped_storage().data_ptr()
+        rows, scale_bias = memory.empty_quantized(self.num_embeddings, self.stored_rows.shape[1])
+        if (rows.stride(), scale_bias.stride()) == (self.stored_rows.stride(), self.scale_bias.stride()):
+            own = self.scale_bias.untyped_storage().data_ptr() == self.stored_rows.untyped_storage().data_ptr()
             if own == (scale_bias.untyped_storage().data_ptr() == rows.untyped_storage().data_ptr()):
-                memory.use_huge_pages(self.weight)
+                memory.use_huge_pages(self.stored_rows)
                 return
-        self.weight, self.scale_bias = rows.copy_(self.weight), scale_bias.copy_(self.scale_bias)
+        self.weight, self.scale_bias = rows.copy_(self.stored_rows), scale_bias.copy_(self.scale_bias)
 
     def extra_repr(self) -> str:
         parts = [f"{self.num_embeddings}, {self.embedding_dim}, bits={self.bits}"]
@@ -382,7 +391,10 @@ class QuantizedEmbedding(_Quantized):
                 class is a ``RuntimeError``, too.
             TypeError: ``input`` is not a tensor.
         """
-        if not isinstance(input, torch.Tensor):
+        try:
+            flat = input.reshape(-1, 1)
+        except (AttributeError, TypeError):
             drop_in.check_tensors(input=input)
-        rows = quantized_embedding_bag(self.table, input.reshape(-1, 1), None, None, BagSpec(0, -1, False), self.dtype)
+            raise
+        rows = quantized_embedding_bag(self.table, flat, None, None, BagSpec(0, -1, False), self.dtype)
         return rows.reshape(*input.shape, self.embedding_dim)

@@ -33,7 +33,7 @@ FAMILY = registry.register(
         samples=".samples:operator_samples",
         module_samples=".module_samples:module_samples",
         facts=".facts:facts",
-        converters=("recsys_kernels.compress.converters.tables",),
+        converters=("recsys_kernels.compress.converters.embedding_tables",),
     )
 )
 
@@ -42,7 +42,7 @@ FAMILY = registry.register(
 
 
 class BagOperands(NamedTuple):
-    """What a call looks up. ``offsets``: where each bag begins in ``indices``, or None: every row of a matrix is one."""
+    """What a call looks up. ``offsets``: where each bag begins in ``indices``, None: each row of a matrix is one."""
 
     indices: torch.Tensor
     offsets: torch.Tensor | None
@@ -134,9 +134,9 @@ class QuantizeOperands(NamedTuple):
 # ---- shapes ---------------------------------------------------------------------------------------------------------
 
 
-def _num_bags(bags: Any) -> int:
+def _num_bags(bags: Any) -> Any:
     if bags.offsets is None:
-        return bags.indices.shape[0]  # type: ignore[no-any-return]  # maybe symbolic
+        return bags.indices.shape[0]
     return bags.offsets.shape[0] - 1 if bags.include_last_offset else bags.offsets.shape[0]
 
 

@@ -35,7 +35,7 @@ def finished(sums: np.ndarray, bias: torch.Tensor | None, activation: int) -> to
         lambda y: 1 / (1 + torch.exp(-y)),
         lambda y: y / (1 + torch.exp(-y)),
     )
-    return functions[activation](y)  # type: ignore[no-untyped-call]
+    return functions[activation](y)
 
 
 def quantized_by_numpy(values: np.ndarray, qparams: torch.Tensor | None) -> tuple[np.ndarray, float]:

@@ -14,7 +14,17 @@ import torch
 import triton
 import triton.language as tl
 
-from .operands import GELU, MIN_SCALE, RELU, SIGMOID, SILU, STATIC, check
+from .activation import (
+    GELU,
+    MIN_SCALE,
+    RELU,
+    SIGMOID,
+    SILU,
+    STATIC,
+)
+from .operands import (
+    check,
+)
 
 _RELU = tl.constexpr(RELU)
 _GELU = tl.constexpr(GELU)

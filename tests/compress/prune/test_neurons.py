@@ -14,7 +14,7 @@ from small_data import tiny_dataset
 from torch import nn
 
 import recsys_kernels as rk
-from recsys_kernels.compress.converters import sparse as sparse_module
+from recsys_kernels.compress.converters import sparse_linear as sparse_module
 from recsys_kernels.models import RankingModel, save_model
 from recsys_kernels.models.dlrm import DLRM, DLRMConfig, Table
 

@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn.utils import prune
 
 import recsys_kernels as rk
-from recsys_kernels.compress.converters import sparse as sparse_module
+from recsys_kernels.compress.converters import sparse_linear as sparse_module
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -13,15 +13,15 @@ from typing import Any
 
 import pytest
 import torch
+from table_support import dequantize, with_dequantized_tables
 from torch import nn
 from torch.nn.utils import parametrizations, prune
 
 import recsys_kernels as rk
 from recsys_kernels.compress.rewrite.optimize import optimize
-from recsys_kernels.compress.rewrite.report import LayerSwap
+from recsys_kernels.compress.rewrite.report import LayerReport
 
 ROWS, DIM, BATCH, LENGTH = 50, 16, 6, 4
-QUANTIZED = (rk.QuantizedEmbedding, rk.QuantizedEmbeddingBag)
 
 
 def table_bytes(rows: int, dim: int, bits: int) -> int:
@@ -29,31 +29,11 @@ def table_bytes(rows: int, dim: int, bits: int) -> int:
     return rows * (dim * bits // 8 + 4) + 8
 
 
-def dequantize(module: Any) -> torch.Tensor:
-    """The table from the documented format, in float64."""
-    q = module.weight.long()
-    if module.bits == 4:
-        q = torch.stack((q & 15, q >> 4), dim=2).flatten(1)[:, : module.embedding_dim]
-    scale, bias = module.scale_bias.double().unbind(1)
-    return (q * scale[:, None] + bias[:, None]) * 2.0 ** int(module.exponent)
-
-
-def with_dequantized_tables(model: nn.Module, new: nn.Module) -> nn.Module:
-    """The float model whose tables hold what the new model's hold."""
-    twin = copy.deepcopy(model)
-    for name, module in new.named_modules():
-        if isinstance(module, QUANTIZED):
-            weight = twin.get_submodule(name).weight
-            assert isinstance(weight, torch.Tensor)
-            weight.data = dequantize(module).to(weight.dtype)
-    return twin
-
-
 def ids(*shape: int, high: int = ROWS) -> torch.Tensor:
     return torch.randint(high, shape, generator=torch.Generator().manual_seed(1))
 
 
-def only(report: Any) -> LayerSwap:
+def only(report: Any) -> LayerReport:
     (layer,) = report.layers
     return layer
 
@@ -416,9 +396,9 @@ def test_tied_tables_are_left_alone(tie: Callable[..., Any], sampled: bool) -> N
     model = Tied(tie)
     x = ids(BATCH)
     new, report = optimize(model, sample_inputs=x if sampled else None)
-    actions = {layer.name: (layer.action, layer.reason) for layer in report.layers}
-    assert actions["items"] == ("kept", f"its weight is shared with {TIES[tie]!r}")
-    assert actions["free"] == ("int8", "")
+    items, free = report.layers[:2]
+    assert (items.name, items.action, items.reason) == ("items", "kept", f"its weight is shared with {TIES[tie]!r}")
+    assert (free.name, free.action) == ("free", "int8")
     if tie is tie_parameter:
         assert new.items.weight is new.decoder.weight
     torch.testing.assert_close(new(x), with_dequantized_tables(model, new)(x))

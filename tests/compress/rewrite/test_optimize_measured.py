@@ -12,7 +12,7 @@ from linear_support import WIDTH, by_name, kinds, mlp, only_linear, rows, withou
 from torch import nn
 
 import recsys_kernels as rk
-from recsys_kernels.compress.converters import int8 as linear_module
+from recsys_kernels.compress.converters import linear as linear_module
 from recsys_kernels.compress.rewrite.optimize import optimize
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -157,7 +157,7 @@ def test_report_as_json_and_text() -> None:
         ({"linear": "int8", "min_sqnr": 3.0}, ValueError, "min_sqnr needs linear and sample_inputs"),
         ({"min_sqnr": 3.0, "sample_inputs": rows()}, ValueError, "min_sqnr needs linear and sample_inputs"),
         ({"linear": "int8", "batch_size": 0}, ValueError, "batch_size must be at least 1"),
-        ({"batch_size": 3}, ValueError, "batch_size must be at least 1, and needs linear"),
+        ({"batch_size": -3}, ValueError, "batch_size must be at least 1, but is -3"),
         ({"linear": "int8-static", "ranges": {"0": (1.0, 1.0)}, "skip": ["3", "6"]}, None, "input_range must be"),
     ],
 )

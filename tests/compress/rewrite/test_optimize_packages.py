@@ -68,8 +68,8 @@ CASES: list[tuple[Any, str, set[str], set[str]]] = [
         (rechub, name, {"embedding.embed_dict.user", "embedding.embed_dict.item"}, set())
         for name in ("DeepFM", "DIN", "DSSM")
     ),
-    (rechub, "STAMP", set(), {"item_emb"}),
-    (rechub, "SINE", {"item_embedding"}, {"concept_embedding", "position_embedding"}),
+    (rechub, "STAMP", {"item_emb"}, set()),
+    (rechub, "SINE", {"item_embedding", "concept_embedding", "position_embedding"}, set()),
 ]
 
 
@@ -100,7 +100,9 @@ def test_published_models_with_int8_layers(package: Any, name: str, monkeypatch:
     new, report = rk.optimize(model, embedding=None, linear="int8")
     assert {n for layer in report.layers for n in layer.names} == linears
     assert len(report.swapped) > 0.7 * len(report.layers) or not linears
-    monkeypatch.setattr("recsys_kernels.compress.converters.int8._microseconds", lambda first, second, rows: (2.0, 1.0))
+    monkeypatch.setattr(
+        "recsys_kernels.compress.converters.linear._microseconds", lambda first, second, rows: (2.0, 1.0)
+    )
     sampled, trial = rk.optimize(model, embedding=None, linear="int8", sample_inputs=x, min_sqnr=10.0)
     with torch.no_grad():
         expected, out = model(x), new(x)

@@ -1,4 +1,4 @@
-"""optimize must not swap tables whose weight other code reads: found in the source, or by a trial run."""
+"""Tables whose weight other code reads: found in the source, or by a run on sample inputs."""
 
 from __future__ import annotations
 
@@ -7,10 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+from linear_support import without_timing
+from table_support import with_dequantized_tables
 from torch import nn
 
 import recsys_kernels as rk
 from recsys_kernels.compress.rewrite.optimize import optimize
+from recsys_kernels.ops.embedding_bag.dequantizing import DequantizingEmbedding
 
 ROWS, DIM = 30, 16
 
@@ -140,25 +143,28 @@ READS: list[tuple[Callable[[], nn.Module], str]] = [
 
 @pytest.mark.parametrize("sampled", [False, True])
 @pytest.mark.parametrize(("make", "name"), READS)
-def test_reads_keep_a_table(make: Callable[[], nn.Module], name: str, sampled: bool) -> None:
+def test_reads_get_the_values_of_the_quantized_rows(make: Callable[[], nn.Module], name: str, sampled: bool) -> None:
     model = make()
     x = torch.arange(4)
     new, report = optimize(model, sample_inputs=x if sampled else None)
-    (kept,) = report.kept
-    assert kept.name == name
-    assert kept.reason.startswith("its weight is read by ")
-    assert "(test_optimize_reads.py:" in kept.reason
-    assert len(report.swapped) == 2
-    assert new(x).shape == model(x).shape
-    assert (new(x) - model(x)).abs().max() < 2.0  # integers would be off by hundreds
+    assert report.kept == ()
+    notes = {layer.name: layer.reason for layer in report.layers}
+    assert [n for n, text in notes.items() if "reads its weight: up to 1,920 bytes of floats" in text] == [name]
+    assert "(test_optimize_reads.py:" in notes[name]
+    kinds = {layer.name: type(new.get_submodule(layer.name)) for layer in report.layers}
+    assert kinds == {n: DequantizingEmbedding if n == name else rk.QuantizedEmbedding for n in notes}
+    torch.testing.assert_close(new(x), with_dequantized_tables(model, new)(x), rtol=1e-5, atol=1e-5)
+    if sampled:
+        assert report.output_error == pytest.approx((new(x) - model(x)).abs().max().item(), rel=1e-4)
 
 
-def test_the_reason_names_the_line() -> None:
-    (kept,) = optimize(Scores())[1].kept
+def test_the_note_names_the_line() -> None:
     line = Scores.forward.__code__.co_firstlineno + 1
-    assert kept.reason == f"its weight is read by Scores.forward (test_optimize_reads.py:{line})"
-    (kept,) = optimize(Scores(), sample_inputs=torch.arange(4))[1].kept
-    assert kept.reason.endswith(f"forward (test_optimize_reads.py:{line})")
+    for inputs in (None, torch.arange(4)):
+        _, report = optimize(Scores(), sample_inputs=inputs)
+        (layer,) = [layer for layer in report.layers if "reads its weight" in layer.reason]
+        assert layer.name == "items"
+        assert f"forward (test_optimize_reads.py:{line}) reads its weight" in layer.reason
 
 
 def test_initialization_and_device_do_not_keep_a_table() -> None:
@@ -177,15 +183,54 @@ class Elsewhere(Base):
         return self.lookup(x)
 
 
-def test_a_trial_run_overrules_the_source() -> None:
+def test_methods_that_did_not_run_work_too() -> None:
     model = Elsewhere()
-    assert {layer.name for layer in optimize(model)[1].kept} == {"items", "free"}
-    new, report = optimize(model, sample_inputs=torch.arange(4))
-    assert report.kept == ()
-    notes = {layer.name: layer.reason.split(" (")[0] for layer in report.layers if layer.reason}
-    assert notes == {"items": "Elsewhere.penalty", "free": "Elsewhere.forward"}
-    with pytest.raises(RuntimeError):
-        new.train()(torch.arange(4))
+    for inputs in (None, torch.arange(4)):
+        new, report = optimize(model, sample_inputs=inputs)
+        assert report.kept == ()
+        places = {layer.name: layer.reason.split(" (")[0] for layer in report.layers if "reads" in layer.reason}
+        assert places == {"items": "Elsewhere.penalty", "free": "Elsewhere.forward"}
+        twin = with_dequantized_tables(model, new)
+        torch.testing.assert_close(new.penalty(), twin.penalty())
+        torch.testing.assert_close(new.train()(torch.arange(4)), twin.train()(torch.arange(4)))
+
+
+class LinearElsewhere(nn.Module):
+    """Reads of the weights of linear layers, which no new layer serves."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.read, self.trained, self.free = (nn.Linear(64, 64) for _ in range(3))
+
+    def scores(self) -> torch.Tensor:
+        return self.read.weight.norm()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.free(self.trained(self.read(x)))
+        if self.training:
+            x = x + self.trained.weight.norm()
+        return x if not self.training else x + self.trained.weight.norm()
+
+
+@pytest.mark.parametrize(
+    ("options", "kept"),
+    [
+        ({}, {"read", "trained"}),
+        ({"sample_inputs": torch.ones(2, 64)}, {"read"}),
+        ({"sample_inputs": torch.ones(2, 64), "methods": ()}, set()),
+        ({"sample_inputs": torch.ones(2, 64), "methods": lambda model: model.scores()}, {"read"}),
+    ],
+)
+def test_linear_layers_that_other_methods_read_stay(
+    options: dict[str, Any], kept: set[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    without_timing(monkeypatch)
+    model = LinearElsewhere()
+    new, report = optimize(model, linear="int8", **options)
+    assert {layer.name for layer in report.kept} == kept
+    assert all("its weight is read by LinearElsewhere." in layer.reason for layer in report.kept)
+    if "read" in kept:
+        torch.testing.assert_close(new.scores(), model.scores())
 
 
 def _all_scores(h: torch.Tensor, table: Any) -> torch.Tensor:
@@ -210,12 +255,21 @@ class Listed(Base):
         return self.lookup(x) @ self.output[0].T
 
 
-@pytest.mark.parametrize("kind", [Hidden, Listed])
+class Parameters(Base):
+    """The parameter is not taken from the attribute ``weight``, which is all that a new table serves."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.lookup(x) @ next(self.items.parameters()).T
+
+
+@pytest.mark.parametrize("kind", [Hidden, Listed, Parameters])
 def test_a_trial_run_sees_hidden_reads(kind: type[Base]) -> None:
     x = torch.arange(4)
     model = kind()
     new, report = optimize(model, sample_inputs=x)
-    assert [layer.name for layer in report.kept] == ["items"]
+    assert [layer.name for layer in report.kept] == ([] if kind is Hidden else ["items"])
+    assert all("which does not take it from the layer" in layer.reason for layer in report.kept)
+    torch.testing.assert_close(new(x), with_dequantized_tables(model, new)(x), rtol=1e-5, atol=1e-5)
     assert report.output_error == pytest.approx((new(x) - model(x)).abs().max().item(), rel=1e-4)
 
 
@@ -275,7 +329,7 @@ class Harmless(Base):
 
 
 @pytest.mark.parametrize(
-    ("kind", "kept"),
+    ("kind", "read"),
     [
         (HandedOver, {"items"}),
         (Computed, {"items", "free", "tables.a"}),
@@ -286,13 +340,15 @@ class Harmless(Base):
         (Harmless, set()),
     ],
 )
-def test_reads_that_may_be_of_a_table_keep_it(kind: type[Base], kept: set[str]) -> None:
+def test_reads_that_may_be_of_a_table_are_served(kind: type[Base], read: set[str]) -> None:
     model, x = kind(), torch.arange(4)
     new, report = optimize(model)
-    assert {layer.name for layer in report.kept} == kept
-    assert all(f"{kind.__name__}." in layer.reason for layer in report.kept)
-    assert (new(x) - model(x)).abs().max() < 2.0
-    assert ("outputs were not compared" in str(report)) == (len(kept) < 3)
+    assert report.kept == ()
+    assert {layer.name for layer in report.layers if f"{kind.__name__}." in layer.reason} == read
+    names = {name for name, module in new.named_modules() if isinstance(module, DequantizingEmbedding)}
+    assert names == read
+    torch.testing.assert_close(new(x), with_dequantized_tables(model, new)(x), rtol=1e-5, atol=1e-5)
+    assert "outputs were not compared" in str(report)
     assert "outputs were not compared" not in str(optimize(model, sample_inputs=x)[1])
 
 
@@ -300,10 +356,12 @@ def test_code_without_source_is_told() -> None:
     names: dict[str, Any] = {"Base": Base}
     code = "class Made(Base):\n  def forward(self, x):\n    return self.lookup(x) @ self.items.weight.T\n"
     exec(compile(code, "<made>", "exec"), names)
-    model = names["Made"]()
-    assert "no source of Made.forward: give sample_inputs" in str(optimize(model)[1])
-    _, report = optimize(model, sample_inputs=torch.arange(4))
-    assert [layer.name for layer in report.kept] == ["items"]
+    model, x = names["Made"](), torch.arange(4)
+    new, report = optimize(model)
+    assert "no source of Made.forward: give sample_inputs" in str(report)
+    torch.testing.assert_close(new(x), with_dequantized_tables(model, new)(x))
+    _, report = optimize(model, sample_inputs=x)
+    assert [layer.name for layer in report.layers if "reads its weight" in layer.reason] == ["items"]
     assert report.notes == ()
 
 
@@ -327,20 +385,24 @@ def test_wrapped_models(wrap: Callable[[nn.Module], Any]) -> None:
 
 
 def test_traced_graphs() -> None:
-    graph = torch.fx.symbolic_trace(Scores())
-    _, report = optimize(graph)
+    graph, x = torch.fx.symbolic_trace(Scores()), torch.arange(4)
+    new, report = optimize(graph)
     # Tracing wrote the read of `.device` as a variable of its own, which is one read too many here.
-    assert {layer.name for layer in report.kept} == {"items", "free"}
+    assert {layer.name for layer in report.layers if "reads its weight" in layer.reason} == {"items", "free"}
+    torch.testing.assert_close(new(x), with_dequantized_tables(graph, new)(x))
 
 
-def test_a_hook_that_reads_the_weight_keeps_the_table() -> None:
-    model = nn.Sequential(nn.Embedding(ROWS, DIM))
+def test_a_hook_that_reads_the_weight_is_served() -> None:
+    model, x = nn.Sequential(nn.Embedding(ROWS, DIM)), torch.arange(4)
     model[0].register_forward_hook(lambda module, args, out: out * module.weight.abs().max())
-    _, report = optimize(model, sample_inputs=torch.arange(4))
-    assert report.kept[0].reason.startswith("its weight is read by ")
+    new, report = optimize(model, sample_inputs=x)
+    assert "reads its weight" in report.swapped[0].reason
+    torch.testing.assert_close(new(x), with_dequantized_tables(model, new)(x))
+    new, _ = optimize(model)  # the source does not show it
+    torch.testing.assert_close(new(x), with_dequantized_tables(model, new)(x))
 
 
-def test_a_read_of_one_shared_table_keeps_both() -> None:
+def test_one_of_two_tables_that_share_is_read() -> None:
     class Shared(Base):
         def __init__(self) -> None:
             super().__init__()
@@ -349,9 +411,12 @@ def test_a_read_of_one_shared_table_keeps_both() -> None:
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return self.lookup(x) @ self.items.weight.T
 
-    for inputs in (None, torch.arange(4)):
-        _, report = optimize(Shared(), sample_inputs=inputs)
-        assert {layer.name for layer in report.kept} == {"items", "free"}
+    x, model = torch.arange(4), Shared()
+    for inputs in (None, x):
+        new, report = optimize(model, sample_inputs=inputs)
+        assert len(report.swapped) == 3
+        assert new.items.stored_rows.data_ptr() == new.free.stored_rows.data_ptr()
+        torch.testing.assert_close(new(x), with_dequantized_tables(model, new)(x), rtol=1e-5, atol=1e-5)
 
 
 def test_collections_may_read_their_tables() -> None:

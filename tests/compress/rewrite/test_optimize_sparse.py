@@ -16,8 +16,8 @@ from small_data import tiny_dataset
 from torch import nn
 
 import recsys_kernels as rk
-from recsys_kernels.compress.converters import int8 as linear_module
-from recsys_kernels.compress.converters import sparse as sparse_module
+from recsys_kernels.compress.converters import linear as linear_module
+from recsys_kernels.compress.converters import sparse_linear as sparse_module
 from recsys_kernels.compress.rewrite.optimize import optimize
 from recsys_kernels.models import DLRM, DLRMConfig, save_model
 

@@ -10,7 +10,7 @@ import torch
 from int8_gpu_cases import layer
 
 import recsys_kernels as rk
-from recsys_kernels.ops.linear.int8.reference import DYNAMIC, STATIC, WEIGHT_ONLY
+from recsys_kernels.ops.linear.activation import DYNAMIC, STATIC, WEIGHT_ONLY
 from recsys_kernels.testing import assert_matches
 
 

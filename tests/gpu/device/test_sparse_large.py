@@ -12,7 +12,10 @@ import torch
 from sparse_gpu_cases import gradient_case, layer
 
 import recsys_kernels as rk
-from recsys_kernels.ops.linear.operands import DYNAMIC, STATIC
+from recsys_kernels.ops.linear.activation import (
+    DYNAMIC,
+    STATIC,
+)
 from recsys_kernels.testing import assert_matches
 
 PATTERNS = ("unstructured", "block4x1", "block16x4", "2:4")

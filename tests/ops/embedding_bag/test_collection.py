@@ -590,3 +590,53 @@ def test_results_do_not_depend_on_threads(isa: str, threads: None, bits: int | N
         results.append([out.detach(), *grads])
     for other in results[1:]:
         assert all(torch.equal(one, two) for one, two in zip(results[0], other, strict=True))
+
+
+def _pair_of_tables(**options: Any) -> rk.EmbeddingBagCollection:
+    return rk.EmbeddingBagCollection([rk.EmbeddingBagConfig(name, 6, 4) for name in ("user", "item")], **options)
+
+
+def test_meta_tables_or_ids_give_no_values() -> None:
+    ids, offsets = torch.tensor([1, 2, 3]), torch.tensor([0, 1, 3])
+    for real in (_pair_of_tables(), _pair_of_tables().quantize()):
+        for call in (
+            lambda real=real: copy.deepcopy(real).to("meta")(ids, offsets),
+            lambda real=real: real(ids.to("meta"), offsets),
+            lambda real=real: real(ids, offsets.to("meta")),
+            lambda real=real: real(ids, offsets, torch.ones(3, device="meta")),
+        ):
+            with pytest.raises(RuntimeError, match="meta"):
+                call()
+            with torch.no_grad(), pytest.raises(RuntimeError, match="meta"):
+                call()
+    on_meta = _pair_of_tables(device="meta")
+    assert on_meta(ids.to("meta"), offsets.to("meta")).shape == (1, 8)
+
+
+def test_lists_are_named() -> None:
+    collection = _pair_of_tables()
+    ids, offsets = torch.tensor([1, 2, 3]), torch.tensor([0, 1, 3])
+    with pytest.raises(TypeError, match=r"indices must be a tensor or a mapping .* list"):
+        collection([1, 2, 3], offsets)
+    with pytest.raises(TypeError, match="offsets must be a tensor, but is of type list"):
+        collection(ids, [0, 1, 3])
+    with pytest.raises(TypeError, match="per_sample_weights must be a tensor, but is of type list"):
+        collection(ids, offsets, [1.0, 1.0, 1.0])
+
+
+def test_integer_rows_have_no_float64_output() -> None:
+    collection = _pair_of_tables().quantize({"item": 8})
+    before = {name: value.clone() for name, value in collection.state_dict().items()}
+    with pytest.raises(TypeError, match=r"table 'item'.*float64"):
+        collection.double()
+    assert all(torch.equal(collection.state_dict()[name], value) for name, value in before.items())
+    collection.half()(torch.tensor([1, 2, 3]), torch.tensor([0, 1, 3]))
+    assert _pair_of_tables().double()(torch.tensor([1]), torch.tensor([0, 1, 1])).dtype == torch.float64
+
+
+def test_broken_scales_are_refused_by_the_name_of_their_table() -> None:
+    collection = _pair_of_tables().quantize()
+    state = {name: value.clone() for name, value in collection.state_dict().items()}
+    state["embedding_bags.item.scale_bias"][2, 0] = -1
+    with pytest.raises(RuntimeError, match=r"embedding_bags.item.scale_bias .*row 2"):
+        collection.load_state_dict(state)

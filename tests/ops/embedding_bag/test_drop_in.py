@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import inspect
@@ -180,6 +181,199 @@ def test_errors_say_what_was_wrong(implementation: str) -> None:
         bag(_IDS, torch.tensor([0]), torch.ones(2))
     with pytest.raises(RuntimeError, match="include_last_offset needs at least one offset"):
         rk.functional.embedding_bag(_IDS, _TABLE, _OFFSETS[:0], include_last_offset=True)
+
+
+def test_index_errors_are_caught_as_torchs_and_as_pythons(implementation: str) -> None:
+    table = torch.randn(6, 4)
+    quantized = rk.QuantizedEmbedding.from_float(torch.nn.Embedding.from_pretrained(table))
+    collection = rk.EmbeddingBagCollection([rk.EmbeddingBagConfig("user", 6, 4)])
+    bad = torch.tensor([1, 6])
+    calls = [
+        lambda: rk.functional.embedding_bag(bad, table, torch.tensor([0])),
+        lambda: rk.functional.embedding_bag(bad, table.requires_grad_(), torch.tensor([0]), mode="max"),
+        lambda: rk.EmbeddingBag(6, 4)(bad.reshape(1, 2)),
+        lambda: quantized(bad),
+        lambda: collection(bad, torch.tensor([0, 2])),
+    ]
+    for number, call in enumerate(calls):
+        for kind in (IndexError, RuntimeError):
+            with named(number), pytest.raises(kind, match="index 6 at position 1 of indices is out of range"):
+                call()
+
+
+_SMALL = (torch.int8, torch.uint8, torch.int16, torch.bool)
+
+
+def test_small_integer_types_are_taken_as_torch_takes_them(implementation: str) -> None:
+    """Beside int32 or int64 they are; alone they are not."""
+    taken = refused = 0
+    options = itertools.product((*_SMALL, torch.int32, torch.int64, torch.float16), repeat=2)
+    for index_type, offset_type in options:
+        args = (torch.tensor([1, 0, 1]).to(index_type), _TABLE, torch.tensor([0, 1]).to(offset_type))
+        wanted, got = _error(F.embedding_bag, *args), _error(rk.functional.embedding_bag, *args)
+        with named((index_type, offset_type)):
+            if wanted is None:
+                assert got is None
+                assert_matches(rk.functional.embedding_bag(*args), F.embedding_bag(*args))
+                taken += 1
+            else:
+                assert got is not None
+                assert issubclass(got, RuntimeError)
+                refused += 1
+    for index_type in _SMALL:
+        matrix = torch.tensor([[1, 0, 1]]).to(index_type)
+        with pytest.raises(RuntimeError, match=r"indices must be int32 or int64, but is .*(int|bool)"):
+            rk.functional.embedding_bag(matrix, _TABLE)
+    assert (taken, refused) == (20, 29)
+
+
+def test_small_integer_types_have_gradients() -> None:
+    weights = [_TABLE.clone().requires_grad_() for _ in range(2)]
+    for weight, f in zip(weights, (rk.functional.embedding_bag, F.embedding_bag), strict=True):
+        f(_IDS.to(torch.uint8), weight, _OFFSETS).square().sum().backward()
+    assert_matches(weights[0].grad, weights[1].grad)
+    quantized = rk.QuantizedEmbeddingBag.from_float(torch.nn.EmbeddingBag.from_pretrained(_TABLE))
+    assert torch.equal(quantized(_IDS.to(torch.int16), _OFFSETS), quantized(_IDS, _OFFSETS))
+
+
+def test_arguments_in_the_old_order() -> None:
+    for args in ((_IDS, _OFFSETS), (_IDS.reshape(1, 3), None)):
+        ids, offsets = args
+        with pytest.warns(UserWarning, match="deprecated"):
+            wanted = F.embedding_bag(_TABLE, ids, offsets)
+        with pytest.warns(UserWarning, match=r"\(input, weight, ...\)") as caught:
+            got = rk.functional.embedding_bag(_TABLE, ids, offsets)
+        assert caught[0].filename == __file__
+        assert_matches(got, wanted)
+
+
+def test_torchs_function_can_be_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Options that torch serves must not come back to us for ever."""
+    theirs = torch.nn.EmbeddingBag.from_pretrained(_TABLE.clone(), max_norm=0.5, mode="sum")
+    wanted = theirs(_IDS, _OFFSETS)
+    monkeypatch.setattr(F, "embedding_bag", rk.functional.embedding_bag)
+    for bag in (theirs, rk.EmbeddingBag.from_pretrained(_TABLE.clone(), max_norm=0.5, mode="sum")):
+        assert_matches(bag(_IDS, _OFFSETS), wanted)
+    with pytest.raises(IndexError):
+        torch.nn.EmbeddingBag(6, 4)(torch.tensor([[6]]))
+
+
+def test_lists_and_missing_offsets_are_named() -> None:
+    bag = rk.EmbeddingBag(6, 4)
+    quantized = rk.QuantizedEmbeddingBag.from_float(bag)
+    for call in (bag, quantized, functools.partial(rk.functional.embedding_bag, weight=bag.weight)):
+        for args, name in (((_IDS.tolist(),), "input"), ((_IDS.numpy(),), "input"), ((_IDS, [0, 2]), "offsets")):
+            kwargs = dict(zip(("input", "offsets"), args, strict=False))
+            with pytest.raises(TypeError, match=rf"{name} must be a tensor.*torch.as_tensor\({name}\)"):
+                call(**kwargs)
+        with pytest.raises(
+            ValueError, match=r"offsets has to be a 1D Tensor when input is 1D, but got None.*rows is a bag"
+        ):
+            call(input=_IDS)
+    embedding = rk.QuantizedEmbedding.from_float(torch.nn.Embedding(6, 4))
+    with pytest.raises(TypeError, match="input must be a tensor"):
+        embedding([1, 2])
+    with pytest.raises(TypeError, match="per_sample_weights must be a tensor"):
+        rk.functional.embedding_bag(_IDS, bag.weight, _OFFSETS, mode="sum", per_sample_weights=[1.0, 1.0, 1.0])
+
+
+@pytest.mark.parametrize("backend", [None, "reference"])
+def test_the_meta_device_gives_no_values(backend: str | None) -> None:
+    """torch hands out memory that nobody filled where ids or offsets are on meta."""
+    meta = torch.device("meta")
+    bag = rk.EmbeddingBag(6, 4)
+    quantized = rk.QuantizedEmbeddingBag.from_float(bag)
+    single = rk.QuantizedEmbedding.from_float(torch.nn.Embedding(6, 4))
+    on_meta = [copy.deepcopy(m).to(meta) for m in (bag, quantized, single)]
+    calls = {
+        "ids": lambda: bag(_IDS.to(meta), _OFFSETS),
+        "offsets": lambda: bag(_IDS, _OFFSETS.to(meta)),
+        "without gradients": lambda: rk.functional.embedding_bag(_IDS.to(meta), _TABLE, _OFFSETS),
+        "factors": lambda: rk.functional.embedding_bag(
+            _IDS, _TABLE, _OFFSETS, mode="sum", per_sample_weights=torch.ones(3, device=meta)
+        ),
+        "max": lambda: rk.functional.embedding_bag(_IDS, _TABLE.to(meta).requires_grad_(), _OFFSETS, mode="max"),
+        "table": lambda: on_meta[0](_IDS, _OFFSETS),
+        "quantized ids": lambda: quantized(_IDS.to(meta), _OFFSETS),
+        "quantized table": lambda: on_meta[1](_IDS, _OFFSETS),
+        "embedding ids": lambda: single(_IDS.to(meta)),
+        "embedding table": lambda: on_meta[2](_IDS),
+    }
+    for name, call in calls.items():
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(named(name))
+            if backend is not None:
+                stack.enter_context(rk.backend(backend))
+            stack.enter_context(pytest.raises(RuntimeError, match=r"is on the meta device, which holds no values"))
+            call()
+    assert on_meta[0](_IDS.to(meta), _OFFSETS.to(meta)).is_meta
+    assert on_meta[0](_IDS.to(meta), _OFFSETS.to(meta)).shape == (2, 4)
+
+
+def test_autocast_gives_what_torch_gives() -> None:
+    for dtype, mode in itertools.product((torch.float32, torch.float16, torch.bfloat16), ("sum", "mean")):
+        weight = _TABLE.to(dtype)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            results = []
+            for f in (rk.functional.embedding_bag, F.embedding_bag):
+                leaf = weight.clone().requires_grad_()
+                out = f(_IDS, leaf, _OFFSETS, mode=mode)
+                out.float().square().sum().backward()
+                results.append((out, leaf.grad))
+            for got, wanted in zip(*results, strict=True):
+                assert got.dtype == wanted.dtype == dtype
+                assert_matches(got, wanted)
+            cast = {"per_sample_weights": torch.ones(3, dtype=torch.bfloat16), "mode": "sum"}
+            errors = [_error(f, _IDS, weight, _OFFSETS, **cast) for f in (F.embedding_bag, rk.functional.embedding_bag)]
+            assert errors[0] is errors[1]
+
+
+def test_what_stands_behind_the_last_offset_belongs_to_no_bag(implementation: str) -> None:
+    """As in CSR. torch's answer depends on its options: the last bag may end there or reach the end of the indices."""
+    ids, offsets = torch.tensor([0, 1, 2, 3]), torch.tensor([0, 3, 3])
+    theirs = set()
+    for mode, padding_idx in itertools.product(MODES, (None, 5)):
+        options = {"mode": mode, "include_last_offset": True, "padding_idx": padding_idx}
+        got = rk.functional.embedding_bag(ids, _TABLE, offsets, **options)
+        first = rk.functional.embedding_bag(ids[:3], _TABLE, offsets[:1], mode=mode)
+        assert_matches(got, torch.cat([first, torch.zeros(1, 4)]))
+        torchs = F.embedding_bag(ids, _TABLE, offsets, **options)
+        assert_matches(torchs[:1], got[:1])
+        theirs.add("ends" if not torchs[1].any() else "reaches" if torch.equal(torchs[1], _TABLE[3]) else "else")
+    assert theirs == {"ends", "reaches"}
+
+
+def test_weighted_means_go_beyond_torch(implementation: str) -> None:
+    options = {"mode": "mean", "per_sample_weights": torch.tensor([0.5, 2.0, -1.0])}
+    with pytest.raises(NotImplementedError, match="only supported for mode='sum'"):
+        F.embedding_bag(_IDS, _TABLE, _OFFSETS, **options)
+    got = rk.functional.embedding_bag(_IDS, _TABLE, _OFFSETS, **options)
+    rows = _TABLE[_IDS] * options["per_sample_weights"].unsqueeze(1)
+    assert_matches(got, torch.stack([rows[:2].sum(0) / 2, rows[2]]))
+
+
+def test_messages_hold_torchs_words() -> None:
+    """Code that looks for them finds them."""
+    five = torch.zeros(2, 0, 0, 6, 6, dtype=torch.int64)
+    cases: list[tuple[tuple[Any, ...], dict[str, Any], str]] = [
+        ((five, _TABLE, five), {}, "input has to be 1D or 2D Tensor"),
+        ((_IDS, _TABLE, five), {}, "offsets has to be a 1D Tensor"),
+        ((_IDS, _TABLE.unsqueeze(0), _OFFSETS), {}, "weight has to be a 2D Tensor"),
+        ((_IDS, _TABLE, _OFFSETS), {"padding_idx": 6}, "padding_idx must be within the number of embeddings"),
+        ((_IDS, _TABLE, _OFFSETS), {"per_sample_weights": torch.ones(2)}, "same shape as the input"),
+        (
+            (_IDS, _TABLE, _OFFSETS),
+            {"mode": "max", "per_sample_weights": torch.ones(3)},
+            "only supported for mode='sum'",
+        ),
+    ]
+    for args, kwargs, words in cases:
+        for f in (F.embedding_bag, rk.functional.embedding_bag):
+            with named(words), pytest.raises((RuntimeError, ValueError), match=words):
+                f(*args, **kwargs)
+    for module in (torch.nn.EmbeddingBag, rk.EmbeddingBag):
+        with pytest.raises(AssertionError, match="padding_idx must be within num_embeddings"):
+            module(6, 4, padding_idx=6)
 
 
 def test_signatures_are_those_of_torch() -> None:

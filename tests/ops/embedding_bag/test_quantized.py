@@ -582,3 +582,25 @@ def test_reference_serves_every_call_of_the_module() -> None:
     with rk.backend("reference"):
         assert _backends.chosen("quantized_embedding_bag", "cpu") == "reference"
         assert_matches(module(bags), wanted)
+
+
+@pytest.mark.parametrize("module", ["bag", "embedding"])
+@pytest.mark.parametrize("bad", [[float("nan"), 0.0], [float("inf"), 0.0], [-0.5, 0.0], [0.5, float("nan")]], ids=str)
+def test_state_with_a_broken_scale_is_refused(module: str, bad: list[float]) -> None:
+    """Such a scale makes every prediction that reads the row NaN, or turns its order around."""
+    if module == "bag":
+        table: Any = rk.QuantizedEmbeddingBag.from_float(torch.nn.EmbeddingBag(6, 4))
+    else:
+        table = rk.QuantizedEmbedding.from_float(torch.nn.Embedding(6, 4))
+    before = {name: value.clone() for name, value in table.state_dict().items()}
+    state = {name: value.clone() for name, value in before.items()}
+    state["scale_bias"][3] = torch.tensor(bad)
+    model = torch.nn.ModuleDict({"users": table})
+    for strict in (True, False):
+        with pytest.raises(
+            RuntimeError, match=r"users.scale_bias of the state_dict .*row 3 of the table.*\(scale, bias\)"
+        ):
+            model.load_state_dict({f"users.{name}": value for name, value in state.items()}, strict=strict)
+    assert all(torch.equal(table.state_dict()[name], value) for name, value in before.items())
+    state["scale_bias"][3] = torch.tensor([0.0, -1.0])  # a row of equal values
+    table.load_state_dict(state)

@@ -1,4 +1,4 @@
-// CUDA device code, run on the CPU: csrc/common/cuda.cuh includes this in the place of the CUDA headers when
+// CUDA device code, run on the CPU: csrc/cuda/cuda.cuh includes this in the place of the CUDA headers when
 // g++ compiles a .cuh or op_cuda.cu with -DRK_SIMT.
 //
 // Every thread of a block is a fiber with a stack of its own; blocks run one after the other. A seed
@@ -38,7 +38,7 @@
 // - What nvcc makes of the code: registers, spills, bank conflicts, coalescing, speed, warps kept together.
 // - Approximate functions (__expf is expf), fused multiply-adds, denormals that are flushed to zero.
 // - Asynchronous copies, streams and graphs (a launch has ended when it returns), clusters, textures.
-// - Inline PTX: each wrapper around it needs an emulation of its own, as in csrc/common/mma.cuh.
+// - Inline PTX: each wrapper around it needs an emulation of its own, as in csrc/cuda/mma.cuh.
 // - More threads than __launch_bounds__ allows; too much static shared memory, which ptxas refuses.
 // - Pointers that leave one array in static shared memory for the next.
 // - A thread that spins without atomic operations, fences, volatile accesses or __nanosleep: it never ends.

@@ -10,7 +10,7 @@
 #include <string>
 #include <vector>
 
-#include "common/cuda.cuh"
+#include "cuda/cuda.cuh"
 
 // Memory of exactly that size, which the host may use, too.
 template <typename T>

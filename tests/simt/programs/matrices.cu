@@ -1,5 +1,5 @@
 #include "cases.h"
-#include "common/mma.cuh"
+#include "cuda/mma.cuh"
 
 namespace {
 

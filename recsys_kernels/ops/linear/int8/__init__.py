@@ -1,6 +1,6 @@
 """Linear layers with int8 weights: quantization, product and activation function in one pass."""
 
-from . import compiled as kept  # noqa: F401  (registers)
+from . import compiled as compiled  # registers int8_layers for the CPU
 from .layer import Int8Linear
 from .mlp import Int8MLP
 

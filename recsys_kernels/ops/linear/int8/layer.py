@@ -4,48 +4,43 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
+from torch.autograd import forward_ad
 
 from ....backends import selection
-from ..operands import MODULES, FixedTypes, epilogue_number, input_qparams, num_groups, scheme_number
+from ..activation import (
+    MIN_SCALE,
+    STATIC,
+    WEIGHT_ONLY,
+    epilogue_number,
+    input_qparams,
+    scheme_number,
+)
+from ..layer import (
+    MODULES,
+    FixedTypes,
+)
+from ..operands import (
+    FLOATS,
+    GROUPS,
+    MAX_IN_FEATURES,
+    num_groups,
+)
+from ..prepared import Prepared, count_writes, trained
+from ..gradients import autocast_type, check_tensor, is_transformed
 from . import autograd as op
-from . import reference
-from .reference import GROUPS, MAX_IN_FEATURES, MIN_SCALE, STATIC, WEIGHT_ONLY
 from .spec import Int8Layer
 
 if TYPE_CHECKING:
     from .qat import QATLinear
 
+T = TypeVar("T")
 # What ``selection.implementation`` gives unless another backend was asked for.
 CHAIN = torch.ops.recsys_kernels.int8_chain.default
 # What it takes for a type: looked up, for it is half a percent of a request's time.
-NUMBERS: dict[torch.dtype, Any] = {dtype: selection.dtype_argument(dtype) for dtype in reference.FLOATS}
-
-
-class Seen(NamedTuple):
-    """A layer's tensors and how often each had been written to, by which a change can be seen later."""
-
-    weight: torch.Tensor
-    weight_version: int
-    scale: torch.Tensor
-    scale_version: int
-    bias: torch.Tensor | None
-    bias_version: int
-    qparams: torch.Tensor | None
-    qparams_version: int
-    values: tuple[torch.Tensor, ...] | None  # of the parameters, once they are trained
-
-    def tensors(self) -> list[torch.Tensor]:
-        """Those that there are."""
-        return [tensor for tensor in (self.weight, self.scale, self.bias, self.qparams) if tensor is not None]
-
-    def versions(self) -> list[int]:
-        """How often each of :meth:`tensors` had been written to."""
-        counts = [self.weight_version, self.scale_version]
-        counts += [self.bias_version] if self.bias is not None else []
-        return counts + ([self.qparams_version] if self.qparams is not None else [])
+NUMBERS: dict[torch.dtype, Any] = {dtype: selection.dtype_argument(dtype) for dtype in FLOATS}
 
 
 def quantize_weight(weight: torch.Tensor, granularity: str | int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -87,7 +82,7 @@ class Int8Linear(FixedTypes):
     (per channel), [1, 1] (per tensor) or [out_features, groups], a parameter of ``"weight_only"`` layers and else a
     buffer; the parameter ``bias`` float32 [out_features]; ``input_qparams`` float32 [2], scale and zero point of the
     activations (``"static"`` only). On the CPU the kernels read a packed copy, which is made at the first call and
-    again when one of these was replaced or written to.
+    again when one of these was replaced or written to (but see :meth:`refresh`).
 
     The gradients of input and bias go through the dequantized weights; ``"weight_only"`` layers also have the gradient
     of ``weight_scale``. :meth:`qat` trains the weights themselves. ``.half()``, ``.bfloat16()`` and ``.to(dtype)``
@@ -165,8 +160,7 @@ class Int8Linear(FixedTypes):
         # Fused optimizers write to parameters without counting them as written to. So once a call was recorded for
         # their gradient their values are compared, which takes 1 us for each.
         self._trains = False
-        self._seen: Seen | None = None
-        self._packed: torch.Tensor | None = None
+        self._prepared: Prepared[torch.Tensor] | None = None
 
     @classmethod
     def from_float(
@@ -287,53 +281,21 @@ class Int8Linear(FixedTypes):
 
     # ---- the packed copy --------------------------------------------------------------------------------------------
 
-    def is_as(self, seen: Seen | None) -> bool:
-        """Whether no tensor of the layer was replaced or written to since it was seen."""
-        # Straight from the dicts, one comparison after the other: a request of one row takes 3 us.
+    def is_fresh(self, prepared: Prepared[Any]) -> bool:
+        """Whether something was made of the layer's tensors as they are now."""
+        # Straight from the dicts: a request of one row takes 3 us.
         buffers, parameters = self._buffers, self._parameters
-        if seen is None:
-            return False
-        weight, weight_version, scale, scale_version, bias, bias_version, qparams, qparams_version, values = seen
-        return (
-            buffers["weight"] is weight
-            and (parameters if self._scheme == WEIGHT_ONLY else buffers)["weight_scale"] is scale
-            and parameters["bias"] is bias
-            and buffers["input_qparams"] is qparams
-            and weight._version == weight_version
-            and scale._version == scale_version
-            and (bias is None or bias._version == bias_version)
-            and (qparams is None or qparams._version == qparams_version)
-            and (not self._trains or self._have_values(values))
-        )
+        return prepared.is_fresh(
+            buffers["weight"],  # type: ignore[arg-type]
+            parameters["bias"],
+            (parameters if self._scheme == WEIGHT_ONLY else buffers)["weight_scale"],
+            buffers["input_qparams"],
+        ) and (not self._trains or prepared.has_values(trained(self)))
 
-    def _have_values(self, values: tuple[torch.Tensor, ...] | None) -> bool:
-        return values is not None and all(map(torch.equal, values, self._trained()))
-
-    def _trained(self) -> list[torch.Tensor]:
-        return [parameter for parameter in self._parameters.values() if parameter is not None]
-
-    def see(self) -> Seen:
-        """The layer's tensors as they are now."""
-        with torch.inference_mode(False):
-            # An inference tensor does not count what is written to it.
-            for name, buffer in self._buffers.items():
-                if buffer is not None and buffer.is_inference():
-                    self._buffers[name] = buffer.clone()
-            for name, parameter in self._parameters.items():
-                if parameter is not None and parameter.is_inference():
-                    self._parameters[name] = torch.nn.Parameter(parameter.clone(), parameter.requires_grad)
-        bias, qparams = self.bias, self.input_qparams
-        return Seen(
-            self.weight,
-            self.weight._version,
-            self.weight_scale,
-            self.weight_scale._version,
-            bias,
-            0 if bias is None else bias._version,
-            qparams,
-            0 if qparams is None else qparams._version,
-            tuple(parameter.detach().clone() for parameter in self._trained()) if self._trains else None,
-        )
+    def prepare(self, value: T) -> Prepared[T]:
+        """What was made of the layer, with what tells whether the layer has changed since."""
+        tensors = self.weight, self.bias, self.weight_scale, self.input_qparams
+        return Prepared(value, tensors, trained(self) if self._trains else None)
 
     def operands(self) -> Int8Layer:
         """The layer as the operators take it: from ``weight`` to ``activation``."""
@@ -363,13 +325,23 @@ class Int8Linear(FixedTypes):
         assert weight is not None
         if not runs_packed(weight):
             return None
-        packed = self._packed
-        if packed is None or not self.is_as(self._seen):
-            self._packed, seen = None, self.see()
-            packed = self.pack()
-            if type(packed) is torch.Tensor:  # not a fake one
-                self._packed, self._seen = packed, seen
+        prepared = self._prepared
+        if prepared is not None and self.is_fresh(prepared):
+            return prepared.value
+        self._prepared = None
+        count_writes(self)
+        packed = self.pack()
+        if type(packed) is torch.Tensor:  # not a fake one
+            self._prepared = self.prepare(packed)
         return packed
+
+    def refresh(self) -> None:
+        """Forgets the packed copy, so that the next call makes a new one.
+
+        Needed after writes to single weights through a tensor's ``data`` or through numpy, which leave no trace: a call
+        compares the first KiB of the weights only.
+        """
+        self._prepared = None
 
     def needs_grad(self, input: torch.Tensor) -> bool:
         """Whether a call with this input is recorded for a gradient."""
@@ -384,16 +356,21 @@ class Int8Linear(FixedTypes):
         """[..., in_features] of float32, float16 or bfloat16 to [..., out_features].
 
         Raises:
+            TypeError: no tensor.
             RuntimeError: a wrong shape, type or device; a static layer that has no range yet.
         """
-        if not torch.compiler.is_compiling():
-            # The same as below without what cannot apply: a request of one row takes 3 us.
-            packed, dtype = self._packed, self.dtype
-            if packed is not None and self.is_as(self._seen) and input.dim() == 2:
-                needs_grad = torch.is_grad_enabled() and (input.requires_grad or self.is_trained())
-                if not needs_grad and selection.implementation("int8_chain", input) is CHAIN:
-                    return CHAIN(input, packed, self.out_features, NUMBERS.get(dtype, dtype))
-        return self.run(input, self.dtype)
+        try:
+            if not torch.compiler.is_compiling():
+                # The same as below without what cannot apply: a request of one row takes 3 us.
+                prepared, dtype = self._prepared, self.dtype
+                if prepared is not None and self.is_fresh(prepared) and input.dim() == 2 and forward_ad._current_level < 0:
+                    needs_grad = torch.is_grad_enabled() and (input.requires_grad or self.is_trained())
+                    if not needs_grad and selection.implementation("int8_chain", input) is CHAIN:
+                        return CHAIN(input, prepared.value, self.out_features, NUMBERS.get(dtype, dtype))
+            return self.run(input, autocast_type(input, self.dtype))
+        except AttributeError:  # found here, as it takes no time where the input is a tensor
+            check_tensor(input)
+            raise
 
     def run(self, input: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """:meth:`forward` with another type of the output."""
@@ -404,6 +381,8 @@ class Int8Linear(FixedTypes):
             if runs_compiled(self.weight) and not needs_grad:
                 return run_compiled([self], input, dtype)
             return op.run_layer(input, self.operands(), dtype)
+        if is_transformed():
+            return op.transformed(input, self.operands(), dtype)
         packed = self._current_pack()
         if packed is not None and not needs_grad:
             return op.chain(input, packed, self.out_features, dtype)
@@ -436,16 +415,16 @@ class Int8Linear(FixedTypes):
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)
         if self.bias is not None and self.bias.dtype != torch.float32:  # assigned, not copied
             self.bias = torch.nn.Parameter(self.bias.detach().float(), self.bias.requires_grad)
-        self._packed = None
+        self._prepared = None
 
     def _apply(self, fn: Any, recurse: bool = True) -> Int8Linear:
         super()._apply(fn, recurse)
-        self._packed = None
+        self._prepared = None
         return self
 
     def __getstate__(self) -> dict[str, Any]:
         # Copies and files hold the canonical state only.
-        return {**self.__dict__, "_seen": None, "_packed": None}
+        return {**self.__dict__, "_prepared": None}
 
     def extra_repr(self) -> str:
         parts = [f"{self.in_features}, {self.out_features}, bias={self.bias is not None}"]

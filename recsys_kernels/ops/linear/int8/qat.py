@@ -8,11 +8,10 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from ....backends import selection
+from ..activation import NONE, STATIC, WEIGHT_ONLY, quantize_rows, range_qparams
 from ..gradients import before_activation, needs_output
 from . import autograd as op
-from . import reference
 from .layer import FixedTypes, Int8Linear, quantize_weight, runs_packed
-from .reference import NONE, STATIC, WEIGHT_ONLY
 from .spec import Int8Layer
 
 RANGES = ("running", "learnable")
@@ -69,7 +68,7 @@ class _FakeQuantized(torch.autograd.Function):
             if ctx.needs_input_grad[0]:
                 grad_rows = grad_rows * inside
         elif scheme != WEIGHT_ONLY:
-            values, steps, zero_points = reference.quantize_rows(rows, None)
+            values, steps, zero_points = quantize_rows(rows, None)
             rows = (values - zero_points) * steps
         if ctx.needs_input_grad[0]:
             grad_input = grad_rows.reshape(input.shape).to(ctx.dtype)
@@ -201,7 +200,7 @@ class QATLinear(FixedTypes):
                 "a static layer in quantization-aware training has seen no input: call it in training mode first, "
                 "or give input_range"
             )
-        return torch.stack(reference.range_qparams(low.clamp(max=0.0), high.clamp(min=0.0)))
+        return torch.stack(range_qparams(low.clamp(max=0.0), high.clamp(min=0.0)))
 
     @torch.no_grad()
     def convert(self) -> Int8Linear:

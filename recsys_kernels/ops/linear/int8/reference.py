@@ -13,32 +13,18 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from ..operands import (  # noqa: F401  (named here by what runs these operators)
-    DYNAMIC,
-    EPILOGUES,
-    FLOATS,
-    GELU,
+from ..activation import STATIC, WEIGHT_ONLY, activate, quantize_rows
+from ..operands import (
     GROUPS,
     MAX_IN_FEATURES,
-    MIN_SCALE,
-    NONE,
-    RELU,
-    SCHEMES,
-    SIGMOID,
-    SILU,
-    STATIC,
-    WEIGHT_ONLY,
-    activate,
+    check,
+    check_floats,
     check_input_qparams,
     check_options,
     check_qparams,
+    check_width,
     num_groups,
-    quantize_rows,
-    range_qparams,
 )
-from ..operands import check as _check
-from ..operands import check_floats as _check_floats
-from ..operands import check_width as _check_width
 from .spec import HEADER_BYTES, LANES, Int8Layer, LayerLists, packed_bytes, padded
 
 # How a packed layer starts: "RCK8" and the version of the layout.
@@ -71,18 +57,18 @@ class CheckedLayer(NamedTuple):
 
 
 def check_input(input: torch.Tensor, weight: torch.Tensor) -> None:
-    _check(input.dim() >= 1, "input must have at least 1 dimension, but has 0")
-    _check(input.device == weight.device, f"input is on {input.device}, but weight on {weight.device}")
-    _check_width(input, weight.shape[1], weight.shape[0])
+    check(input.dim() >= 1, "input must have at least 1 dimension, but has 0")
+    check(input.device == weight.device, f"input is on {input.device}, but weight on {weight.device}")
+    check_width(input, weight.shape[1], weight.shape[0])
 
 
 def _check_numbers(in_features: int, out_features: int, group: int, scheme: int, activation: int) -> None:
-    _check(
+    check(
         1 <= in_features <= MAX_IN_FEATURES and out_features >= 1,
         f"weight must have at least one row and 1 to {MAX_IN_FEATURES} columns (beyond, sums overflow int32), "
         f"but has shape ({out_features}, {in_features})",
     )
-    _check(group in (0, *GROUPS), f"group must be 0 (none), 32, 64 or 128, but is {group}")
+    check(group in (0, *GROUPS), f"group must be 0 (none), 32, 64 or 128, but is {group}")
     check_options(scheme, activation)
 
 
@@ -93,27 +79,27 @@ def checked_layer(layer: Int8Layer) -> CheckedLayer:
         RuntimeError: names the operand, what it is and what it must be.
     """
     weight, weight_scale, group, bias, input_qparams, scheme, activation = layer
-    _check(weight.dtype == torch.int8, f"weight must be int8, but is {weight.dtype}")
-    _check(weight.dim() == 2, f"weight must have 2 dimension(s), but has {weight.dim()}")
+    check(weight.dtype == torch.int8, f"weight must be int8, but is {weight.dtype}")
+    check(weight.dim() == 2, f"weight must have 2 dimension(s), but has {weight.dim()}")
     out_features, in_features = weight.shape
     _check_numbers(in_features, out_features, group, scheme, activation)
-    _check(weight_scale.dtype == torch.float32, f"weight_scale must be float32, but is {weight_scale.dtype}")
+    check(weight_scale.dtype == torch.float32, f"weight_scale must be float32, but is {weight_scale.dtype}")
     shape = (out_features, num_groups(in_features, group))
-    _check(
+    check(
         weight_scale.shape == shape,
         f"weight_scale must have shape {shape} for a weight of shape {tuple(weight.shape)} and group {group}, "
         f"but has {tuple(weight_scale.shape)}",
     )
     if bias is not None:
-        _check(bias.dtype == torch.float32, f"bias must be float32, but is {bias.dtype}")
-        _check(
+        check(bias.dtype == torch.float32, f"bias must be float32, but is {bias.dtype}")
+        check(
             bias.shape == (out_features,),
             f"bias must have shape {(out_features,)} for a weight of shape {tuple(weight.shape)}, "
             f"but has {tuple(bias.shape)}",
         )
     for name, tensor in (("weight_scale", weight_scale), ("bias", bias), ("input_qparams", input_qparams)):
         same = tensor is None or tensor.device == weight.device
-        _check(same, f"{name} must be on the device of weight ({weight.device})")
+        check(same, f"{name} must be on the device of weight ({weight.device})")
     qparams = check_input_qparams(input_qparams, scheme)
     return CheckedLayer(weight, weight_scale, group, bias, qparams, scheme, activation)
 
@@ -161,7 +147,7 @@ def _run(x: torch.Tensor, layer: CheckedLayer) -> torch.Tensor:
 
 def int8_linear(input: torch.Tensor, layer: Int8Layer, dtype: torch.dtype) -> torch.Tensor:
     """One layer over [..., K]: quantization of the input, integer product, scales, bias, activation."""
-    _check_floats(input, dtype)
+    check_floats(input, dtype)
     checked = checked_layer(layer)
     check_input(input, layer.weight)
     out_features, in_features = layer.weight.shape
@@ -174,7 +160,7 @@ def split_layers(lists: LayerLists) -> list[Int8Layer]:
     weights, numbers = lists.weights, lists.numbers
     others = lists.weight_scales, lists.biases, lists.input_qparams
     count = len(weights)
-    _check(
+    check(
         count > 0 and all(len(part) == count for part in others) and len(numbers) == 3 * count,
         "int8_layers needs at least one layer, and of each a weight, a scale, a bias, qparams and three numbers",
     )
@@ -223,19 +209,19 @@ def int8_pack(layer: Int8Layer) -> torch.Tensor:
 
 def _unpack(packed: torch.Tensor) -> Iterator[CheckedLayer]:
     """The layers of a chain, each checked before any of it is read."""
-    _check(packed.dtype == torch.uint8, f"packed must be uint8, but is {packed.dtype}")
-    _check(packed.dim() == 1, f"packed must have 1 dimension(s), but has {packed.dim()}")
+    check(packed.dtype == torch.uint8, f"packed must be uint8, but is {packed.dtype}")
+    check(packed.dim() == 1, f"packed must have 1 dimension(s), but has {packed.dim()}")
     size = packed.shape[0]
-    _check(size > 0, "packed holds no layer")
+    check(size > 0, "packed holds no layer")
     start = 0
     while start < size:
         at = f"packed: the layer at byte {start}"
-        _check(size - start >= HEADER_BYTES, f"{at} is truncated: {size - start} of {HEADER_BYTES} bytes of a header")
+        check(size - start >= HEADER_BYTES, f"{at} is truncated: {size - start} of {HEADER_BYTES} bytes of a header")
         # Copied, as a view of other types needs an aligned start.
         header = packed[start : start + HEADER_BYTES].clone().view(torch.int32).tolist()
         magic, version, in_features, out_features, group, scheme, activation, _, scale_bits, zero_point, *_ = header
-        _check(magic == _MAGIC, f"{at} does not start with the mark of a packed layer")
-        _check(version == _VERSION, f"{at} has version {version}, but this release reads version {_VERSION}")
+        check(magic == _MAGIC, f"{at} does not start with the mark of a packed layer")
+        check(version == _VERSION, f"{at} has version {version}, but this release reads version {_VERSION}")
         try:
             _check_numbers(in_features, out_features, group, scheme, activation)
             qparams = None
@@ -245,7 +231,7 @@ def _unpack(packed: torch.Tensor) -> Iterator[CheckedLayer]:
         except RuntimeError as error:
             raise RuntimeError(f"{at}: {error}") from None
         length = packed_bytes(out_features, in_features, group)
-        _check(size - start >= length, f"{at} is truncated: {size - start} of its {length} bytes")
+        check(size - start >= length, f"{at} is truncated: {size - start} of its {length} bytes")
         yield _unpack_layer(
             packed[start + HEADER_BYTES : start + length],
             in_features,
@@ -285,19 +271,19 @@ def _unpack_layer(
 
 def int8_chain(input: torch.Tensor, packed: torch.Tensor, out_features: int, dtype: torch.dtype) -> torch.Tensor:
     """All layers of ``packed`` one after the other over [M, K]; float32 between them."""
-    _check_floats(input, dtype)
-    _check(input.dim() == 2, f"input must have 2 dimension(s), but has {input.dim()}")
-    _check(input.device == packed.device, f"input is on {input.device}, but packed on {packed.device}")
+    check_floats(input, dtype)
+    check(input.dim() == 2, f"input must have 2 dimension(s), but has {input.dim()}")
+    check(input.device == packed.device, f"input is on {input.device}, but packed on {packed.device}")
     layers = list(_unpack(packed))
     width = layers[0].weight.shape[1]
-    _check_width(input, width, layers[0].weight.shape[0])
+    check_width(input, width, layers[0].weight.shape[0])
     for number, layer in enumerate(layers):
-        _check(
+        check(
             layer.weight.shape[1] == width,
             f"packed: layer {number} takes {layer.weight.shape[1]} features, but the one before it gives {width}",
         )
         width = layer.weight.shape[0]
-    _check(width == out_features, f"packed gives {width} features, but out_features is {out_features}")
+    check(width == out_features, f"packed gives {width} features, but out_features is {out_features}")
     x = input.float()
     for layer in layers:
         x = _run(x, layer)

@@ -10,7 +10,18 @@ import numpy as np
 import torch
 
 from ....backends import selection
-from ..operands import DYNAMIC, EPILOGUES, FLOATS, GROUPS, SCHEMES, STATIC, WEIGHT_ONLY, num_groups
+from ..activation import (
+    DYNAMIC,
+    EPILOGUES,
+    SCHEMES,
+    STATIC,
+    WEIGHT_ONLY,
+)
+from ..operands import (
+    FLOATS,
+    GROUPS,
+    num_groups,
+)
 from ..samples import INT8_SHAPES, finished, quantized_by_numpy
 from .spec import Int8Layer
 

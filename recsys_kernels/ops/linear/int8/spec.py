@@ -16,7 +16,9 @@ from typing import NamedTuple
 import torch
 
 from ....backends import registry
-from ..operands import num_groups
+from ..operands import (
+    num_groups,
+)
 
 FAMILY = registry.register(
     registry.Family(
@@ -26,7 +28,7 @@ FAMILY = registry.register(
         modules=(".layer:Int8Linear", ".mlp:Int8MLP"),
         samples=".samples:operator_samples",
         module_samples=".module_samples:module_samples",
-        converters=("recsys_kernels.compress.converters.int8",),
+        converters=("recsys_kernels.compress.converters.int8_linear",),
     )
 )
 

@@ -17,9 +17,9 @@ import triton
 import triton.language as tl
 
 from .. import triton as linear_triton
+from ..activation import DYNAMIC, STATIC, WEIGHT_ONLY
 from . import reference
 from . import triton_kernels as kernels
-from .reference import DYNAMIC, STATIC, WEIGHT_ONLY
 from .spec import Int8Layer
 
 # Within a tile, which is up to 128 rows, places are counted in 32 bits.
@@ -145,7 +145,7 @@ def _check(good: bool, message: str) -> None:
 
 def _check_arguments(input: torch.Tensor, layer: Int8Layer, dtype: torch.dtype) -> None:
     """The reference's checks but for the values of input_qparams, which are on the GPU: the kernel looks at them."""
-    reference._check_floats(input, dtype)
+    reference.check_floats(input, dtype)
     weight, scheme = layer.weight, layer.scheme
     linear_triton.check_qparams_on_gpu(layer.input_qparams, scheme, weight.device)
     reference.checked_layer(layer._replace(input_qparams=None, scheme=DYNAMIC if scheme == STATIC else scheme))

@@ -5,7 +5,14 @@ from __future__ import annotations
 import torch
 
 from ....backends.registry import native
-from ..operands import WEIGHT_ONLY
+from ..activation import (
+    WEIGHT_ONLY,
+)
+from ..operands import (
+    MAX_IN_FEATURES,
+)
+from . import reference
+from .spec import SparseLayer, block_shape
 
 # Up to this many rows of input the layout for few rows (kind 0 of ``sparse_pack``) is the faster one.
 FEW_ROWS = 8
@@ -61,3 +68,41 @@ def limits(dtype: torch.dtype, scheme: int, block_rows: int) -> tuple[float, flo
     if level is None:
         return 1.0, 1.0
     return CROSSOVER[level][kind_of(dtype, scheme)][4 if block_rows and block_rows % 4 == 0 else 1]
+
+
+def _is_grouped(layer: SparseLayer) -> bool:
+    scale = layer[5]
+    return scale is not None and reference.scale_group(layer[3], layer[4], scale.shape) > 0
+
+
+def limits_of(layer: SparseLayer) -> tuple[float, float]:
+    """The densities above which layers like this one run dense at present, for few and for many rows of input."""
+    values, scheme = layer[0], layer[8]
+    # Layers with scales of groups are packed as floats.
+    dtype = torch.float32 if _is_grouped(layer) else values.dtype
+    return limits(dtype, scheme, block_shape(values)[0])
+
+
+def density(layer: SparseLayer) -> float:
+    """The share of what a dense layer would multiply: of the weights, of int8 products of the fours of columns that
+    are multiplied together."""
+    values, crow, col, out_features, in_features, *_, scheme, _ = layer
+    rows, columns = block_shape(values)
+    share = values.numel() / (out_features * in_features)
+    if values.dtype != torch.int8 or scheme == WEIGHT_ONLY or _is_grouped(layer) or columns % 4 == 0 < columns:
+        return min(share, 1.0)
+    if rows == 0:
+        return 1.0
+    block_rows, fours = crow.numel() - 1, -(-in_features // 4)
+    of_row = torch.repeat_interleave(torch.arange(block_rows, device=crow.device), crow.long().diff())
+    kept_fours = torch.unique_consecutive(of_row * fours + col.long() * columns // 4)
+    return min(1.0, kept_fours.numel() * -(-columns // 4) / (block_rows * fours))
+
+
+def runs_dense(layer: SparseLayer) -> tuple[bool, bool]:
+    """Whether a layer is faster as a dense one on this machine, for few and for many rows of input."""
+    if layer[0].dtype == torch.int8 and layer[4] > MAX_IN_FEATURES:
+        return False, False
+    share = density(layer)
+    few, many = limits_of(layer)
+    return share > few, share > many

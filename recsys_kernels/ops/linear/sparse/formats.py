@@ -7,7 +7,9 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from ..operands import MIN_SCALE
+from ..activation import (
+    MIN_SCALE,
+)
 from . import reference
 from .patterns import Pattern, keep_mask
 from .reference import CheckedLayer

@@ -4,28 +4,35 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, TypeVar
 
 import torch
+from torch.autograd import forward_ad
 
 from ....backends import selection
-from ..operands import (
-    FLOATS,
-    GROUPS,
-    MAX_IN_FEATURES,
+from ..activation import (
     MIN_SCALE,
-    MODULES,
     STATIC,
     WEIGHT_ONLY,
-    FixedTypes,
     epilogue_number,
     input_qparams,
     scheme_number,
 )
+from ..layer import (
+    MODULES,
+    FixedTypes,
+)
+from ..operands import (
+    FLOATS,
+    GROUPS,
+    MAX_IN_FEATURES,
+)
+from ..prepared import Prepared, count_writes, trained
+from ..gradients import autocast_type, check_tensor, is_transformed
 from . import autograd as op
 from . import crossover, formats, reference, semi_structured, state
-from . import prepared as kept
 from .formats import Stored
+from .packs import Packs, runs_packed
 from .patterns import parse_pattern
 from .spec import SparseLayer, block_shape
 from .structure import Structure
@@ -34,26 +41,8 @@ from .torch_masks import as_called
 # What ``selection.implementation`` gives unless another backend was asked for.
 PACKED = torch.ops.recsys_kernels.sparse_packed.default
 DENSE = torch.ops.recsys_kernels.int8_chain.default
+T = TypeVar("T")
 _STRUCTURE = ("values", "crow_indices", "col_indices")
-
-
-class Seen(NamedTuple):
-    """A layer's tensors and how often each had been written to, by which a change can be seen later."""
-
-    values: torch.Tensor
-    values_version: int
-    crow: torch.Tensor
-    crow_version: int
-    col: torch.Tensor
-    col_version: int
-    scale: torch.Tensor | None
-    scale_version: int
-    bias: torch.Tensor | None
-    bias_version: int
-    qparams: torch.Tensor | None
-    qparams_version: int
-    trained: tuple[torch.Tensor, ...] | None  # values of the parameters, once they are trained
-    addresses: tuple[int, ...]  # of values and bias: ``parameter.data = ...`` is not counted as written to
 
 
 class SparseLinear(FixedTypes):
@@ -160,10 +149,8 @@ class SparseLinear(FixedTypes):
         self._forget()
 
     def _forget(self) -> None:
-        self._seen: Seen | None = None
-        self._prepared: kept.Prepared | None = None
-        self._structure: tuple[torch.Tensor, torch.Tensor, Any, Structure] | None = None
-        self._semi_structured: semi_structured.Product | None = None
+        self._prepared: Prepared[Packs | semi_structured.Product] | None = None
+        self._structure: Prepared[Structure] | None = None
 
     def _set(self, stored: Stored, requires_grad: bool = True) -> None:
         if self.activation is None:
@@ -363,7 +350,7 @@ class SparseLinear(FixedTypes):
             parts.append(f"granularity={self._group()}")
         if self.dtype != torch.float32:
             parts.append(f"dtype={self.dtype}")
-        if kept.runs_packed(self.values):
+        if runs_packed(self.values):
             parts.append(f"runs: {self._how_it_runs()}")
         return ", ".join(parts)
 
@@ -372,8 +359,8 @@ class SparseLinear(FixedTypes):
         return 0 if scale is None else reference.scale_group(self.out_features, self.in_features, scale.shape)
 
     def _how_it_runs(self) -> str:
-        few, many = kept.runs_dense(self.operands())
-        limits = kept.limits(self.operands())
+        few, many = crossover.runs_dense(self.operands())
+        limits = crossover.limits_of(self.operands())
         if not few and not many:
             return "sparse"
         if few and many:
@@ -386,60 +373,24 @@ class SparseLinear(FixedTypes):
     def _stored(self) -> Stored:
         return Stored(self.values, self.crow_indices, self.col_indices)
 
-    def is_as(self, seen: Seen | None) -> bool:
-        """Whether no tensor of the layer was replaced or written to since it was seen."""
-        # Straight from the dicts, one comparison after the other: a request of one row takes a few us.
+    def is_fresh(self, prepared: Prepared[Any]) -> bool:
+        """Whether something was made of the layer's tensors as they are now."""
+        # Straight from the dicts: a request of one row takes a few us.
         buffers, parameters = self._buffers, self._parameters
-        if seen is None:
-            return False
-        values, v_at, crow, r_at, col, c_at, scale, s_at, bias, b_at, qparams, q_at, trained, addresses = seen
-        return (
-            (parameters if self.activation is None else buffers)["values"] is values
-            and buffers["crow_indices"] is crow
-            and buffers["col_indices"] is col
-            and buffers["weight_scale"] is scale
-            and parameters["bias"] is bias
-            and buffers["input_qparams"] is qparams
-            and values._version == v_at
-            and crow._version == r_at
-            and col._version == c_at
-            and (scale is None or scale._version == s_at)
-            and (bias is None or bias._version == b_at)
-            and (qparams is None or qparams._version == q_at)
-            and values.data_ptr() == addresses[0]
-            and (bias is None or bias.data_ptr() == addresses[1])
-            and (not self._trains or self._have_values(trained))
-        )
+        return prepared.is_fresh(
+            (parameters if self.activation is None else buffers)["values"],  # type: ignore[arg-type]
+            parameters["bias"],
+            buffers["weight_scale"],
+            buffers["crow_indices"],
+            buffers["col_indices"],
+            buffers["input_qparams"],
+        ) and (not self._trains or prepared.has_values(trained(self)))
 
-    def _have_values(self, values: tuple[torch.Tensor, ...] | None) -> bool:
-        trained = self._trained()
-        return values is not None and len(values) == len(trained) and all(map(kept.same_bits, values, trained))
-
-    def _trained(self) -> list[torch.Tensor]:
-        return [p for p in self._parameters.values() if p is not None and p.requires_grad]
-
-    def see(self) -> Seen:
-        """The layer's tensors as they are now."""
-        with torch.inference_mode(False):
-            # An inference tensor does not count what is written to it.
-            for name, buffer in self._buffers.items():
-                if buffer is not None and buffer.is_inference():
-                    self._buffers[name] = buffer.clone()
-            for name, parameter in self._parameters.items():
-                if parameter is not None and parameter.is_inference():
-                    self._parameters[name] = torch.nn.Parameter(parameter.clone(), parameter.requires_grad)
-        tensors = (
-            self.values,
-            self.crow_indices,
-            self.col_indices,
-            self.weight_scale,
-            self.bias,
-            self.input_qparams,
-        )
-        counted = [part for t in tensors for part in (t, 0 if t is None else t._version)]
-        trained = tuple(parameter.detach().clone() for parameter in self._trained()) if self._trains else None
-        addresses = self.values.data_ptr(), 0 if self.bias is None else self.bias.data_ptr()
-        return Seen(*counted, trained, addresses)  # type: ignore[call-arg,arg-type]
+    def _prepare(self, value: T) -> Prepared[T]:
+        """What was made of the layer, with what tells whether the layer has changed since."""
+        structure = self.crow_indices, self.col_indices, self.input_qparams
+        tensors = (self.values, self.bias, self.weight_scale, *structure)
+        return Prepared(value, tensors, trained(self) if self._trains else None)
 
     def operands(self) -> SparseLayer:
         """The layer as the operators take it: from ``values`` to ``activation``."""
@@ -454,28 +405,34 @@ class SparseLinear(FixedTypes):
         sizes = self.out_features, self.in_features
         return SparseLayer(values, crow, col, *sizes, scale, bias, qparams, *numbers)
 
-    def _current(self) -> kept.Prepared:
-        """What the CPU reads, as fresh as the state."""
+    def _current(self, make: type[T]) -> T:
+        """What the CPU, or a GPU's unit for 2:4, reads instead of the operands, as fresh as the state.
+
+        Args:
+            make: the class of it, which takes the operands.
+        """
         prepared = self._prepared
-        if prepared is None or not self.is_as(self._seen):
-            self._prepared, self._seen = None, self.see()
-            self._prepared = prepared = kept.Prepared(self.operands())
-        return prepared
+        if prepared is None or type(prepared.value) is not make or not self.is_fresh(prepared):
+            self._prepared = None
+            count_writes(self)
+            self._prepared = prepared = self._prepare(make(self.operands()))  # type: ignore[call-arg,arg-type]
+        return prepared.value  # type: ignore[return-value]
 
     def _current_structure(self) -> Structure:
         """What follows from the structure, which training does not change."""
-        crow, col, shape = self.crow_indices, self.col_indices, self.values.shape
-        counts = not (crow.is_inference() or col.is_inference())
-        seen = (crow._version, col._version, shape) if counts else None
-        known = self._structure
-        if known is None or known[0] is not crow or known[1] is not col or seen is None or known[2] != seen:
-            self._structure = known = (crow, col, seen, Structure(self.operands()))
-        return known[3]
+        crow, col, values = self.crow_indices, self.col_indices, self.values
+        prepared = self._structure
+        if prepared is None or prepared.value.shape != values.shape or not prepared.is_fresh(crow, col, None, None):
+            count_writes(self)
+            made = Structure(self.operands())
+            self._structure = prepared = Prepared(made, (self.crow_indices, self.col_indices))
+        return prepared.value
 
     def refresh(self) -> None:
         """Forgets the packed copy, so that the next call makes a new one.
 
-        Needed where torch does not count that something was written: to a tensor's ``data``, or through numpy.
+        Needed after writes to single weights through a tensor's ``data`` or through numpy, which leave no trace: a call
+        compares the first KiB of the values only.
         """
         self._forget()
 
@@ -492,22 +449,34 @@ class SparseLinear(FixedTypes):
         """[..., in_features] of float32, float16 or bfloat16 to [..., out_features].
 
         Raises:
+            TypeError: no tensor.
             RuntimeError: a wrong shape, type or device; a static layer that has no range yet.
         """
-        if not torch.compiler.is_compiling():
-            # The same as below without what cannot apply.
-            prepared = self._prepared
-            if prepared is not None and input.dim() == 2 and self.is_as(self._seen) and not self.needs_grad(input):
-                many = input.shape[0] > crossover.FEW_ROWS
-                pack = prepared.pack(many, input)
-                if pack is not None:
-                    name = "int8_chain" if prepared.runs_dense[many] else "sparse_packed"
-                    run = selection.implementation(name, input)
-                    if run is PACKED or run is DENSE:
-                        return run(input, pack, self.out_features, selection.dtype_argument(self.dtype))
-                elif prepared.runs_dense[many] and kept.runs_packed(self.values):
-                    return prepared.run(input, self.operands(), self.dtype)
-        return self.run(input, self.dtype)
+        try:
+            if not torch.compiler.is_compiling():
+                # The same as below without what cannot apply.
+                prepared = self._prepared
+                if (
+                    prepared is not None
+                    and input.dim() == 2
+                    and self.is_fresh(prepared)
+                    and not self.needs_grad(input)
+                    and forward_ad._current_level < 0
+                ):
+                    packs = prepared.value
+                    many = input.shape[0] > crossover.FEW_ROWS
+                    pack = packs.pack(many, input)
+                    if pack is not None:
+                        name = "int8_chain" if packs.runs_dense[many] else "sparse_packed"
+                        run = selection.implementation(name, input)
+                        if run is PACKED or run is DENSE:
+                            return run(input, pack, self.out_features, selection.dtype_argument(self.dtype))
+                    elif isinstance(packs, Packs) and packs.runs_dense[many] and runs_packed(self.values):
+                        return packs.run(input, self.operands(), self.dtype)
+            return self.run(input, autocast_type(input, self.dtype))
+        except AttributeError:  # found here, as it takes no time where the input is a tensor
+            check_tensor(input)
+            raise
 
     def run(self, input: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """:meth:`forward` with another type of the output."""
@@ -521,6 +490,8 @@ class SparseLinear(FixedTypes):
                 return selection.implementation("sparse_layer", input)(input, *layer, dtype)
             return op.run_layer(input, layer, dtype)
         self._check_range()
+        if is_transformed():
+            return op.transformed(input, layer, dtype)
         prepared: Callable[[torch.Tensor], torch.Tensor] | None = None
         structure = self._current_structure() if needs_grad else None
         trains = needs_grad and self.values.requires_grad
@@ -528,19 +499,11 @@ class SparseLinear(FixedTypes):
             # Values that change with every step. Of others than float32 the operator makes a new pack each time.
             if structure is not None and structure.packs(self.values):
                 prepared = partial(structure.run, layer=layer, dtype=dtype)
-        elif kept.runs_packed(self.values):
-            prepared = partial(self._current().run, layer=layer, dtype=dtype)
+        elif runs_packed(self.values):
+            prepared = partial(self._current(Packs).run, layer=layer, dtype=dtype)
         elif not trains and input.dtype == self.values.dtype and semi_structured.serves(self.values):
-            prepared = partial(self._current_semi_structured(), dtype=dtype)
+            prepared = partial(self._current(semi_structured.Product), dtype=dtype)
         return op.run_layer(input, layer, dtype, prepared, structure)
-
-    def _current_semi_structured(self) -> semi_structured.Product:
-        """The layer as the GPU's unit for 2:4 reads it, as fresh as the state."""
-        product = self._semi_structured
-        if product is None or not self.is_as(self._seen):
-            self._semi_structured, self._seen = None, self.see()
-            self._semi_structured = product = semi_structured.Product(self.operands())
-        return product
 
     def _check_range(self) -> None:
         qparams = self.input_qparams
@@ -599,5 +562,5 @@ class SparseLinear(FixedTypes):
 
     def __getstate__(self) -> dict[str, Any]:
         # Copies and files hold the canonical state only.
-        gone = dict.fromkeys(("_seen", "_prepared", "_structure", "_semi_structured"))
+        gone = dict.fromkeys(("_prepared", "_structure"))
         return {**self.__dict__, **gone}

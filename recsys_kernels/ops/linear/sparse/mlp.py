@@ -6,12 +6,14 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
+from torch.autograd import forward_ad
 
 from ....backends import selection
-from . import prepared as kept
+from ..prepared import Prepared
+from ..gradients import check_tensor, is_transformed
 from .crossover import FEW_ROWS
-from .layer import DENSE, PACKED, Seen, SparseLinear
-from .prepared import runs_packed
+from .layer import DENSE, PACKED, SparseLinear
+from .packs import Packs, runs_packed
 from .spec import SparseLayer
 
 # What runs a member, and what else than the input it takes: a pack, a width and a number for a type.
@@ -22,14 +24,11 @@ class _Known(NamedTuple):
     """Members as they were when they ran one by one, and how the sparse ones ran.
 
     Attributes:
-        members: with what the sparse ones were packed from, and into.
-        tensors, versions: of the sparse ones, and how often each had been written to.
-        steps: of all members, for few and for many rows of input, where these have run.
+        members: each with the packs of a sparse one, else None.
+        steps: how all members run, for few and for many rows of input, where these have run.
     """
 
-    members: list[tuple[Any, kept.Prepared | None, Seen | None]]
-    tensors: list[torch.Tensor]
-    versions: list[int]
+    members: list[tuple[Any, Prepared[Any] | None]]
     steps: list[list[_Step] | None]
 
 
@@ -66,20 +65,23 @@ class SparseMLP(torch.nn.Sequential):
 
         Hooks of the layers are called.
         """
-        if torch.compiler.is_compiling():
+        check_tensor(input)
+        if torch.compiler.is_compiling() or forward_ad._current_level >= 0:
             return super().forward(input)
         known = self._known
         if (
             known is not None
             and input.dim() == 2
             and (steps := known.steps[input.shape[0] > FEW_ROWS]) is not None
-            and self._is_current(known)
+            and self._is_fresh(known)
             and selection.implementation("sparse_packed", input) is PACKED
             and not (torch.is_grad_enabled() and self._has_grad(input))
         ):
             for run, pack, width, dtype in steps:
                 input = run(input, pack, width, dtype)
             return input
+        if is_transformed() or torch.is_autocast_enabled("cpu"):
+            return super().forward(input)  # what runs then is no example for other calls
         if input.dim() == 2 and self._runs_packed() and not (torch.is_grad_enabled() and self._has_grad(input)):
             return self._run_and_note(input)
         return super().forward(input)
@@ -90,36 +92,22 @@ class SparseMLP(torch.nn.Sequential):
     def _runs_packed(self) -> bool:
         return all(runs_packed(m.values) for m in self._modules.values() if isinstance(m, SparseLinear))
 
-    def _is_current(self, known: _Known) -> bool:
-        """Whether the members are the ones that were seen, and :meth:`SparseLinear.is_as` holds for the sparse ones."""
+    def _is_fresh(self, known: _Known) -> bool:
+        """Whether the members are the ones that ran, and the sparse ones are as they were then."""
         members: dict[str, Any] = self._modules
         if len(members) != len(known.members):
             return False
-        # Without a call for each layer, and versions in a row.
-        for member, (one, prepared, seen) in zip(members.values(), known.members):  # noqa: B905 (strict=True takes time)
+        for member, (one, prepared) in zip(members.values(), known.members):  # noqa: B905 (strict=True takes time)
             if member is not one:
                 return False
-            if seen is None:
-                continue
-            values, _, crow, _, col, _, scale, _, bias, _, qparams, _, trained, addresses = seen
-            buffers, parameters = member._buffers, member._parameters
-            if (
+            if prepared is not None and (
                 member._prepared is not prepared  # a new one once the layer was moved or loaded
-                or (parameters if "values" in parameters else buffers)["values"] is not values
-                or buffers["crow_indices"] is not crow
-                or buffers["col_indices"] is not col
-                or buffers["weight_scale"] is not scale
-                or parameters["bias"] is not bias
-                or buffers["input_qparams"] is not qparams
                 or member._forward_pre_hooks
                 or member._forward_hooks
-                or values.data_ptr() != addresses[0]
-                or (bias is not None and bias.data_ptr() != addresses[1])
-                or (member._trains and not member._have_values(trained))
+                or not member.is_fresh(prepared)
             ):
                 return False
-        # Those that were seen are those that are there.
-        return [tensor._version for tensor in known.tensors] == known.versions
+        return True
 
     def _run_and_note(self, input: torch.Tensor) -> torch.Tensor:
         """Runs the members one by one, and notes how, for the next call."""
@@ -137,17 +125,20 @@ class SparseMLP(torch.nn.Sequential):
 
     def _note(self, members: list[torch.nn.Module], many: bool, steps: list[_Step]) -> None:
         old = self._known
-        if old is not None and self._is_current(old):
+        if old is not None and self._is_fresh(old):
             old.steps[many] = steps
             return
-        noted = [(m, m._prepared, m._seen) if isinstance(m, SparseLinear) else (m, None, None) for m in members]
-        # Every other entry of what was seen is a version, but for the last two.
-        pairs = [pair for *_, seen in noted if seen for pair in zip(seen[:-2:2], seen[1:-2:2], strict=True)]
-        pairs = [(tensor, version) for tensor, version in pairs if tensor is not None]
-        tensors, versions = [tensor for tensor, _ in pairs], [version for _, version in pairs]
         both: list[list[_Step] | None] = [None, None]
         both[many] = steps
-        self._known = _Known(noted, tensors, versions, both)  # type: ignore[arg-type]
+        known = [(member, member._prepared if isinstance(member, SparseLinear) else None) for member in members]
+        self._known = _Known(known, both)
+
+    def refresh(self) -> None:
+        """Forgets the packed copies; see :meth:`SparseLinear.refresh`."""
+        self._known = None
+        for member in self._modules.values():
+            if isinstance(member, SparseLinear):
+                member.refresh()
 
     def _apply(self, fn: Any, recurse: bool = True) -> SparseMLP:
         super()._apply(fn, recurse)
@@ -170,21 +161,22 @@ def _step(member: torch.nn.Module, input: torch.Tensor, many: bool) -> _Step | N
     if not isinstance(member, SparseLinear):
         return _called, member, 0, None
     prepared = member._prepared
-    if prepared is None or input.dim() != 2 or not member.is_as(member._seen):
+    if prepared is None or input.dim() != 2 or not member.is_fresh(prepared):
         return None
-    is_dense, pack = prepared.runs_dense[many], prepared.pack(many, input)
+    packs = prepared.value
+    is_dense, pack = packs.runs_dense[many], packs.pack(many, input)
     if pack is not None:
         number = selection.dtype_argument(member.dtype)
         return DENSE if is_dense else PACKED, pack, member.out_features, number
     if is_dense and member.activation is None:
-        return _dense, (prepared, member.operands()), member.out_features, member.dtype
+        return _dense, (packs, member.operands()), member.out_features, member.dtype
     return None
 
 
-def _dense(input: torch.Tensor, layer: tuple[kept.Prepared, SparseLayer], width: int, dtype: Any) -> torch.Tensor:
+def _dense(input: torch.Tensor, layer: tuple[Packs, SparseLayer], width: int, dtype: Any) -> torch.Tensor:
     """A layer of floats that is faster dense."""
-    prepared, operands = layer
-    return prepared.run(input, operands, dtype)
+    packs, operands = layer
+    return packs.run(input, operands, dtype)
 
 
 def _called(input: torch.Tensor, member: Callable[..., torch.Tensor], *rest: Any) -> torch.Tensor:

@@ -13,19 +13,21 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
+from ..activation import (
+    STATIC,
+    WEIGHT_ONLY,
+    activate,
+    quantize_rows,
+)
 from ..operands import (
     FLOATS,
     GROUPS,
     MAX_IN_FEATURES,
-    STATIC,
-    WEIGHT_ONLY,
-    activate,
     check,
     check_floats,
     check_input_qparams,
     check_options,
     check_width,
-    quantize_rows,
 )
 from .spec import SparseLayer, block_shape
 

@@ -11,7 +11,19 @@ import numpy as np
 import torch
 
 from ....backends import selection
-from ..operands import DYNAMIC, EPILOGUES, FLOATS, GROUPS, NONE, SCHEMES, STATIC, WEIGHT_ONLY, num_groups
+from ..activation import (
+    DYNAMIC,
+    EPILOGUES,
+    NONE,
+    SCHEMES,
+    STATIC,
+    WEIGHT_ONLY,
+)
+from ..operands import (
+    FLOATS,
+    GROUPS,
+    num_groups,
+)
 from ..samples import INT8_SHAPES, finished, quantized_by_numpy
 from .patterns import parse_pattern
 from .spec import SparseLayer, block_shape
@@ -64,9 +76,9 @@ class SparseSample:
     @property
     def layer(self) -> SparseLayer:
         """The layer, as sparse_pack takes it."""
-        options = (self.weight_scale, self.bias, self.input_qparams, self.scheme, self.activation)
-        out_features, in_features = self.weight.shape
-        return SparseLayer(*self.stored, out_features, in_features, *options)
+        (values, crow_indices, col_indices), (n, k) = self.stored, self.weight.shape
+        tensors = self.weight_scale, self.bias, self.input_qparams
+        return SparseLayer(values, crow_indices, col_indices, n, k, *tensors, self.scheme, self.activation)
 
     @property
     def args(self) -> tuple[object, ...]:

@@ -11,7 +11,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from ..operands import activate
+from ..activation import (
+    activate,
+)
 from . import formats
 from .spec import SparseLayer
 
@@ -44,6 +46,8 @@ def _tensor_class(device: torch.device) -> Any:
 class Product:
     """A 2:4 layer as the unit reads it."""
 
+    runs_dense = (False, False)
+
     def __init__(self, layer: SparseLayer) -> None:
         values, crow, col, self.out_features, self.in_features, _, bias, _, _, self.activation = layer
         with torch.inference_mode(False), torch.no_grad():
@@ -52,6 +56,9 @@ class Product:
             padding = (0, -self.in_features % _TILE, 0, -self.out_features % _TILE)
             self.weight = compress(F.pad(dense, padding).contiguous())
             self.bias = None if bias is None else bias.detach().float().clone()
+
+    def pack(self, many: bool, input: torch.Tensor) -> None:
+        """None: the unit takes no packed layer of the CPU's kernels."""
 
     def __call__(self, input: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """[..., K] to [..., N], without a gradient."""

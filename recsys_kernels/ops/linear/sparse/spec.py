@@ -31,7 +31,7 @@ FAMILY = registry.register(
         samples=".samples:operator_samples",
         module_samples=".module_samples:module_samples",
         facts=".facts:facts",
-        converters=("recsys_kernels.compress.converters.sparse",),
+        converters=("recsys_kernels.compress.converters.sparse_linear",),
     )
 )
 

@@ -7,7 +7,12 @@ from collections.abc import Mapping
 
 import torch
 
-from ..operands import FLOATS, MIN_SCALE
+from ..activation import (
+    MIN_SCALE,
+)
+from ..operands import (
+    FLOATS,
+)
 from . import formats, reference
 from .spec import block_shape
 

@@ -17,7 +17,17 @@ import triton
 import triton.language as tl
 
 from .. import triton as linear_triton
-from ..operands import DYNAMIC, FLOATS, STATIC, WEIGHT_ONLY, check, check_floats, check_width
+from ..activation import (
+    DYNAMIC,
+    STATIC,
+    WEIGHT_ONLY,
+)
+from ..operands import (
+    FLOATS,
+    check,
+    check_floats,
+    check_width,
+)
 from . import reference
 from . import triton_kernels as kernels
 from .spec import SparseLayer, block_shape

@@ -13,7 +13,7 @@ from int8_support import DTYPES, EPILOGUES, GRANULARITIES, SCHEMES, float_layer,
 from torch.nn import GELU, Dropout, Identity, Linear, ReLU, Sequential, Sigmoid, SiLU
 
 import recsys_kernels as rk
-from recsys_kernels.ops.linear.int8 import compiled as kept
+from recsys_kernels.ops.linear.int8.compiled import PACKS
 from recsys_kernels.testing import assert_matches
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -386,12 +386,12 @@ def test_compiled_layers_are_packed_once(backend: str) -> None:
         with torch.no_grad():
             for count in (7, 9, 1):
                 assert torch.equal(compiled(rows(count)), module(rows(count)))
-                packed = kept._kept[weight].packed
+                packed = PACKS.value_of(weight)
                 assert torch.equal(compiled(rows(count)), module(rows(count)))
-                assert kept._kept[weight].packed is packed
+                assert PACKS.value_of(weight) is packed
             module.load_state_dict({n: t.clone() for n, t in module.state_dict().items()})
             assert torch.equal(compiled(rows()), module(rows()))
-            assert kept._kept[weight].packed is not packed
+            assert PACKS.value_of(weight) is not packed
 
 
 def test_packed_layers_of_compiled_code_go_with_their_weights() -> None:
@@ -399,13 +399,13 @@ def test_packed_layers_of_compiled_code_go_with_their_weights() -> None:
     module = quantize(float_layer())
     with torch.no_grad():
         torch.compile(module, fullgraph=True, backend="eager")(rows())
-    packed = weakref.ref(kept._kept[module.weight].packed)
-    count = len(kept._kept)
+    packed = weakref.ref(PACKS.value_of(module.weight))
+    count = len(PACKS)
     del module
     torch.compiler.reset()
     gc.collect()
     assert packed() is None
-    assert len(kept._kept) < count
+    assert len(PACKS) < count
 
 
 def test_compiled_layers_with_other_numbers_share_no_pack() -> None:

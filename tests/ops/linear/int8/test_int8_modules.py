@@ -262,10 +262,10 @@ def test_a_call_is_one_operator() -> None:
             with Calls() as calls:
                 module(rows())
         assert [n for n in calls.names if "recsys" in n or "linear" in n] == ["recsys_kernels::int8_chain"], name
-        packed = module._packed
+        packed = module._prepared
         with torch.no_grad():
             module(rows())
-        assert module._packed is packed, name
+        assert module._prepared is packed, name
 
 
 def test_layers_run_from_their_operands_without_a_library(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -277,7 +277,7 @@ def test_layers_run_from_their_operands_without_a_library(monkeypatch: pytest.Mo
         assert torch.equal(other(rows()), wanted)
         assert torch.equal(mlp(rows()), wanted)
     assert other._packed is None
-    assert other[0]._packed is None
+    assert other[0]._prepared is None
 
 
 def test_backend_is_chosen_at_the_call() -> None:

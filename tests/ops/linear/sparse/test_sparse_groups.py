@@ -18,10 +18,13 @@ from support import named
 
 import recsys_kernels as rk
 from recsys_kernels.backends import selection as _backends
-from recsys_kernels.compress.converters.tables import stored_bytes
-from recsys_kernels.ops.linear.operands import DYNAMIC, STATIC, WEIGHT_ONLY
+from recsys_kernels.compress.sizes import stored_bytes
+from recsys_kernels.ops.linear.activation import (
+    DYNAMIC,
+    STATIC,
+    WEIGHT_ONLY,
+)
 from recsys_kernels.ops.linear.sparse import crossover, reference
-from recsys_kernels.ops.linear.sparse import prepared as kept
 from recsys_kernels.ops.linear.sparse.crossover import FEW_ROWS
 from recsys_kernels.testing import assert_matches, expected_sparse_linear
 
@@ -295,13 +298,14 @@ def test_layers_that_run_dense(monkeypatch: pytest.MonkeyPatch, activation: str)
             module = grouped(pattern, activation, group, epilogue="silu")
             with torch.no_grad():
                 wanted = {count: module(rows(count, 150)) for count in (1, FEW_ROWS + 1)}
-                assert kept.limits(module.operands()) == kept.limits(sparse(pattern, float_layer(150)).operands())
+                other_limits = crossover.limits_of(sparse(pattern, float_layer(150)).operands())
+                assert crossover.limits_of(module.operands()) == other_limits
                 monkeypatch.setattr(crossover, "limits", limits)
                 other = copy.deepcopy(module)
                 for count, result in wanted.items():
                     assert_matches(other(rows(count, 150)), result.double())
                 assert other._prepared is not None
-                assert other._prepared.runs_dense == (True, True)
+                assert other._prepared.value.runs_dense == (True, True)
                 assert "runs: dense" in repr(other)
                 assert set(asked) == {torch.float32}
                 monkeypatch.undo()

@@ -16,8 +16,8 @@ from support import Calls
 import recsys_kernels as rk
 from recsys_kernels.backends.registry import native
 from recsys_kernels.ops.linear.sparse import autograd as op
-from recsys_kernels.ops.linear.sparse import crossover, semi_structured
-from recsys_kernels.ops.linear.sparse import prepared as kept
+from recsys_kernels.ops.linear.sparse import crossover, packs, semi_structured
+from recsys_kernels.ops.linear.sparse import layer as layer_module
 from recsys_kernels.ops.linear.sparse.patterns import keep_mask
 from recsys_kernels.testing import assert_matches
 
@@ -350,10 +350,10 @@ def test_compile_and_export(kind: str, pattern: str) -> None:
     x = rows().requires_grad_()
     with torch.no_grad():
         assert torch.equal(compiled(x), module(x))
-        before = kept._kept.get(module.values)
+        before = packs.PACKS.value_of(module.values)
         assert before is not None
         assert torch.equal(compiled(rows(40)), module(rows(40)))
-        assert kept._kept[module.values] is before
+        assert packs.PACKS.value_of(module.values) is before
     inputs = [x, *module.parameters()]
     grads = [torch.autograd.grad(f(x).square().sum(), inputs) for f in (compiled, module)]
     for one, two in zip(*grads, strict=True):
@@ -414,7 +414,7 @@ def test_layers_that_run_dense(monkeypatch: pytest.MonkeyPatch, kind: str, limit
                 with Calls() as calls:
                     out = other(rows(count))
                 assert_matches(out, result.double())
-                dense = limits[count > op.FEW_ROWS] == 0.0
+                dense = limits[count > crossover.FEW_ROWS] == 0.0
                 assert ("recsys_kernels::sparse_packed" in calls.names) != dense
                 assert ("recsys_kernels::int8_chain" in calls.names) == (dense and kind != "float")
                 assert other(rows(count).reshape(count, 1, 41)).shape == (count, 1, 22)
@@ -445,12 +445,12 @@ def test_density_of_int8_products_is_that_of_fours() -> None:
     linear = torch.nn.Linear(9, 2)
     linear.weight.data = one_of_four
     module = rk.SparseLinear.from_dense(linear, None)
-    assert kept.density(module.operands()) == pytest.approx(3 / 18)
-    assert kept.density(module.quantize("weight_only").operands()) == pytest.approx(3 / 18)
-    assert kept.density(module.quantize().operands()) == pytest.approx(3 / 6)
-    assert kept.density(quantized("2:4").operands()) == 1.0
+    assert crossover.density(module.operands()) == pytest.approx(3 / 18)
+    assert crossover.density(module.quantize("weight_only").operands()) == pytest.approx(3 / 18)
+    assert crossover.density(module.quantize().operands()) == pytest.approx(3 / 6)
+    assert crossover.density(quantized("2:4").operands()) == 1.0
     blocks = quantized("block4x4")
-    assert kept.density(blocks.operands()) == pytest.approx(blocks.values.shape[0] / (6 * 11), rel=0.2)
+    assert crossover.density(blocks.operands()) == pytest.approx(blocks.values.shape[0] / (6 * 11), rel=0.2)
 
 
 # ---- 2:4 on GPUs ----------------------------------------------------------------------------------------------------
@@ -495,7 +495,7 @@ def test_semi_structured_products(monkeypatch: pytest.MonkeyPatch, shape: tuple[
 
     monkeypatch.setattr(semi_structured, "compress", compress)
     monkeypatch.setattr(semi_structured, "serves", lambda values: True)
-    monkeypatch.setattr(kept, "runs_packed", lambda values: False)
+    monkeypatch.setattr(layer_module, "runs_packed", lambda values: False)
     for epilogue, function in FUNCTIONS.items():
         module = sparse("2:4", float_layer(*shape, dtype=dtype), epilogue=epilogue)
         given.clear()

@@ -15,8 +15,7 @@ from safetensors.torch import load_file, save_file
 from sparse_support import DTYPES, PATTERNS, dense_of, float_layer, quantized, rows, sparse
 
 import recsys_kernels as rk
-from recsys_kernels.ops.linear.sparse import prepared as kept
-from recsys_kernels.ops.linear.sparse import reference
+from recsys_kernels.ops.linear.sparse import packs, reference
 from recsys_kernels.testing import assert_matches
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -238,7 +237,7 @@ def test_compiled_layers_that_share_values_keep_their_packs(monkeypatch: pytest.
     compiled = [torch.compile(module, fullgraph=True, backend="aot_eager") for module in (first, second)]
     for module in compiled:
         module(rows())
-    monkeypatch.setattr(kept, "Prepared", None)  # nothing is made anew
+    monkeypatch.setattr(packs, "Packs", None)  # nothing is made anew
     results = [module(rows()) for module in compiled]
     monkeypatch.undo()
     assert all(torch.equal(found, module(rows())) for found, module in zip(results, (first, second), strict=True))

@@ -1,0 +1,1 @@
+"""What the benchmarks of all families share: cases, sides, the harness, probed limits, results and their report."""

@@ -1,0 +1,21 @@
+// What the linear operators say of activations and results: raw pointers and numbers; nothing of torch.
+#pragma once
+
+#include <cstdint>
+
+#include "core/element_type.h"
+
+namespace rk {
+
+// How activations come in: quantized row by row, with one scale for all, or left as floats.
+enum class Scheme : int32_t { dynamic, fixed, weight_only };
+
+enum class Epilogue : int32_t { none, relu, gelu, sigmoid, silu };
+
+// One row of quantized activations stands for scale * (q - zero_point).
+struct RowScale {
+  float scale;  // NaN where the row holds NaN or infinity
+  int32_t zero_point;
+};
+
+}  // namespace rk

@@ -1,0 +1,1 @@
+"""What a model holds, and what reads the weights of its layers."""
