@@ -293,6 +293,9 @@ class BuildNative(build_ext):
         if cuda is not None:
             link_folders(work, torch_dir)
         (work / "build.ninja").write_text(ninja_file(cxx, torch_dir, target, extra, cuda))
+        self.announce(
+            f"recsys_kernels: compiling for {' '.join(levels())} with torch's headers in {torch_dir}", logging.INFO
+        )
         if subprocess.run([ninja, "-C", str(work)]).returncode:
             sys.exit("recsys_kernels: compiling the native kernels failed; the compiler's message is above")
 
@@ -339,13 +342,27 @@ def files(*suffixes: str) -> list[str]:
     return sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*") if path.suffix in suffixes)
 
 
+def build_requirements() -> list[str]:
+    """What pip has to download before it can build; says so, since pip itself shows nothing of it without ``-v``."""
+    if not builds_kernels() or torch_root() is not None:
+        return []
+    print(
+        f"recsys_kernels: there is no torch in {sysconfig.get_paths()['purelib']}, so pip downloads "
+        f"{TORCH_REQUIREMENT} for its headers, often a build of several GB. Install torch first to avoid that (its "
+        "build for CPUs is far smaller).",
+        file=sys.stderr,
+        flush=True,
+    )
+    return [TORCH_REQUIREMENT]
+
+
 def main() -> None:
     setup(
         # The sources are named for the sdist; BuildNative compiles them in its own way.
         ext_modules=[Extension("recsys_kernels._C", sources=files(".cpp", ".cu"), depends=files(".h", ".cuh"))],
         cmdclass={"build_ext": BuildNative, "bdist_wheel": PlatformWheel},
         # Only asked for when the target environment has no torch; brings one into the build.
-        setup_requires=[TORCH_REQUIREMENT] if builds_kernels() and torch_root() is None else [],
+        setup_requires=build_requirements(),
     )
 
 

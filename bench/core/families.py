@@ -67,7 +67,8 @@ class Family:
     unit: the unit of rates, in billions of `case.amount` a second.
     size_label: what `case.size` counts, in bytes.
     note: how to read the figures; "{cache}" stands for the size of the last-level cache.
-    cases: the cases that are measured; case_type, limit_type: the classes that saved results are made of.
+    cases: the cases that are measured.
+    case_type, limit_type: the classes that saved results are made of; limit_type: None for a family without probes.
     workload: makes the data of a case, from `workload(case, quick)`.
     peers: the module with the sides.
     plot: the name of the module with `draw(results, cpu, folder)`, imported only when charts are drawn; "" for none.
@@ -83,9 +84,9 @@ class Family:
     note: str
     cases: Sequence[BenchCase]
     case_type: type[BenchCase]
-    limit_type: type[Any]
     workload: Callable[[Any, bool], Workload]
     peers: Peers
+    limit_type: type[Any] | None = None
     plot: str = ""
     packages: tuple[str, ...] = ()
     huge_pages: bool = False

@@ -139,4 +139,9 @@ def _result(
 ) -> Result:
     found = family_named(family)
     made: BenchCase = found.case_type(**case)
-    return Result(made, [Pair(**pair) for pair in pairs], found.limit_type(**limit) if limit else None, absent)
+    return Result(
+        made,
+        [Pair(**pair) for pair in pairs],
+        found.limit_type(**limit) if limit and found.limit_type else None,
+        absent,
+    )

@@ -18,7 +18,7 @@ __attribute__((visibility("default"))) const char* rk_cuda_architectures() {
   return RK_TEXT(RK_CUDA_ARCHITECTURES);
 }
 
-// Of which architecture the library holds PTX, which this and newer GPUs can compile. 0: built without.
+// The architecture whose PTX the library holds, which this and newer GPUs can compile. 0: built without CUDA.
 __attribute__((visibility("default"))) int rk_cuda_ptx() { return RK_CUDA_PTX; }
 
 }  // extern "C"

@@ -22,7 +22,7 @@ __device__ __forceinline__ To bits_as(const From& from) {
   return to;
 }
 
-// The same value, of which the compiler does not know that it is: a test of it stays where it is, where loops
+// The same value, but the compiler does not know that. A test of the value stays where it is; otherwise loops
 // would be copied for each of its outcomes.
 __device__ __forceinline__ int opaque(int x) {
 #if !defined(RK_SIMT)
@@ -39,7 +39,7 @@ __device__ __forceinline__ const char* opaque(const char* p) {
   return p;
 }
 
-// The same pointer, of which the compiler then knows that it points to global memory.
+// The same pointer; the compiler then knows that it points to global memory.
 __device__ __forceinline__ char* in_global(char* p) {
 #if !defined(RK_SIMT)
   __builtin_assume(__isGlobal(p));

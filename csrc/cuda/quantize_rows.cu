@@ -73,7 +73,7 @@ __global__ void __launch_bounds__(quantize_lanes)
     uint32_t word = 0;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      // Of a row with NaN or infinity nothing but its scale matters.
+      // Only the scale of a row with NaN or infinity matters.
       const float steps = fminf(fmaxf(__fmul_rn(v[i], inverse), -zero), 255.0f - zero);
       word |= (static_cast<uint32_t>(static_cast<int32_t>(rintf(steps) + zero - 128.0f)) & 0xffu) << (8 * i);
     }

@@ -7,9 +7,53 @@
 #include <utility>
 
 #include "core/device.h"
+#include "core/operands.h"
 #include "kernel.h"
 
 namespace rk {
+
+// ---- the operand lists, in the order of the schemas in recsys_kernels/ops/embedding_bag ----
+
+#define RK_INDICES(X) X(Tensor, indices) X(OptionalTensor, offsets)
+
+#define RK_BAGS(X) \
+  RK_INDICES(X)    \
+  X(OptionalTensor, per_sample_weights) X(int64_t, mode) X(int64_t, padding_idx) X(bool, include_last_offset)
+
+#define RK_EMBEDDING_BAG(X) X(Tensor, weight) RK_BAGS(X)
+RK_OPERANDS(EmbeddingBag, "embedding_bag", RK_EMBEDDING_BAG)
+
+#define RK_EMBEDDING_BAG_MAX(X) \
+  X(Tensor, weight) RK_INDICES(X) X(int64_t, padding_idx) X(bool, include_last_offset) X(bool, zero_start)
+RK_OPERANDS(EmbeddingBagMax, "embedding_bag_max", RK_EMBEDDING_BAG_MAX)
+
+#define RK_QUANTIZED_EMBEDDING_BAG(X) \
+  X(Tensor, weight)                   \
+  X(Tensor, scale_bias)               \
+  X(int64_t, exponent) X(int64_t, embedding_dim) X(int64_t, bits) RK_BAGS(X) X(ScalarType, dtype)
+RK_OPERANDS(QuantizedEmbeddingBag, "quantized_embedding_bag", RK_QUANTIZED_EMBEDDING_BAG)
+
+#define RK_EMBEDDING_BAG_COLLECTION(X) \
+  X(Tensors, weights)                  \
+  X(Tensors, scale_bias)               \
+  X(Tensor, plan)                      \
+  X(Tensor, indices)                   \
+  X(Tensor, offsets) X(OptionalTensor, per_sample_weights) X(int64_t, total_dim) X(ScalarType, dtype)
+RK_OPERANDS(EmbeddingBagCollection, "embedding_bag_collection", RK_EMBEDDING_BAG_COLLECTION)
+
+#define RK_EMBEDDING_BAG_BACKWARD(X) X(Tensor, grad) RK_BAGS(X) X(int64_t, num_embeddings)
+RK_OPERANDS(EmbeddingBagBackward, "embedding_bag_backward", RK_EMBEDDING_BAG_BACKWARD)
+
+#define RK_EMBEDDING_BAG_WEIGHTS_BACKWARD(X) \
+  X(Tensor, grad)                            \
+  X(Tensor, weight) RK_INDICES(X) X(int64_t, mode) X(int64_t, padding_idx) X(bool, include_last_offset)
+RK_OPERANDS(EmbeddingBagWeightsBackward, "embedding_bag_weights_backward", RK_EMBEDDING_BAG_WEIGHTS_BACKWARD)
+
+#define RK_QUANTIZE_ROWWISE(X) \
+  X(Tensor, weight) X(int64_t, bits) X(int64_t, exponent) X(Tensor, rows) X(Tensor, scale_bias)
+RK_OPERANDS(QuantizeRowwise, "quantize_rowwise", RK_QUANTIZE_ROWWISE)
+
+// ---- checks ----
 
 constexpr const char* no_max_gradient =
     "the gradient of max pooling is not a weighted sum: use embedding_bag_max";
@@ -44,16 +88,21 @@ struct IntegerArgument {
   }
 };
 
-// Where in the bags' values and for how long: everything that the single-table operators share.
+// The bags of a call: everything that the operators share.
 struct BagArguments {
   IntegerArgument indices;
   std::optional<IntegerArgument> offsets;
   std::optional<Tensor> weights;
   Bags bags;
 
-  BagArguments(const Tensor& first, const Tensor& indices_arg, const std::optional<Tensor>& offsets_arg,
-               const std::optional<Tensor>& weights_arg, int64_t mode, int64_t padding_idx,
-               bool include_last_offset)
+  // All operands are where `first` is.
+  template <typename Operands>
+  BagArguments(const Tensor& first, const Operands& o)
+      : BagArguments(first, o.indices, o.offsets, o.per_sample_weights, o.mode, o.padding_idx,
+                     o.include_last_offset) {}
+
+  BagArguments(const Tensor& first, const Tensor& indices_arg, const OptionalTensor& offsets_arg,
+               const OptionalTensor& weights_arg, int64_t mode, int64_t padding_idx, bool include_last_offset)
       : indices(indices_arg, first, "indices"), bags{} {
     check(mode >= 0 && mode <= 2, "mode must be 0 (sum), 1 (mean) or 2 (max), but is ", mode);
     bags.indices = indices.tensor.data_ptr();

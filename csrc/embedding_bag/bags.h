@@ -223,7 +223,7 @@ class Lookahead {
   bool even_, pairs_apart_ = false;
   Fault fault_{FaultKind::none, 0, 0};
   alignas(64) const uint8_t* row_[capacity];
-  // Of quantized tables the scale and bias, of others the last byte of the row.
+  // The scale and bias of a quantized row; the last byte of any other row.
   alignas(64) const uint8_t* pair_[capacity];
 };
 

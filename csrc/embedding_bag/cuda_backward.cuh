@@ -189,7 +189,7 @@ struct Segments {
     share.store(to + row * a.dim * (element_bits(type) / 8), type, first, a.dim, sum);
   }
 
-  // Entries j to j + rows - 1 of the group, of which there are `inside`.
+  // Entries j to j + rows - 1 of the group; the first `inside` of them exist.
   __device__ __forceinline__ void batch(int j, uint32_t own_key, uint32_t own_row, Sum own_factor,
                                         int inside) {
     uint32_t word[rows][Share::words], row[rows];

@@ -21,7 +21,7 @@ struct DeviceTable {
   uint32_t scale_bias_stride;  // bytes
   uint32_t row_bytes;
   ElementType type;
-  uint32_t alignment;  // bytes, at most 16, of which begin, length and distance of rows are multiples
+  uint32_t alignment;  // bytes, at most 16: the begin, length and distance of rows are multiples of it
 };
 
 // Whether rows can be read in wide shares.
@@ -83,7 +83,7 @@ __device__ __forceinline__ uint32_t low_word(int64_t x) {
   return x > 0xffffffff ? 0xffffffffu : static_cast<uint32_t>(x);
 }
 
-// Positions in the indices, of which a call has fewer than 2^32: a lane has few registers.
+// Positions in the indices. A call has fewer than 2^32 of them, and a lane has few registers.
 struct Range {
   uint32_t begin;
   uint32_t end;

@@ -157,7 +157,7 @@ struct Pooler {
     uint32_t row[rows_of_max], word[rows_of_max][Share::words];
     load(j, own, row, word);
     uint32_t scale_bias[rows_of_max];
-    unsigned present = 0;  // in bits, of which there are enough, where of registers there are not
+    unsigned present = 0;  // one bit a row: an array would need more registers than there are
 #pragma unroll
     for (int u = 0; u < rows_of_max; ++u) {
       present |= row[u] == absent ? 0 : 1u << u;
@@ -234,9 +234,9 @@ struct Pooler {
     }
   }
 
-  // The bags that a warp takes at once, from `bag` on: 2^log_each a team, of which its lanes hold one each.
-  // If none has more than one row they can be done together, and the rows of a group's bags come together:
-  // one after the other, a lane would wait for offsets, index and row of each. Else team by team.
+  // The bags that a warp takes at once, from `bag` on: each team takes 2^log_each bags, and each of its lanes
+  // holds one. If none has more than one row they can be done together, and the rows of a group's bags come
+  // together: one after the other, a lane would wait for offsets, index and row of each. Else team by team.
   __device__ __forceinline__ void run_all(uint32_t bag, int log_each) {
     const int each = 1 << log_each, first_own = team.in_warp() << log_each;
     const uint32_t own = bag + first_own + team.in_group;
@@ -351,7 +351,7 @@ template <Does D, typename Share>
 __device__ __forceinline__ void pool_tiles(const PoolArguments& a, const DeviceTable& table,
                                            const Feature& feature, const Share& share) {
   const int log_lanes = log_group(table.row_bytes, share.bytes);
-  // Of equal maxima the first wins: one group takes them in order.
+  // The first of equal maxima wins, because one group compares them in order.
   const Team team(log_lanes, D == Does::argmax ? 0 : min(a.log_split, 5 - log_lanes));
   const uint32_t tile_bytes = static_cast<uint32_t>(share.bytes) << log_lanes;
   // Bags that a team takes at once: as many as a lane can have rows in flight, if they have a row each.

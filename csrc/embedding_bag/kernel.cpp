@@ -151,6 +151,8 @@ void pool(const Table& t, const Bags& b, const Matrix& out, int64_t first, int64
       return pool_rows<ElementType::u8>(t, b, out, first, last, scratch, fault);
     case ElementType::u4:
       return pool_rows<ElementType::u4>(t, b, out, first, last, scratch, fault);
+    default:  // no table has it
+      return;
   }
 }
 
@@ -225,6 +227,8 @@ void pool_max(const Table& t, const Bags& b, const Matrix& out, int64_t* argmax,
       return pool_max_rows<ElementType::u8>(t, b, out, argmax, first, last, scratch, fault);
     case ElementType::u4:
       return pool_max_rows<ElementType::u4>(t, b, out, argmax, first, last, scratch, fault);
+    default:  // no table has it
+      return;
   }
 }
 

@@ -8,11 +8,11 @@
 #include <memory>
 #include <vector>
 
-#include "core/tensor_view.h"
-#include "kernel.h"
+#include "arguments.h"
 
 namespace {
 
+using rk::BagArguments;
 using rk::Bags;
 using rk::check;
 using rk::Contribution;
@@ -20,111 +20,18 @@ using rk::ElementType;
 using rk::EmbeddingBagKernels;
 using rk::Fault;
 using rk::FaultKind;
-using rk::Integers;
+using rk::float_table;
 using rk::Matrix;
 using rk::offset_at;
 using rk::Pooling;
+using rk::quantized_table;
 using rk::raise;
+using rk::row_type;
 using rk::ScalarType;
 using rk::Table;
 using rk::Tensor;
 
 const EmbeddingBagKernels& kernels() { return rk::Kernels<EmbeddingBagKernels>::current(); }
-
-// ---- arguments ----
-
-ElementType float_type(ScalarType t, const char* name) {
-  switch (t) {
-    case ScalarType::Double:
-      return ElementType::f64;
-    case ScalarType::Float:
-      return ElementType::f32;
-    case ScalarType::Half:
-      return ElementType::f16;
-    case ScalarType::BFloat16:
-      return ElementType::bf16;
-    default:
-      raise<std::runtime_error>(name, " must be a floating point tensor, but is ", rk::type_name(t));
-  }
-}
-
-// Where in the bags' values and for how long: everything that the single-table operators share.
-struct BagArguments {
-  Integers indices;
-  std::optional<Integers> offsets;
-  std::optional<Tensor> weights;
-  Bags bags;
-
-  BagArguments(const Tensor& indices_arg, const std::optional<Tensor>& offsets_arg,
-               const std::optional<Tensor>& weights_arg, int64_t mode, int64_t padding_idx,
-               bool include_last_offset)
-      : indices(indices_arg, "indices"), bags{} {
-    check(mode >= 0 && mode <= 2, "mode must be 0 (sum), 1 (mean) or 2 (max), but is ", mode);
-    bags.indices = indices.data;
-    bags.indices_64 = indices.is_64;
-    bags.num_indices = indices.count;
-    bags.padding_idx = padding_idx;
-    bags.pooling = static_cast<Pooling>(mode);
-    if (offsets_arg.has_value()) {
-      rk::check_dim(indices_arg, 1, "indices (with offsets)");
-      rk::check_dim(*offsets_arg, 1, "offsets");
-      offsets.emplace(*offsets_arg, "offsets");
-      bags.offsets = offsets->data;
-      bags.offsets_64 = offsets->is_64;
-      bags.has_last_offset = include_last_offset;
-      bags.num_bags = offsets->count - (include_last_offset ? 1 : 0);
-      check(bags.num_bags >= 0, "include_last_offset needs at least one offset, but offsets is empty");
-      // An empty tensor's null pointer would read as "every bag has the same length"; nothing reads this
-      // stand-in.
-      if (offsets->count == 0) bags.offsets = &bags;
-    } else {
-      rk::check_dim(indices_arg, 2, "indices (without offsets)");
-      bags.num_bags = indices_arg.size(0);
-      bags.bag_length = indices_arg.size(1);
-    }
-    if (weights_arg.has_value()) {
-      rk::check_cpu(*weights_arg, "per_sample_weights");
-      check(weights_arg->numel() == indices.count, "per_sample_weights must have one value for each of the ",
-            indices.count, " indices, but has ", weights_arg->numel());
-      weights = weights_arg->is_contiguous() ? *weights_arg : torch::stable::contiguous(*weights_arg);
-      bags.weights = weights->data_ptr();
-      bags.weights_type = float_type(weights->scalar_type(), "per_sample_weights");
-    }
-  }
-};
-
-Table float_table(const Tensor& weight, const char* name) {
-  const ElementType type = float_type(weight.scalar_type(), name);
-  const int64_t size = weight.element_size();
-  // A single row can have any stride.
-  const int64_t stride = weight.size(0) > 1 ? weight.stride(0) * size : weight.size(1) * size;
-  return {weight.data_ptr(), nullptr, weight.size(0), stride, 0, weight.size(1), type, 1.0f};
-}
-
-Table quantized_table(const Tensor& weight, const Tensor& scale_bias, int64_t exponent, int64_t dim,
-                      int64_t bits) {
-  check(bits == 8 || bits == 4, "bits must be 8 or 4, but is ", bits);
-  check(weight.scalar_type() == ScalarType::Byte, "a quantized weight must be uint8, but is ",
-        rk::type_name(weight.scalar_type()));
-  const int64_t bytes = bits == 8 ? dim : (dim + 1) / 2;
-  check(dim > 0 && weight.size(1) == bytes, "a quantized weight of ", dim, " elements and ", bits,
-        " bits must have ", bytes, " columns, but has ", weight.size(1));
-  rk::check_cpu(scale_bias, "scale_bias");
-  rk::check_dim(scale_bias, 2, "scale_bias");
-  check(scale_bias.scalar_type() == ScalarType::Half && scale_bias.size(0) == weight.size(0) &&
-            scale_bias.size(1) == 2 && scale_bias.stride(1) == 1,
-        "scale_bias must be a float16 tensor of shape [", weight.size(0), ", 2] with contiguous rows");
-  check(exponent >= -126 && exponent <= 126, "exponent must be between -126 and 126, but is ", exponent);
-  const ElementType type = bits == 8 ? ElementType::u8 : ElementType::u4;
-  return {weight.data_ptr(),
-          scale_bias.data_ptr(),
-          weight.size(0),
-          weight.stride(0),
-          scale_bias.stride(0) * 2,
-          dim,
-          type,
-          std::ldexp(1.0f, static_cast<int>(exponent))};
-}
 
 [[noreturn]] void raise_fault(const Fault& fault, const Bags& bags, int64_t num_rows,
                               const std::string& table) {
@@ -270,40 +177,33 @@ Job single_job(const Table& table, const Bags& bags, const Tensor& out, ElementT
   return {table, bags, {out.data_ptr(), table.dim, out_type}, argmax, 0, false};
 }
 
-Tensor embedding_bag(const Tensor& weight_arg, const Tensor& indices, const std::optional<Tensor>& offsets,
-                     const std::optional<Tensor>& per_sample_weights, int64_t mode, int64_t padding_idx,
-                     bool include_last_offset) {
-  const BagArguments args(indices, offsets, per_sample_weights, mode, padding_idx, include_last_offset);
-  const Tensor weight = rk::with_contiguous_rows(weight_arg, "weight");
+Tensor embedding_bag(const rk::EmbeddingBag& o) {
+  const BagArguments args(o.weight, o);
+  const Tensor weight = rk::with_contiguous_rows(o.weight, "weight");
   const Table table = float_table(weight, "weight");
   Tensor out = rk::empty_matrix(args.bags.num_bags, table.dim, weight.scalar_type());
   run({single_job(table, args.bags, out, table.type, nullptr)});
   return out;
 }
 
-std::tuple<Tensor, Tensor> embedding_bag_max(const Tensor& weight_arg, const Tensor& indices,
-                                             const std::optional<Tensor>& offsets, int64_t padding_idx,
-                                             bool include_last_offset, bool zero_start) {
-  const BagArguments args(indices, offsets, std::nullopt, 2, padding_idx, include_last_offset);
-  const Tensor weight = rk::with_contiguous_rows(weight_arg, "weight");
+std::tuple<Tensor, Tensor> embedding_bag_max(const rk::EmbeddingBagMax& o) {
+  const BagArguments args(o.weight, o.indices, o.offsets, std::nullopt, 2, o.padding_idx,
+                          o.include_last_offset);
+  const Tensor weight = rk::with_contiguous_rows(o.weight, "weight");
   const Table table = float_table(weight, "weight");
   Tensor out = rk::empty_matrix(args.bags.num_bags, table.dim, weight.scalar_type());
   Tensor argmax = rk::empty_matrix(args.bags.num_bags, table.dim, ScalarType::Long);
   int64_t* rows = static_cast<int64_t*>(argmax.data_ptr());
-  run({single_job(table, args.bags, out, table.type, rows, zero_start)});
+  run({single_job(table, args.bags, out, table.type, rows, o.zero_start)});
   return {out, argmax};
 }
 
-Tensor quantized_embedding_bag(const Tensor& weight_arg, const Tensor& scale_bias, int64_t exponent,
-                               int64_t embedding_dim, int64_t bits, const Tensor& indices,
-                               const std::optional<Tensor>& offsets,
-                               const std::optional<Tensor>& per_sample_weights, int64_t mode,
-                               int64_t padding_idx, bool include_last_offset, ScalarType dtype) {
-  const BagArguments args(indices, offsets, per_sample_weights, mode, padding_idx, include_last_offset);
-  const Tensor weight = rk::with_contiguous_rows(weight_arg, "weight");
-  const Table table = quantized_table(weight, scale_bias, exponent, embedding_dim, bits);
-  Tensor out = rk::empty_matrix(args.bags.num_bags, embedding_dim, dtype);
-  run({single_job(table, args.bags, out, float_type(dtype, "dtype"), nullptr)});
+Tensor quantized_embedding_bag(const rk::QuantizedEmbeddingBag& o) {
+  const BagArguments args(o.weight, o);
+  const Tensor weight = rk::with_contiguous_rows(o.weight, "weight");
+  const Table table = quantized_table(weight, o.scale_bias, o.weight, o.exponent, o.embedding_dim, o.bits);
+  Tensor out = rk::empty_matrix(args.bags.num_bags, o.embedding_dim, o.dtype);
+  run({single_job(table, args.bags, out, row_type(o.dtype, "dtype"), nullptr)});
   return out;
 }
 
@@ -320,42 +220,41 @@ enum PlanColumn : int64_t {
   plan_columns
 };
 
-Tensor embedding_bag_collection(const std::vector<Tensor>& weights, const std::vector<Tensor>& scale_bias,
-                                const Tensor& plan_arg, const Tensor& indices_arg, const Tensor& offsets_arg,
-                                const std::optional<Tensor>& per_sample_weights, int64_t total_dim,
-                                ScalarType dtype) {
-  const Integers plan(plan_arg, "plan");
-  check(plan_arg.dim() == 2 && plan_arg.size(1) == plan_columns && plan.is_64,
-        "plan must be int64 of shape [F, ", static_cast<int64_t>(plan_columns), "]");
+Tensor embedding_bag_collection(const rk::EmbeddingBagCollection& o) {
+  const rk::IntegerArgument plan(o.plan, o.indices, "plan");
+  check(o.plan.dim() == 2 && o.plan.size(1) == plan_columns && plan.is_64, "plan must be int64 of shape [F, ",
+        static_cast<int64_t>(plan_columns), "]");
   // Every tensor in a list costs 0.2 us a call, so that float collections pass none.
-  check(scale_bias.empty() || weights.size() == scale_bias.size(),
+  check(o.scale_bias.empty() || o.weights.size() == o.scale_bias.size(),
         "scale_bias must be empty or have one entry for each table");
-  const int64_t features = plan_arg.size(0);
-  BagArguments args(indices_arg, offsets_arg, per_sample_weights, 0, -1, true);
+  const int64_t features = o.plan.size(0);
+  const BagArguments args(o.indices, o.indices, o.offsets, o.per_sample_weights, 0, -1, true);
   const int64_t all_bags = args.bags.num_bags;
   check(features > 0 && all_bags % features == 0, "offsets must have F*B+1 entries for F = ", features,
         " features, but has ", all_bags + 1);
   const int64_t batch = all_bags / features;
-  const ElementType out_type = float_type(dtype, "dtype");
-  Tensor out = rk::empty_matrix(batch, total_dim, dtype);
+  const ElementType out_type = row_type(o.dtype, "dtype");
+  Tensor out = rk::empty_matrix(batch, o.total_dim, o.dtype);
   if (batch == 0) return out;
   char* data = static_cast<char*>(out.data_ptr());
   std::vector<Tensor> rows;  // keeps contiguous copies alive
-  rows.reserve(weights.size());
-  for (const Tensor& w : weights) rows.push_back(rk::with_contiguous_rows(w, "weights"));
+  rows.reserve(o.weights.size());
+  for (const Tensor& w : o.weights) rows.push_back(rk::with_contiguous_rows(w, "weights"));
+  const int64_t* const plan_rows = static_cast<const int64_t*>(plan.tensor.data_ptr());
   std::vector<Job> jobs(static_cast<size_t>(features));
   for (int64_t f = 0; f < features; ++f) {
-    const int64_t* p = static_cast<const int64_t*>(plan.data) + f * plan_columns;
+    const int64_t* p = plan_rows + f * plan_columns;
     check(p[plan_table] >= 0 && p[plan_table] < static_cast<int64_t>(rows.size()) && p[plan_dim] >= 0 &&
-              p[plan_dim] <= total_dim && p[plan_column] >= 0 && p[plan_column] <= total_dim - p[plan_dim] &&
-              p[plan_pooling] >= 0 && p[plan_pooling] <= 2,
+              p[plan_dim] <= o.total_dim && p[plan_column] >= 0 &&
+              p[plan_column] <= o.total_dim - p[plan_dim] && p[plan_pooling] >= 0 && p[plan_pooling] <= 2,
           "plan row ", f, " does not fit the tables or total_dim");
     const Tensor& weight = rows[static_cast<size_t>(p[plan_table])];
-    check(p[plan_bits] == 0 || !scale_bias.empty(), "plan row ", f, " is quantized, but scale_bias is empty");
+    check(p[plan_bits] == 0 || !o.scale_bias.empty(), "plan row ", f,
+          " is quantized, but scale_bias is empty");
     Job& job = jobs[static_cast<size_t>(f)];
     job.table = p[plan_bits] == 0 ? float_table(weight, "weights")
-                                  : quantized_table(weight, scale_bias[static_cast<size_t>(p[plan_table])],
-                                                    p[plan_exponent], p[plan_dim], p[plan_bits]);
+                                  : quantized_table(weight, o.scale_bias[static_cast<size_t>(p[plan_table])],
+                                                    o.indices, p[plan_exponent], p[plan_dim], p[plan_bits]);
     check(job.table.dim == p[plan_dim], "plan row ", f, " says ", p[plan_dim], " columns, but the table has ",
           job.table.dim);
     check((job.table.type == ElementType::f64) == (out_type == ElementType::f64),
@@ -365,7 +264,7 @@ Tensor embedding_bag_collection(const std::vector<Tensor>& weights, const std::v
     job.bags.pooling = static_cast<Pooling>(p[plan_pooling]);
     job.bags.offsets =
         static_cast<const char*>(args.bags.offsets) + f * batch * (args.bags.offsets_64 ? 8 : 4);
-    job.out = {data + p[plan_column] * out.element_size(), total_dim, out_type};
+    job.out = {data + p[plan_column] * out.element_size(), o.total_dim, out_type};
     job.argmax = nullptr;
     job.offset_base = f * batch;
     job.in_collection = true;
@@ -405,32 +304,26 @@ std::vector<int64_t> split_rows(const Bags& bags, int64_t num_rows, int64_t piec
   return bounds;
 }
 
-constexpr const char* no_max_gradient =
-    "the gradient of max pooling is not a weighted sum: use embedding_bag_max";
-
-Tensor embedding_bag_backward(const Tensor& grad_arg, const Tensor& indices,
-                              const std::optional<Tensor>& offsets,
-                              const std::optional<Tensor>& per_sample_weights, int64_t mode,
-                              int64_t padding_idx, bool include_last_offset, int64_t num_embeddings) {
-  const BagArguments args(indices, offsets, per_sample_weights, mode, padding_idx, include_last_offset);
-  check(mode != 2, no_max_gradient);
-  const Tensor grad = rk::with_contiguous_rows(grad_arg, "grad");
+Tensor embedding_bag_backward(const rk::EmbeddingBagBackward& o) {
+  const BagArguments args(o.grad, o);
+  check(o.mode != 2, rk::no_max_gradient);
+  const Tensor grad = rk::with_contiguous_rows(o.grad, "grad");
   check(grad.size(0) == args.bags.num_bags, "grad must have one row for each of the ", args.bags.num_bags,
         " bags, but has ", grad.size(0));
-  check(num_embeddings >= 0 && num_embeddings <= UINT32_MAX, "num_embeddings must be below 2^32");
+  check(o.num_embeddings >= 0 && o.num_embeddings <= UINT32_MAX, "num_embeddings must be below 2^32");
   check(args.bags.num_bags <= UINT32_MAX, "there must be fewer than 2^32 bags");
-  const ElementType type = float_type(grad.scalar_type(), "grad");
+  const ElementType type = row_type(grad.scalar_type(), "grad");
   const int64_t dim = grad.size(1);
-  Tensor out = rk::empty_matrix(num_embeddings, dim, grad.scalar_type());
+  Tensor out = rk::empty_matrix(o.num_embeddings, dim, grad.scalar_type());
   const Matrix source{grad.data_ptr(), grad.stride(0), type}, target{out.data_ptr(), dim, type};
   const int64_t row_lines = (dim * grad.element_size() + 63) / 64;
   // Every piece reads all indices for its own rows, so that more than a few pieces only add to that reading:
   // with 410 k indices it is 0.5 ms a piece, as much as the work of one piece of 32.
   constexpr int64_t most_pieces = 16;
-  const int64_t lines = (num_embeddings + args.bags.num_indices) * row_lines;
+  const int64_t lines = (o.num_embeddings + args.bags.num_indices) * row_lines;
   const int64_t pieces = std::min(most_pieces, threads_for(lines));
-  const std::vector<int64_t> bounds =
-      pieces > 1 ? split_rows(args.bags, num_embeddings, pieces) : std::vector<int64_t>{0, num_embeddings};
+  const std::vector<int64_t> bounds = pieces > 1 ? split_rows(args.bags, o.num_embeddings, pieces)
+                                                 : std::vector<int64_t>{0, o.num_embeddings};
   std::vector<Fault> faults(bounds.size() - 1, Fault{FaultKind::none, 0, 0});
   const auto work = [&](int64_t piece) {
     const size_t entries = static_cast<size_t>(args.bags.num_indices);
@@ -439,7 +332,7 @@ Tensor embedding_bag_backward(const Tensor& grad_arg, const Tensor& indices,
     const int64_t first = bounds[static_cast<size_t>(piece)], last = bounds[static_cast<size_t>(piece) + 1];
     Fault* fault = &faults[static_cast<size_t>(piece)];
     const int64_t count =
-        kernels().collect(args.bags, num_embeddings, first, last, list.get(), list.get() + entries, fault);
+        kernels().collect(args.bags, o.num_embeddings, first, last, list.get(), list.get() + entries, fault);
     if (fault->kind != FaultKind::none) return;
     kernels().reduce(source, list.get(), count, target, dim, first, last, scratch.get());
   };
@@ -447,23 +340,22 @@ Tensor embedding_bag_backward(const Tensor& grad_arg, const Tensor& indices,
     for (int64_t piece = begin; piece < end; ++piece) work(piece);
   });
   // Every piece checks every index, so all of them found the same fault.
-  if (faults[0].kind != FaultKind::none) raise_fault(faults[0], args.bags, num_embeddings, "a table");
+  if (faults[0].kind != FaultKind::none) raise_fault(faults[0], args.bags, o.num_embeddings, "a table");
   return out;
 }
 
-Tensor embedding_bag_weights_backward(const Tensor& grad_arg, const Tensor& weight_arg, const Tensor& indices,
-                                      const std::optional<Tensor>& offsets, int64_t mode, int64_t padding_idx,
-                                      bool include_last_offset) {
-  const BagArguments args(indices, offsets, std::nullopt, mode, padding_idx, include_last_offset);
-  check(mode != 2, no_max_gradient);
-  const Tensor weight = rk::with_contiguous_rows(weight_arg, "weight");
-  const Tensor grad = rk::with_contiguous_rows(grad_arg, "grad");
+Tensor embedding_bag_weights_backward(const rk::EmbeddingBagWeightsBackward& o) {
+  const BagArguments args(o.weight, o.indices, o.offsets, std::nullopt, o.mode, o.padding_idx,
+                          o.include_last_offset);
+  check(o.mode != 2, rk::no_max_gradient);
+  const Tensor weight = rk::with_contiguous_rows(o.weight, "weight");
+  const Tensor grad = rk::with_contiguous_rows(o.grad, "grad");
   const Table table = float_table(weight, "weight");
-  const ElementType type = float_type(grad.scalar_type(), "grad");
+  const ElementType type = row_type(grad.scalar_type(), "grad");
   check(type == table.type, "grad must have the type of weight");
   check(grad.size(0) == args.bags.num_bags && grad.size(1) == table.dim, "grad must have shape [",
         args.bags.num_bags, ", ", table.dim, "]");
-  Tensor out = torch::stable::new_zeros(grad, indices.sizes());
+  Tensor out = torch::stable::new_zeros(grad, o.indices.sizes());
   const Matrix source{grad.data_ptr(), grad.stride(0), type}, target{out.data_ptr(), 1, type};
   const Job job{table, args.bags, target, nullptr, 0, false};
   const int64_t pieces = threads_for(lines_before(job, args.bags.num_bags));
@@ -485,24 +377,23 @@ Tensor embedding_bag_weights_backward(const Tensor& grad_arg, const Tensor& weig
 // ---- quantization ----
 
 // Writes into tensors of the caller, who decides where the table lives (huge pages, aligned rows).
-void quantize_rowwise(const Tensor& weight_arg, int64_t bits, int64_t exponent, const Tensor& rows,
-                      const Tensor& scale_bias) {
-  const Tensor weight = rk::with_contiguous_rows(weight_arg, "weight");
+void quantize_rowwise(const rk::QuantizeRowwise& o) {
+  const Tensor weight = rk::with_contiguous_rows(o.weight, "weight");
   const Table source = float_table(weight, "weight");
   if (source.dim == 0 || source.num_rows == 0) return;
-  rk::check_cpu(rows, "rows");
-  rk::check_dim(rows, 2, "rows");
-  const Table target = quantized_table(rows, scale_bias, exponent, source.dim, bits);
-  check(target.num_rows == source.num_rows && rows.stride(1) == 1, "rows must have ", source.num_rows,
+  rk::check_cpu(o.rows, "rows");
+  rk::check_dim(o.rows, 2, "rows");
+  const Table target = quantized_table(o.rows, o.scale_bias, o.weight, o.exponent, source.dim, o.bits);
+  check(target.num_rows == source.num_rows && o.rows.stride(1) == 1, "rows must have ", source.num_rows,
         " contiguous rows");
-  const float inverse = std::ldexp(1.0f, static_cast<int>(-exponent));
+  const float inverse = std::ldexp(1.0f, static_cast<int>(-o.exponent));
   const int64_t pieces = threads_for(source.num_rows * lines_of(source));
   std::vector<Fault> faults(static_cast<size_t>(pieces), Fault{FaultKind::none, 0, 0});
   torch::stable::parallel_for(0, pieces, 1, [&](int64_t begin, int64_t end) {
     for (int64_t piece = begin; piece < end; ++piece) {
       std::unique_ptr<float[]> scratch(new float[static_cast<size_t>(source.dim)]);
-      kernels().quantize(source, static_cast<int>(bits), inverse, static_cast<uint8_t*>(rows.data_ptr()),
-                         target.row_stride, static_cast<uint8_t*>(scale_bias.data_ptr()),
+      kernels().quantize(source, static_cast<int>(o.bits), inverse, static_cast<uint8_t*>(o.rows.data_ptr()),
+                         target.row_stride, static_cast<uint8_t*>(o.scale_bias.data_ptr()),
                          target.scale_bias_stride, source.num_rows * piece / pieces,
                          source.num_rows * (piece + 1) / pieces, scratch.get(),
                          &faults[static_cast<size_t>(piece)]);
@@ -519,11 +410,11 @@ void quantize_rowwise(const Tensor& weight_arg, int64_t bits, int64_t exponent, 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(recsys_kernels, CPU, m) {
-  m.impl("embedding_bag", TORCH_BOX(&embedding_bag));
-  m.impl("embedding_bag_max", TORCH_BOX(&embedding_bag_max));
-  m.impl("embedding_bag_backward", TORCH_BOX(&embedding_bag_backward));
-  m.impl("embedding_bag_weights_backward", TORCH_BOX(&embedding_bag_weights_backward));
-  m.impl("quantized_embedding_bag", TORCH_BOX(&quantized_embedding_bag));
-  m.impl("embedding_bag_collection", TORCH_BOX(&embedding_bag_collection));
-  m.impl("quantize_rowwise", TORCH_BOX(&quantize_rowwise));
+  rk::implement<&embedding_bag>(m);
+  rk::implement<&embedding_bag_max>(m);
+  rk::implement<&embedding_bag_backward>(m);
+  rk::implement<&embedding_bag_weights_backward>(m);
+  rk::implement<&quantized_embedding_bag>(m);
+  rk::implement<&embedding_bag_collection>(m);
+  rk::implement<&quantize_rowwise>(m);
 }

@@ -226,44 +226,36 @@ void pool(const Table& table, const Bags& bags, const Matrix& out, const Device&
   });
 }
 
-Tensor embedding_bag(const Tensor& weight_arg, const Tensor& indices, const std::optional<Tensor>& offsets,
-                     const std::optional<Tensor>& per_sample_weights, int64_t mode, int64_t padding_idx,
-                     bool include_last_offset) {
-  const BagArguments args(weight_arg, indices, offsets, per_sample_weights, mode, padding_idx,
-                          include_last_offset);
+Tensor embedding_bag(const rk::EmbeddingBag& o) {
+  const BagArguments args(o.weight, o);
   check_counts(args.bags);
-  const Device device(weight_arg);
-  const Tensor weight = rk::contiguous_rows(weight_arg, weight_arg, "weight");
+  const Device device(o.weight);
+  const Tensor weight = rk::contiguous_rows(o.weight, o.weight, "weight");
   const Table table = rk::float_table(weight, "weight");
   Tensor out = empty(weight, Shape{args.bags.num_bags, table.dim}, weight.scalar_type());
   pool(table, args.bags, {out.data_ptr(), table.dim, table.type}, device);
   return out;
 }
 
-Tensor quantized_embedding_bag(const Tensor& weight_arg, const Tensor& scale_bias, int64_t exponent,
-                               int64_t embedding_dim, int64_t bits, const Tensor& indices,
-                               const std::optional<Tensor>& offsets,
-                               const std::optional<Tensor>& per_sample_weights, int64_t mode,
-                               int64_t padding_idx, bool include_last_offset, ScalarType dtype) {
-  const BagArguments args(weight_arg, indices, offsets, per_sample_weights, mode, padding_idx,
-                          include_last_offset);
+Tensor quantized_embedding_bag(const rk::QuantizedEmbeddingBag& o) {
+  const BagArguments args(o.weight, o);
   check_counts(args.bags);
-  const Device device(weight_arg);
-  const Tensor weight = rk::contiguous_rows(weight_arg, weight_arg, "weight");
-  const Table table = rk::quantized_table(weight, scale_bias, weight_arg, exponent, embedding_dim, bits);
-  const ElementType type = rk::row_type(dtype, "dtype");
-  Tensor out = empty(weight, Shape{args.bags.num_bags, embedding_dim}, dtype);
+  const Device device(o.weight);
+  const Tensor weight = rk::contiguous_rows(o.weight, o.weight, "weight");
+  const Table table =
+      rk::quantized_table(weight, o.scale_bias, o.weight, o.exponent, o.embedding_dim, o.bits);
+  const ElementType type = rk::row_type(o.dtype, "dtype");
+  Tensor out = empty(weight, Shape{args.bags.num_bags, o.embedding_dim}, o.dtype);
   pool(table, args.bags, {out.data_ptr(), table.dim, type}, device);
   return out;
 }
 
-std::tuple<Tensor, Tensor> embedding_bag_max(const Tensor& weight_arg, const Tensor& indices,
-                                             const std::optional<Tensor>& offsets, int64_t padding_idx,
-                                             bool include_last_offset, bool zero_start) {
-  const BagArguments args(weight_arg, indices, offsets, std::nullopt, 2, padding_idx, include_last_offset);
+std::tuple<Tensor, Tensor> embedding_bag_max(const rk::EmbeddingBagMax& o) {
+  const BagArguments args(o.weight, o.indices, o.offsets, std::nullopt, 2, o.padding_idx,
+                          o.include_last_offset);
   check_counts(args.bags);
-  const Device device(weight_arg);
-  const Tensor weight = rk::contiguous_rows(weight_arg, weight_arg, "weight");
+  const Device device(o.weight);
+  const Tensor weight = rk::contiguous_rows(o.weight, o.weight, "weight");
   const Table table = rk::float_table(weight, "weight");
   const int64_t num_bags = args.bags.num_bags;
   Tensor out = empty(weight, Shape{num_bags, table.dim}, weight.scalar_type());
@@ -272,7 +264,7 @@ std::tuple<Tensor, Tensor> embedding_bag_max(const Tensor& weight_arg, const Ten
   const Matrix result{out.data_ptr(), table.dim, table.type};
   PoolLaunch launch = pool_launch(table, args.bags, result, device);
   launch.arguments.argmax = static_cast<int64_t*>(argmax.data_ptr());
-  launch.arguments.zero_start = zero_start;
+  launch.arguments.zero_start = o.zero_start;
   with_sum(table.type, [&](auto sum) {
     RK_LAUNCH(rk::argmax_kernel<decltype(sum)>, launch.grid, dim3(rk::block_lanes), 0, device.stream,
               launch.arguments);
@@ -325,30 +317,28 @@ dim3 collection_grid(const std::vector<DeviceTable>& tables, int64_t batch, int6
   return grid_of(std::min(most, std::max(fewest, enough / features)), features, tiles);
 }
 
-Tensor embedding_bag_collection(const std::vector<Tensor>& weights, const std::vector<Tensor>& scale_bias,
-                                const Tensor& plan_arg, const Tensor& indices, const Tensor& offsets,
-                                const std::optional<Tensor>& per_sample_weights, int64_t total_dim,
-                                ScalarType dtype) {
-  const rk::IntegerArgument plan(plan_arg, indices, "plan");
-  check(plan_arg.dim() == 2 && plan_arg.size(1) == rk::plan_columns && plan.is_64,
+Tensor embedding_bag_collection(const rk::EmbeddingBagCollection& o) {
+  const rk::IntegerArgument plan(o.plan, o.indices, "plan");
+  check(o.plan.dim() == 2 && o.plan.size(1) == rk::plan_columns && plan.is_64,
         "plan must be int64 of shape [F, ", static_cast<int64_t>(rk::plan_columns), "]");
-  check(scale_bias.empty() || weights.size() == scale_bias.size(),
+  check(o.scale_bias.empty() || o.weights.size() == o.scale_bias.size(),
         "scale_bias must be empty or have one entry for each table");
-  const int64_t features = plan_arg.size(0);
-  const BagArguments args(indices, indices, offsets, per_sample_weights, 0, -1, true);
+  const int64_t features = o.plan.size(0);
+  const BagArguments args(o.indices, o.indices, o.offsets, o.per_sample_weights, 0, -1, true);
   const int64_t all_bags = args.bags.num_bags;
   check(features > 0 && all_bags % features == 0, "offsets must have F*B+1 entries for F = ", features,
         " features, but has ", all_bags + 1);
-  const ElementType out_type = rk::row_type(dtype, "dtype");
+  const ElementType out_type = rk::row_type(o.dtype, "dtype");
   check_counts(args.bags);
-  const Device device(indices);
+  const Device device(o.indices);
   std::vector<Tensor> rows;  // keeps contiguous copies alive
-  const std::vector<DeviceTable> tables = collection_tables(weights, scale_bias, indices, out_type, rows);
-  Tensor out = empty(indices, Shape{all_bags / features, total_dim}, dtype);
-  if (all_bags == 0 || total_dim == 0) return out;
+  const std::vector<DeviceTable> tables =
+      collection_tables(o.weights, o.scale_bias, o.indices, out_type, rows);
+  Tensor out = empty(o.indices, Shape{all_bags / features, o.total_dim}, o.dtype);
+  if (all_bags == 0 || o.total_dim == 0) return out;
   rk::PoolArguments a{};
   a.bags = args.bags;
-  a.out = {out.data_ptr(), total_dim, out_type};
+  a.out = {out.data_ptr(), o.total_dim, out_type};
   a.bounds = device.bounds;
   a.plan = static_cast<const int64_t*>(plan.tensor.data_ptr());
   a.batch = static_cast<uint32_t>(all_bags / features);
@@ -449,36 +439,32 @@ Tensor mean_factors(const Bags& bags, uint32_t num_rows, ElementType type, const
   return factors;
 }
 
-Tensor embedding_bag_backward(const Tensor& grad_arg, const Tensor& indices,
-                              const std::optional<Tensor>& offsets,
-                              const std::optional<Tensor>& per_sample_weights, int64_t mode,
-                              int64_t padding_idx, bool include_last_offset, int64_t num_embeddings) {
-  const BagArguments args(grad_arg, indices, offsets, per_sample_weights, mode, padding_idx,
-                          include_last_offset);
-  check(mode != 2, rk::no_max_gradient);
+Tensor embedding_bag_backward(const rk::EmbeddingBagBackward& o) {
+  const BagArguments args(o.grad, o);
+  check(o.mode != 2, rk::no_max_gradient);
   check_counts(args.bags);
-  const Device device(grad_arg);
-  const Tensor grad = rk::contiguous_rows(grad_arg, grad_arg, "grad");
+  const Device device(o.grad);
+  const Tensor grad = rk::contiguous_rows(o.grad, o.grad, "grad");
   const Table source = rk::float_table(grad, "grad");
   const Bags& bags = args.bags;
   check(grad.size(0) == bags.num_bags, "grad must have one row for each of the ", bags.num_bags,
         " bags, but has ", grad.size(0));
-  check(num_embeddings >= 0 && num_embeddings < rk::absent, "num_embeddings must be below 2^32 - 1");
-  Tensor out = torch::stable::new_zeros(grad, Shape{num_embeddings, source.dim});
+  check(o.num_embeddings >= 0 && o.num_embeddings < rk::absent, "num_embeddings must be below 2^32 - 1");
+  Tensor out = torch::stable::new_zeros(grad, Shape{o.num_embeddings, source.dim});
   const int64_t count = bags.num_indices;
   if (bags.num_bags == 0 || source.dim == 0) return out;
 
   rk::KeyArguments k{};
   k.bags = bags;
   k.bounds = device.bounds;
-  k.num_rows = static_cast<uint32_t>(num_embeddings);
-  k.keys_64 = num_embeddings > INT32_MAX;
+  k.num_rows = static_cast<uint32_t>(o.num_embeddings);
+  k.keys_64 = o.num_embeddings > INT32_MAX;
   std::optional<Tensor> means, factors;
-  if (mode == 1 && count > 0) {
+  if (o.mode == 1 && count > 0) {
     means = mean_factors(bags, k.num_rows, source.type, grad, device);
     k.mean_factors = means->data_ptr();
   }
-  if (mode == 1 || bags.weights != nullptr) {
+  if (o.mode == 1 || bags.weights != nullptr) {
     factors = empty(grad, Length{count}, sum_type(source.type));
     k.factors = factors->data_ptr();
   }
@@ -491,7 +477,7 @@ Tensor embedding_bag_backward(const Tensor& grad_arg, const Tensor& indices,
     RK_LAUNCH(rk::keys_kernel<decltype(sum)>, grid_of(blocks_for(std::max<int64_t>(count, 1), 32), 1, 1),
               dim3(rk::block_lanes), 0, device.stream, k);
   });
-  if (count == 0 || num_embeddings == 0) return out;
+  if (count == 0 || o.num_embeddings == 0) return out;
 
   const auto [sorted, order] = sort(keys);
   rk::SegmentArguments a{};
@@ -507,22 +493,21 @@ Tensor embedding_bag_backward(const Tensor& grad_arg, const Tensor& indices,
   return out;
 }
 
-Tensor embedding_bag_weights_backward(const Tensor& grad_arg, const Tensor& weight_arg, const Tensor& indices,
-                                      const std::optional<Tensor>& offsets, int64_t mode, int64_t padding_idx,
-                                      bool include_last_offset) {
-  const BagArguments args(weight_arg, indices, offsets, std::nullopt, mode, padding_idx, include_last_offset);
-  check(mode != 2, rk::no_max_gradient);
+Tensor embedding_bag_weights_backward(const rk::EmbeddingBagWeightsBackward& o) {
+  const BagArguments args(o.weight, o.indices, o.offsets, std::nullopt, o.mode, o.padding_idx,
+                          o.include_last_offset);
+  check(o.mode != 2, rk::no_max_gradient);
   check_counts(args.bags);
-  const Device device(weight_arg);
-  const Tensor weight = rk::contiguous_rows(weight_arg, weight_arg, "weight");
-  const Tensor grad = rk::contiguous_rows(grad_arg, weight_arg, "grad");
+  const Device device(o.weight);
+  const Tensor weight = rk::contiguous_rows(o.weight, o.weight, "weight");
+  const Tensor grad = rk::contiguous_rows(o.grad, o.weight, "grad");
   const Table table = rk::float_table(weight, "weight"), source = rk::float_table(grad, "grad");
   const Bags& bags = args.bags;
   check(source.type == table.type, "grad must have the type of weight");
   check(grad.size(0) == bags.num_bags && source.dim == table.dim, "grad must have shape [", bags.num_bags,
         ", ", table.dim, "]");
-  if (bags.num_bags == 0 || table.dim == 0) return torch::stable::new_zeros(grad, indices.sizes());
-  Tensor out = torch::stable::new_empty(grad, indices.sizes());
+  if (bags.num_bags == 0 || table.dim == 0) return torch::stable::new_zeros(grad, o.indices.sizes());
+  Tensor out = torch::stable::new_empty(grad, o.indices.sizes());
   rk::WeightArguments a{};
   a.table = device_table(table, "weight");
   a.table.alignment = std::min(a.table.alignment, device_table(source, "grad").alignment);
@@ -532,7 +517,7 @@ Tensor embedding_bag_weights_backward(const Tensor& grad_arg, const Tensor& weig
   a.grad_stride = source.row_stride;
   a.out = {out.data_ptr(), 1, table.type};
   std::optional<Tensor> means;
-  if (mode == 1) {
+  if (o.mode == 1) {
     means = mean_factors(bags, a.table.num_rows, table.type, grad, device);
     a.mean_factors = means->data_ptr();
   }
@@ -547,12 +532,12 @@ Tensor embedding_bag_weights_backward(const Tensor& grad_arg, const Tensor& weig
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(RK_LIBRARY, RK_DEVICE_KEY, m) {
-  m.impl("embedding_bag", TORCH_BOX(&embedding_bag));
-  m.impl("embedding_bag_max", TORCH_BOX(&embedding_bag_max));
-  m.impl("embedding_bag_backward", TORCH_BOX(&embedding_bag_backward));
-  m.impl("embedding_bag_weights_backward", TORCH_BOX(&embedding_bag_weights_backward));
-  m.impl("quantized_embedding_bag", TORCH_BOX(&quantized_embedding_bag));
-  m.impl("embedding_bag_collection", TORCH_BOX(&embedding_bag_collection));
+  rk::implement<&embedding_bag>(m);
+  rk::implement<&embedding_bag_max>(m);
+  rk::implement<&embedding_bag_backward>(m);
+  rk::implement<&embedding_bag_weights_backward>(m);
+  rk::implement<&quantized_embedding_bag>(m);
+  rk::implement<&embedding_bag_collection>(m);
 }
 
 #endif

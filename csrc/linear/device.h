@@ -44,8 +44,6 @@ struct LinearDevice {
   }
 };
 
-inline Tensor contiguous_of(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
-
 // The same matrix, or a copy if its rows have gaps between their elements, or are far apart: kernels count in
 // 32 bits within a tile.
 inline Tensor near_columns(const Tensor& t) {

@@ -156,7 +156,7 @@ inline vi dot_bytes(vi acc, vi a, vi w) {
 #endif
 }
 
-// Of 4 rows of 4 words in every 128 bits, the columns.
+// Transposes 4 x 4 words in every 128 bits.
 inline void transpose_fours(vi (&r)[8], int first) {
   vi* const t = r + first;
   const vi a = _mm512_unpacklo_epi32(t[0], t[1]), b = _mm512_unpackhi_epi32(t[0], t[1]);

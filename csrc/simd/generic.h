@@ -59,9 +59,17 @@ inline vi load_i32(const int32_t* p) {
   std::memcpy(&x, p, sizeof x);
   return x;
 }
-inline vi add_i(vi a, vi b) { return a + b; }
-inline vi sub_i(vi a, vi b) { return a - b; }
-inline vi mul_i(vi a, vi b) { return a * b; }
+// They wrap, as the instructions of the other levels do: a damaged pack may hold any sums.
+typedef uint32_t vu __attribute__((vector_size(16)));
+inline vi add_i(vi a, vi b) {
+  return reinterpret_cast<vi>(reinterpret_cast<vu>(a) + reinterpret_cast<vu>(b));
+}
+inline vi sub_i(vi a, vi b) {
+  return reinterpret_cast<vi>(reinterpret_cast<vu>(a) - reinterpret_cast<vu>(b));
+}
+inline vi mul_i(vi a, vi b) {
+  return reinterpret_cast<vi>(reinterpret_cast<vu>(a) * reinterpret_cast<vu>(b));
+}
 inline vi max_i(vi a, vi b) { return a > b ? a : b; }
 inline vf to_float(vi x) { return __builtin_convertvector(x, vf); }
 // To nearest, of equals the even one: 1.5 * 2^23 leaves no bits behind the point. For magnitudes below 2^22.
@@ -121,7 +129,8 @@ inline vf load_i8(const void* p) {
 }
 
 inline vi dot_bytes(vi acc, vi a, vi w) {
-  for (int shift = 0; shift < 32; shift += 8) acc += (a >> shift & 255) * (w << (24 - shift) >> 24);
+  for (int shift = 0; shift < 32; shift += 8)
+    acc = add_i(acc, (a >> shift & 255) * (w << (24 - shift) >> 24));
   return acc;
 }
 

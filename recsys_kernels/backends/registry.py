@@ -63,7 +63,7 @@ def _is_table(annotation: Any) -> bool:
 
 
 def operand_types(table: type[NamedTuple]) -> list[tuple[str, Any]]:
-    """Name and type of every operand of a table, those of nested tables in their place."""
+    """Name and type of every operand of a table; the operands of a nested table stand in its place."""
     found: list[tuple[str, Any]] = []
     for name, annotation in typing.get_type_hints(table, include_extras=True).items():
         found += operand_types(annotation) if _is_table(annotation) else [(name, annotation)]
@@ -198,6 +198,8 @@ class Operator:
     def implement(self, key: str, function: Callable[..., Any]) -> None:
         """Registers an implementation with the dispatcher, for a dispatch key as "CPU"."""
         library.impl(self.name, self.adapt(function), key)
+        if key == "CPU":
+            with_cpu_kernel.add(self.name)
 
     def unflat(self, args: tuple[Any, ...]) -> Any:
         """Flat arguments as a value of the operand table."""
@@ -226,8 +228,8 @@ class ModuleSample(NamedTuple):
     Attributes:
         name: says the class and the kind.
         make: makes the module, with random weights.
-        inputs: from a number of rows, or of indices, 7 or more, to the arguments of a call. Only the length of the first
-            argument depends on the number.
+        inputs: from a number of rows, or of indices, 7 or more, to the arguments of a call. Only the length of the
+            first argument depends on the number.
     """
 
     name: str
@@ -324,6 +326,9 @@ class Family:
 
 
 operators: dict[str, Operator] = {}
+# Operators with a CPU implementation of their own; the native library's are added once it has loaded. A set, as
+# asking torch would end a trace of torch.compile.
+with_cpu_kernel: set[str] = set()
 # The dispatcher's entries, which a call of a module looks up.
 dispatched: dict[str, Callable[..., Any]] = {}
 _families: dict[str, Family] = {}

@@ -11,8 +11,8 @@ from torch.nn.utils import parametrize
 class PruningMask(torch.nn.Module):
     """A parametrization that holds dropped weights at zero, see :mod:`torch.nn.utils.parametrize`.
 
-    Dropped weights get no gradient. What the optimizer does to the values behind them (momentum, weight decay) has no
-    effect: the weight that the layer uses is exactly 0.0 there.
+    Dropped weights get no gradient. Changes that the optimizer makes to the values behind them (momentum, weight decay)
+    have no effect: the weight that the layer uses is exactly 0.0 there.
 
     A :class:`torch.optim.swa_utils.AveragedModel` has the masks of the model that it was last updated with. With
     ``use_buffers=True`` it would average them as well, which makes no sense of bool buffers (its mean fails, its moving
@@ -34,7 +34,7 @@ class PruningMask(torch.nn.Module):
         return torch.where(self.mask, weight, 0.0)
 
     def right_inverse(self, weight: torch.Tensor) -> torch.Tensor:
-        """What is behind the mask when a weight is assigned: all of it."""
+        """The values behind the mask when a weight is assigned: the whole weight."""
         return weight
 
     def extra_repr(self) -> str:

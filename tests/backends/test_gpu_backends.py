@@ -209,7 +209,7 @@ def cuda_of_library() -> str | None:
 def built_operators() -> set[str]:
     """The operators that op_cuda.cu implements, by its own words; none if the library was built without nvcc."""
     sources = (PACKAGE.parent / "csrc").rglob("op_cuda.cu")
-    named = re.findall(r'm\.impl\("(\w+)"', "".join(path.read_text() for path in sources))
+    named = re.findall(r"rk::implement<&(\w+)>", "".join(path.read_text() for path in sources))
     return set(named) if native.has_cuda else set()
 
 

@@ -16,6 +16,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from cuda_support import build_script
+from simt.support import cache_folder, compiled, kernel_sources
+from simt.support import require as require_emulation
 from support import isa_levels
 
 import recsys_kernels as rk
@@ -261,6 +264,20 @@ def build_without(name: str, tmp_path: Path, *command: str | Path, **environment
     return f"exit status {done.returncode}\n{done.stdout}\n{done.stderr}"
 
 
+def test_what_is_downloaded_is_said(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    """pip fetches what a build asks for without a word, and torch is large."""
+    script = build_script()
+    assert script.build_requirements() == []
+    assert capfd.readouterr().err == ""
+    monkeypatch.setattr(script, "torch_root", lambda: None)
+    assert script.build_requirements() == ["torch==2.13.0"]
+    said = capfd.readouterr().err
+    assert f"there is no torch in {sysconfig.get_paths()['purelib']}, so pip downloads torch==2.13.0" in said
+    assert said.count("\n") == 1
+    monkeypatch.setattr(script, "builds_kernels", lambda: False)
+    assert script.build_requirements() == []
+
+
 def test_without_a_compiler_the_build_says_so(tmp_path: Path) -> None:
     wheel_options = ("bdist_wheel", "--dist-dir", tmp_path, "--bdist-dir", tmp_path / "bdist")
     output = build_without("g++", tmp_path, *wheel_options)
@@ -437,6 +454,46 @@ def test_kernels_under_address_and_undefined_behaviour_sanitizer(sanitized: Path
     assert int(passed[1]) > 30 * len(isa_levels()), output
     assert " skipped" not in done.stdout, output
     assert "runtime error" not in output
+
+
+def places_of_definitions(objects: list[Path]) -> dict[str, set[str]]:
+    """Where the sources define each ``rk::`` symbol that objects share, by the debugging information in them.
+
+    Of several definitions of one symbol the linker keeps any. They have to be one: in one line of one header.
+    """
+    found: dict[str, set[str]] = {}
+    for path in objects:
+        for line in checked("nm", "-l", path).splitlines():
+            symbol, _, place = line.partition("\t")
+            kind, name = symbol.split()[-2:]
+            if kind in "WVu" and re.match(r"_ZN?K?2rk", name) and place:
+                file, _, number = place.rpartition(":")
+                found.setdefault(name, set()).add(f"{os.path.normpath(file)}:{number}")
+    return found
+
+
+def test_shared_symbols_have_one_definition(sanitized: Path) -> None:
+    """Functions of the same name and arguments that do or return different things would replace each other."""
+    require_emulation()
+    # Both keep the functions that the optimizer would take into their callers; the emulation has the .cu files.
+    folder = compiled("checked", cache_folder("checked", "kernels"), kernel_sources())
+    objects = [path for path in folder.glob("*.o") if not path.name.startswith("emulator")]
+    objects += sanitized.parent.glob("temp/**/*.o")
+    found = places_of_definitions(objects)
+    assert {len(objects) > 15, len(found) > 50} == {True}
+    assert any("core/device.h" in place for places in found.values() for place in places)
+    assert {name: places for name, places in found.items() if len(places) > 1} == {}
+
+
+def test_two_definitions_of_a_symbol_are_seen(tmp_path: Path) -> None:
+    """As two headers once did: the same name and arguments, other results."""
+    text = "namespace rk {{ inline {0} of(int x) {{ return x; }} {0} use_{0}(int x) {{ return of(x); }} }}\n"
+    objects = []
+    for number, kind in enumerate(("int", "long")):
+        (tmp_path / f"{kind}.cpp").write_text("\n" * number + text.format(kind))
+        objects.append(tmp_path / f"{kind}.o")
+        checked(compiler(), "-g1", "-O0", "-c", tmp_path / f"{kind}.cpp", "-o", objects[-1])
+    assert places_of_definitions(objects) == {"_ZN2rk2ofEi": {f"{tmp_path}/int.cpp:1", f"{tmp_path}/long.cpp:2"}}
 
 
 def test_sanitizer_catches_a_kernel_that_reads_too_far(sanitized: Path) -> None:

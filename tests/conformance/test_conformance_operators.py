@@ -18,6 +18,8 @@ SIZED_BY_VALUES = ("sparse_pack", "sparse_repack")
 HEED_AUTOCAST = ("int8_chain", "sparse_packed")
 # Arguments of the samples that an operator does not read: scales of float tables, and places of no value.
 NOT_READ = {("embedding_bag_collection", "scale_bias"), ("sparse_repack", "values")}
+# Operators whose references take numbers of any type. Their kernels do not.
+ANY_NUMBERS = ("embedding_bag_weights_backward", "quantized_embedding_bag", "quantize_rowwise")
 
 
 def tensors_of(args: tuple[Any, ...]) -> list[int]:
@@ -171,7 +173,9 @@ def test_wrong_arguments_are_refused(implementation: str, name: str) -> None:
     }
     for number in tensors_of(args):
         for change, make in changes.items():
-            if (name, registry.operators[name].names[number]) in NOT_READ and change == "0-d":
+            if (name, registry.operators[name].names[number]) in NOT_READ:
+                continue
+            if change == "complex" and implementation == "reference" and name in ANY_NUMBERS:
                 continue
             with pytest.raises(ERRORS) as raised:
                 kernel(*with_tensor(copied(args), number, make))

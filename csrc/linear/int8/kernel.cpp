@@ -20,7 +20,7 @@ constexpr int vectors_a_block = block / simd::lanes;
 constexpr int most_blocks = simd::lanes == 16 ? 4 : 1;
 constexpr int most_rows = 4;
 
-// Of quantized activations.
+// The bytes of four quantized activations.
 constexpr int64_t bytes_for_four = simd::splits_bytes ? 8 : 4;
 
 // Where products are of 16 bits, weights are widened once for many rows: each has then two products and two
@@ -334,10 +334,10 @@ void tile_rows(const Layer& layer, Tile t, int64_t rows, [[maybe_unused]] int16_
 
 // ---- layers ----
 
-// A single row takes as long as its weights take to come. From L3 they come faster in one stream than in the
-// four of a tile of four blocks: 24.4 us against 25.8 for four layers of 2.1 MB in all (Zen 4). Of layers
-// larger than this they come slower: 4096 x 4096 took 1.16 times as long. Where products are of 16 bits it
-// makes no difference.
+// The time of a single row is the time to load its weights. From L3, one stream is faster than the four
+// streams of a tile of four blocks: 24.4 us against 25.8 for four layers of 2.1 MB in all (Zen 4). For layers
+// larger than this limit one stream is slower: 4096 x 4096 took 1.16 times as long. Where products have 16
+// bits both take the same time.
 constexpr int64_t most_bytes_of_row = lanes == 16 && !simd::splits_bytes ? 2 << 20 : 0;
 
 __attribute__((noinline)) void multiply_row(const Layer& layer, Tile t, int64_t first_block,

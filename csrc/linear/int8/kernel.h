@@ -21,8 +21,6 @@ struct LayerHeader {
 };
 static_assert(sizeof(LayerHeader) == 64);
 constexpr int32_t layer_magic = 0x384b4352, layer_version = 1;
-// Beyond this the sums of 255 * 127 would leave 32 bits.
-constexpr int64_t max_k = 65536;
 
 // A packed layer: y = epilogue(x W^T + bias) for W [n][k].
 struct Layer {
@@ -44,7 +42,7 @@ struct Layer {
 struct Scratch {
   float* floats[2];  // [rows][widest padded n, or k]
   int64_t width;
-  // Of a layer's quantized input and of the next one's.
+  // The quantized input of a layer and that of the next one.
   uint8_t* bytes[2];  // [rows][twice the largest padded k, and at least the largest padded n]
   int64_t bytes_stride;
   RowScale* scales[2];  // [rows]

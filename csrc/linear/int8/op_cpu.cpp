@@ -11,7 +11,7 @@
 
 #include "core/pages.h"
 #include "kernel.h"
-#include "linear/operands.h"
+#include "operands.h"
 
 namespace {
 
@@ -106,59 +106,32 @@ std::vector<Layer> parse(const uint8_t* data, int64_t bytes) {
   return layers;
 }
 
-// The canonical operands of a layer, checked.
+// The canonical operands of a layer, as they are packed.
 struct Operands {
   Tensor weight, scale;
   std::optional<Tensor> bias;
-  LayerHeader header;
+  LayerHeader header{};
 
-  Operands(const Tensor& weight_arg, const Tensor& scale_arg, int64_t group,
-           const std::optional<Tensor>& bias_arg, const std::optional<Tensor>& input_qparams, int64_t scheme,
-           int64_t activation)
-      : weight(contiguous(weight_arg, "weight", ScalarType::Char, 2)),
-        scale(contiguous(scale_arg, "weight_scale", ScalarType::Float, 2)),
-        header{} {
-    const int64_t n = weight.size(0), k = weight.size(1);
-    check(n <= INT32_MAX && k <= rk::max_k, "weight can have at most ", INT32_MAX, " rows and ", rk::max_k,
-          " columns, but has shape [", n, ", ", k, "]");
+  template <typename O>
+  explicit Operands(const O& o) : Operands(rk::Int8Arguments(o)) {}
+
+  explicit Operands(const rk::Int8Arguments& layer)
+      : weight(rk::contiguous_of(layer.weight)), scale(rk::contiguous_of(layer.scales)), bias(layer.bias) {
+    rk::check_cpu(weight, "weight");
     header.magic = rk::layer_magic;
     header.version = rk::layer_version;
-    header.n = static_cast<int32_t>(n);
-    header.k = static_cast<int32_t>(k);
-    header.group = static_cast<int32_t>(group);
-    header.scheme = static_cast<int32_t>(scheme);
-    header.epilogue = static_cast<int32_t>(activation);
-    header.has_bias = bias_arg.has_value();
+    header.n = static_cast<int32_t>(layer.n);
+    header.k = static_cast<int32_t>(layer.k);
+    header.group = static_cast<int32_t>(layer.group);
+    header.scheme = static_cast<int32_t>(layer.scheme);
+    header.epilogue = static_cast<int32_t>(layer.epilogue);
+    header.has_bias = bias.has_value();
     header.input_scale = 1.0f;
-    check((scheme == 1) == input_qparams.has_value(),
-          "input_qparams belong to scheme 1 (static), and to no other");
-    if (input_qparams.has_value()) {
-      const Tensor pair = contiguous(*input_qparams, "input_qparams", ScalarType::Float, 1);
-      check(pair.size(0) == 2, "input_qparams must hold a scale and a zero point, but has ", pair.size(0),
-            " values");
-      const float* values = static_cast<const float*>(pair.data_ptr());
-      header.input_scale = values[0];
-      const bool good = values[1] >= 0.0f && values[1] <= 255.0f && values[1] == std::nearbyint(values[1]);
-      check(good, "the zero point of static activations must be an integer from 0 to 255, but is ",
-            values[1]);
-      header.input_zero_point = static_cast<int32_t>(values[1]);
+    if (layer.qparams.has_value()) {
+      const float* pair = static_cast<const float*>(layer.qparams->data_ptr());
+      const RowScale input = rk::checked_input(pair[0], pair[1]);
+      header.input_scale = input.scale, header.input_zero_point = input.zero_point;
     }
-    check_layer(header);
-    const int64_t groups = Parts(n, k, group).groups;
-    check(scale.size(0) == n && scale.size(1) == groups, "weight_scale must have shape [", n, ", ", groups,
-          "], but has [", scale.size(0), ", ", scale.size(1), "]");
-    if (bias_arg.has_value()) {
-      bias = contiguous(*bias_arg, "bias", ScalarType::Float, 1);
-      check(bias->size(0) == n, "bias must have ", n, " values, but has ", bias->size(0));
-    }
-  }
-
-  static Tensor contiguous(const Tensor& t, const char* name, ScalarType type, int64_t dim) {
-    rk::check_cpu(t, name);
-    check(t.scalar_type() == type, name, " must be ", rk::type_name(type), ", but is ",
-          rk::type_name(t.scalar_type()));
-    rk::check_dim(t, dim, name);
-    return t.is_contiguous() ? t : torch::stable::contiguous(t);
   }
 
   int64_t packed_bytes() const { return Parts(header.n, header.k, header.group).end; }
@@ -274,62 +247,55 @@ Matrix matrix(const Tensor& t, int64_t stride, const char* name) {
   return {t.data_ptr(), stride, float_type(t.scalar_type(), name)};
 }
 
-Tensor int8_chain(const Tensor& input_arg, const Tensor& packed, int64_t out_features, ScalarType dtype) {
+Tensor int8_chain(const rk::Int8Chain& o) {
+  const Tensor& packed = o.packed;
   rk::check_cpu(packed, "packed");
   check(packed.scalar_type() == ScalarType::Byte && packed.dim() == 1 && packed.is_contiguous() &&
             reinterpret_cast<uintptr_t>(packed.data_ptr()) % 4 == 0,
         "packed must be a contiguous, aligned uint8 vector");
   const std::vector<Layer> layers = parse(static_cast<const uint8_t*>(packed.data_ptr()), packed.numel());
-  const Tensor input = rk::with_contiguous_rows(input_arg, "input");
+  const Tensor input = rk::with_contiguous_rows(o.input, "input");
   check(input.size(1) == layers[0].k, "input must have ", layers[0].k, " columns, but has ", input.size(1));
-  check(out_features == layers.back().n, "the last layer has ", layers.back().n, " outputs, not ",
-        out_features);
+  check(o.out_features == layers.back().n, "the last layer has ", layers.back().n, " outputs, not ",
+        o.out_features);
   const int64_t m = input.size(0);
   const Matrix in = matrix(input, m > 1 ? input.stride(0) : layers[0].k, "input");
-  float_type(dtype, "dtype");
-  Tensor out = rk::empty_matrix(m, out_features, dtype);
-  if (m > 0) run(layers, in, matrix(out, out_features, "dtype"), m);
+  float_type(o.dtype, "dtype");
+  Tensor out = rk::empty_matrix(m, o.out_features, o.dtype);
+  if (m > 0) run(layers, in, matrix(out, o.out_features, "dtype"), m);
   return out;
 }
 
-Tensor int8_pack(const Tensor& weight, const Tensor& weight_scale, int64_t group,
-                 const std::optional<Tensor>& bias, const std::optional<Tensor>& input_qparams,
-                 int64_t scheme, int64_t activation) {
-  const Operands operands(weight, weight_scale, group, bias, input_qparams, scheme, activation);
+Tensor int8_pack(const rk::Int8Pack& o) {
+  const Operands operands(o);
   Tensor out = rk::empty_tensor({operands.packed_bytes()}, ScalarType::Byte);
   rk::advise_huge_pages(out.data_ptr(), out.numel());
   operands.pack(static_cast<uint8_t*>(out.data_ptr()));
   return out;
 }
 
-Tensor int8_linear(const Tensor& input_arg, const Tensor& weight, const Tensor& weight_scale, int64_t group,
-                   const std::optional<Tensor>& bias, const std::optional<Tensor>& input_qparams,
-                   int64_t scheme, int64_t activation, ScalarType dtype) {
-  const Operands operands(weight, weight_scale, group, bias, input_qparams, scheme, activation);
-  rk::check_cpu(input_arg, "input");
-  const int64_t dim = input_arg.dim(), k = operands.header.k;
-  check(dim >= 1 && input_arg.size(dim - 1) == k, "input must have ", k,
-        " values in its last dimension, but has ", dim >= 1 ? input_arg.size(dim - 1) : 0);
-  const Tensor input = input_arg.is_contiguous() ? input_arg : torch::stable::contiguous(input_arg);
-  std::vector<int64_t> sizes;
-  for (int64_t d = 0; d + 1 < dim; ++d) sizes.push_back(input.size(d));
-  sizes.push_back(operands.header.n);
+Tensor int8_linear(const rk::Int8Linear& o) {
+  const Operands operands(o);
+  const int64_t n = operands.header.n, k = operands.header.k;
+  rk::check_cpu(o.input, "input");
+  const std::vector<int64_t> sizes = rk::output_shape(o.input, n, k);
+  const Tensor input = rk::contiguous_of(o.input);
   const int64_t m = input.numel() / k;
   const Matrix in = matrix(input, k, "input");
-  float_type(dtype, "dtype");
-  Tensor out = rk::empty_tensor(sizes, dtype);
+  float_type(o.dtype, "dtype");
+  Tensor out = rk::empty_tensor(sizes, o.dtype);
   if (m == 0) return out;
   const Tensor packed = rk::empty_tensor({operands.packed_bytes()}, ScalarType::Byte);
   uint8_t* layer = static_cast<uint8_t*>(packed.data_ptr());
   operands.pack(layer);
-  run(parse(layer, operands.packed_bytes()), in, matrix(out, operands.header.n, "dtype"), m);
+  run(parse(layer, operands.packed_bytes()), in, matrix(out, n, "dtype"), m);
   return out;
 }
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(recsys_kernels, CPU, m) {
-  m.impl("int8_linear", TORCH_BOX(&int8_linear));
-  m.impl("int8_pack", TORCH_BOX(&int8_pack));
-  m.impl("int8_chain", TORCH_BOX(&int8_chain));
+  rk::implement<&int8_linear>(m);
+  rk::implement<&int8_pack>(m);
+  rk::implement<&int8_chain>(m);
 }

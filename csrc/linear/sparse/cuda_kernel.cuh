@@ -140,7 +140,7 @@ struct UnitRow {
     return first < w.k ? first : -1;
   }
 
-  // The values of some units. Of rows that are not there the last one's are read again.
+  // The values of some units. For rows that do not exist, those of the last row are read again.
   template <int Batch>
   __device__ __forceinline__ void load(float (&v)[Batch][Rows], const Kept& w,
                                        const int64_t (&at)[Batch]) const {
@@ -311,7 +311,7 @@ __global__ void __launch_bounds__(sparse_lanes, Rows == 1 && P != Product::float
     if constexpr (P != Product::floats) {
 #pragma unroll
       for (int i = 0; i < 4 * Sums::count; ++i) {
-        // There are rows of bytes up to a multiple of eight.
+        // Rows of bytes are padded to a multiple of eight.
         v[i / 4][i % 4] = load_constant<unsigned>(x + i % 4 * a.stride + 4 * column[i / 4]);
       }
     } else if (a.type == ElementType::f32) {

@@ -26,8 +26,8 @@ constexpr int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * t
 
 // ---- damaged packs ----
 
-// Chunks exist, and the slabs have as many steps as there are between their start and their end. Kernels go
-// from one slab to the next without looking at its start.
+// The chunks exist, and the slabs together have as many steps as lie between the start of the first and the
+// end of the last. Kernels go on from one slab to the next and do not read where it starts.
 bool slabs_intact(const SparseLayer& layer, int64_t first, int64_t last) {
   constexpr int64_t most_parts = 1 << 16;  // so that sums fit into 32 bits: these loops become vectors
   const uint32_t chunks = static_cast<uint32_t>(layer.chunks);
@@ -45,8 +45,9 @@ bool slabs_intact(const SparseLayer& layer, int64_t first, int64_t last) {
   return all_steps == layer.slab_starts[last] - layer.slab_starts[first];
 }
 
-// Groups exist in their band, and the entries of a block are those between its start and the next one's.
-// Every group has an item in the first block, which begins its sums.
+// The groups exist in their band, and the items of a block have as many entries as lie between its start and
+// the start of the next block. Every group has an item in the first block, because that item begins the sums
+// of the group.
 bool bands_intact(const SparseLayer& layer, int64_t first, int64_t last) {
   for (int64_t band = first; band < last; ++band) {
     const uint32_t groups = static_cast<uint32_t>(layer.band_groups[band + 1] - layer.band_groups[band]);
@@ -500,7 +501,7 @@ void multiply_block(const SparseLayer& layer, const SparseStream& s, bool first,
 }
 
 // A tile of sums, to floats without an activation function or with relu. `value` makes a float of a sum and
-// its column of the panel. Everything stays in registers: half the time of what serves all cases.
+// its column of the panel. Everything stays in registers, which takes half the time of the general case.
 template <typename F>
 inline void finish_tile(const int32_t* y, int64_t columns, float* to, int64_t stride, const F& value) {
   vf sums[tile_columns];

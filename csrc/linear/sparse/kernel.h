@@ -42,8 +42,7 @@ struct SparseStream {
 struct SparseLayer {
   int64_t n, k, cells, group;
   ElementType type;
-  // Of f32: how rows are quantized before they are taken as floats again; weight_only for other types of
-  // floats.
+  // For f32: how rows are quantized before they become floats again. Other float types have weight_only.
   Scheme scheme;
   Epilogue epilogue;
   RowScale input;       // of a static scheme
@@ -74,8 +73,8 @@ struct SparseLayer {
 
 // Memory of one thread.
 struct SparseScratch {
-  // [cells rounded up to block_cells, and block_cells more][panel columns, or few_rows]: any byte counts a
-  // cell that is there, so that nobody has to look at the cells of a pack that may be damaged.
+  // [cells rounded up to block_cells, and block_cells more][panel columns, or few_rows]: every value of a
+  // byte is the number of a cell in this memory, so that kernels need not check the cells of a damaged pack.
   int32_t* x;
   int32_t* y;        // [rows of the largest band, a multiple of 16][panel columns]; many
   float* floats;     // [16][k]: activations of another float type, or bytes that become floats again
@@ -98,8 +97,8 @@ struct SparseGradientScratch {
 };
 
 struct SparseLinearKernels {
-  // Whether what says where the weights of slabs or bands [first, last) are stays within the pack. The pack
-  // may be damaged: its header and the places of slabs and bands have been checked, and nothing else.
+  // Whether slabs or bands [first, last) refer only to entries, chunks and groups that exist. The caller has
+  // checked the header and the starts of slabs and bands; everything else in the pack may be damaged.
   bool (*intact)(const SparseLayer&, bool few, int64_t first, int64_t last);
   // Up to few_rows rows of `in`, slabs [first, last) of the output.
   void (*few)(const SparseLayer&, const Matrix& in, const Matrix& out, int64_t rows, int64_t first,

@@ -8,7 +8,7 @@
 
 #include "core/pages.h"
 #include "core/scratch.h"
-#include "linear/operands.h"
+#include "operands.h"
 #include "pack.h"
 #include "structure.h"
 
@@ -35,33 +35,6 @@ constexpr int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * t
 
 // ---- operands ----
 
-ElementType cell_type(ScalarType t) {
-  switch (t) {
-    case ScalarType::Float:
-      return ElementType::f32;
-    case ScalarType::Half:
-      return ElementType::f16;
-    case ScalarType::BFloat16:
-      return ElementType::bf16;
-    case ScalarType::Char:
-      return ElementType::i8;
-    default:
-      rk::raise<std::runtime_error>("values must be float32, float16, bfloat16 or int8, but is ",
-                                    rk::type_name(t));
-  }
-}
-
-// 0 for both where values are those of a 2:4 layer.
-int64_t block_rows_of(const Tensor& values) {
-  if (values.dim() != 3) return values.dim() == 2 ? 0 : 1;
-  check(values.size(1) >= 1, "blocks of values must have at least one row, but have shape [", values.size(1),
-        ", ", values.size(2), "]");
-  return values.size(1);
-}
-int64_t block_columns_of(const Tensor& values) {
-  return values.dim() == 3 ? values.size(2) : values.dim() == 2 ? 0 : 1;
-}
-
 Tensor contiguous_cpu(const Tensor& t, const char* name) {
   rk::check_cpu(t, name);
   return t.is_contiguous() ? t : torch::stable::contiguous(t);
@@ -80,38 +53,35 @@ std::vector<float> floats_of(const Tensor& t, const char* name, int64_t count) {
 // The canonical operands of a layer, checked.
 class Operands {
  public:
-  Operands(const Tensor& values_arg, const Tensor& crow, const Tensor& col, int64_t out_features,
-           int64_t in_features, const std::optional<Tensor>& weight_scale, const std::optional<Tensor>& bias,
-           const std::optional<Tensor>& input_qparams, int64_t scheme, int64_t activation)
-      : values_(contiguous_cpu(values_arg, "values")),
-        structure_(crow, col, out_features, in_features, block_rows_of(values_), block_columns_of(values_)) {
-    check(values_.dim() >= 1 && values_.dim() <= 3, "values must have 1, 2 or 3 dimensions, but has ",
-          values_.dim());
+  template <typename O>
+  explicit Operands(const O& o) : Operands(rk::SparseArguments(o), o.crow_indices, o.col_indices) {}
+
+  Operands(const rk::SparseArguments& layer, const Tensor& crow, const Tensor& col)
+      : layer_(layer),
+        values_(contiguous_cpu(layer.values, "values")),
+        structure_(crow, col, layer.n, layer.k, layer.block_rows(), layer.block_columns()),
+        group_(layer.group) {
+    layer.check_count(structure_.blocks());
     header_.magic = rk::sparse_magic;
     header_.version = rk::sparse_version;
-    header_.n = static_cast<int32_t>(out_features);
-    header_.k = static_cast<int32_t>(in_features);
-    check(activation >= 0 && activation <= 4, "activation must be 0 to 4, but is ", activation);
-    header_.epilogue = static_cast<Epilogue>(activation);
-    check(scheme >= 0 && scheme <= 2, "scheme must be 0 (dynamic), 1 (static) or 2 (weight only), but is ",
-          scheme);
-    header_.scheme = static_cast<Scheme>(scheme);
-    check_values();
-    header_.type = cell_type(values_.scalar_type());
-    const bool quantized = header_.type == ElementType::i8;
-    check(quantized == weight_scale.has_value(), "weight_scale belongs to int8 values, and to no other");
-    check(quantized || scheme == 2, "float values take scheme 2 (weight only), but scheme is ", scheme);
-    if (quantized && scheme != 2) {
-      check(in_features <= 65536, "int8 products take at most 65536 inputs, but in_features is ",
-            in_features);
-      header_.type = ElementType::i8x4;
+    header_.n = static_cast<int32_t>(layer.n);
+    header_.k = static_cast<int32_t>(layer.k);
+    header_.epilogue = layer.epilogue;
+    header_.scheme = layer.scheme;
+    header_.type = layer.quantizes() ? ElementType::i8x4 : layer.type;
+    if (layer.scales.has_value()) {
+      const float* data = static_cast<const float*>(layer.scales->data_ptr());
+      scales_.assign(data, data + layer.scales->numel());
+      header_.has_scales = group_ == 0;
+      // One sum of integers would not do: they are multiplied as the floats that they stand for.
+      if (group_ > 0) header_.type = ElementType::f32;
     }
-    if (quantized) take_scales(*weight_scale);
-    if (bias.has_value()) bias_ = floats_of(*bias, "bias", out_features);
-    check((scheme == 1) == input_qparams.has_value(),
-          "input_qparams belong to scheme 1 (static), and to no other");
+    if (layer.bias.has_value()) bias_ = floats_of(*layer.bias, "bias", layer.n);
     header_.input = {1.0f, 0};
-    if (input_qparams.has_value()) set_input(floats_of(*input_qparams, "input_qparams", 2));
+    if (layer.qparams.has_value()) {
+      const float* pair = static_cast<const float*>(layer.qparams->data_ptr());
+      header_.input = rk::checked_input(pair[0], pair[1]);
+    }
   }
 
   int64_t n() const { return header_.n; }
@@ -135,7 +105,7 @@ class Operands {
                                     structure_.crow.data(),
                                     structure_.col.data(),
                                     group_ > 0 ? floats.data() : values_.data_ptr(),
-                                    group_ > 0 ? ElementType::f32 : cell_type(values_.scalar_type())};
+                                    group_ > 0 ? ElementType::f32 : layer_.type};
     const rk::SparseEntries entries(weights, header_.type == ElementType::i8x4);
     header_.group = static_cast<int32_t>(entries.group);
     return few ? written(rk::FewPacker(entries, header_), entries)
@@ -143,32 +113,6 @@ class Operands {
   }
 
  private:
-  void check_values() const {
-    const int64_t entries = structure_.blocks();
-    if (values_.dim() == 2) {
-      const int64_t kept = (structure_.k + 3) / 4 * 2;
-      check(values_.size(0) == structure_.n && values_.size(1) == kept,
-            "values of a 2:4 layer must have shape [", structure_.n, ", ", kept, "], but has [",
-            values_.size(0), ", ", values_.size(1), "]");
-    } else {
-      check(values_.size(0) == entries, "values must have as many ",
-            values_.dim() == 3 ? "blocks" : "elements", " as col_indices, ", entries, ", but has ",
-            values_.size(0));
-    }
-  }
-
-  void take_scales(const Tensor& scale) {
-    check(scale.scalar_type() == ScalarType::Float, "weight_scale must be float32, but is ",
-          rk::type_name(scale.scalar_type()));
-    group_ = rk::scale_group(scale, structure_.n, structure_.k);
-    const Tensor given = contiguous_cpu(scale, "weight_scale");
-    const float* data = static_cast<const float*>(given.data_ptr());
-    scales_.assign(data, data + given.numel());
-    header_.has_scales = group_ == 0;
-    // One sum of integers would not do: they are multiplied as the floats that they stand for.
-    if (group_ > 0) header_.type = ElementType::f32;
-  }
-
   // The values times the scales of their groups of columns.
   std::vector<float> scaled_values() const {
     const Structure& s = structure_;
@@ -187,15 +131,6 @@ class Operands {
       }
     }
     return out;
-  }
-
-  void set_input(const std::vector<float>& pair) {
-    // Below, the reciprocal leaves float32.
-    check(std::isfinite(pair[0]) && pair[0] >= 0x1p-100f,
-          "the scale of static activations must be finite and at least 2^-100, but is ", pair[0]);
-    check(pair[1] >= 0.0f && pair[1] <= 255.0f && pair[1] == std::nearbyint(pair[1]),
-          "the zero point of static activations must be an integer from 0 to 255, but is ", pair[1]);
-    header_.input = {pair[0], static_cast<int32_t>(pair[1])};
   }
 
   template <typename Packer>
@@ -223,10 +158,11 @@ class Operands {
     return out;
   }
 
+  rk::SparseArguments layer_;
   Tensor values_;
   Structure structure_;
   SparseHeader header_{};
-  int64_t group_ = 0;  // of columns that share a scale; 0: each row has one
+  int64_t group_;  // of columns that share a scale; 0: each row has one
   std::vector<float> scales_, bias_;
 };
 
@@ -343,7 +279,7 @@ void run_many(const SparseLayer& layer, const Matrix& in, const Matrix& out, int
   std::atomic<bool> damaged{false};
   in_pieces(pieces, [&](int64_t p) {
     const SparseScratch scratch = scratch_for(layer, panels[0].columns, y_rows);
-    int64_t checked = layer.bands;  // these and the bands after them
+    int64_t checked = layer.bands;  // bands [checked, bands) have been checked
     for (int64_t at = bound(p), end = bound(p + 1); at < end;) {
       const Panel& panel = panels[at / layer.bands];
       const int64_t first = at % layer.bands, last = std::min(layer.bands, first + end - at);
@@ -359,7 +295,8 @@ void run_many(const SparseLayer& layer, const Matrix& in, const Matrix& out, int
   if (damaged) raise_damaged();
 }
 
-// Whether a header can be that of a layer in so many bytes. Numbers are bounded before they are multiplied.
+// Whether a header is that of a layer of `bytes` bytes. Each number is bounded before it is multiplied, so
+// that no product overflows.
 bool fits(const SparseHeader& h, int64_t bytes) {
   const auto is_one_of = [](auto x, auto... values) { return ((x == values) || ...); };
   if (h.magic != rk::sparse_magic || h.version != rk::sparse_version) return false;
@@ -383,7 +320,8 @@ bool fits(const SparseHeader& h, int64_t bytes) {
   return rk::SparseParts(h).end == bytes;
 }
 
-// The places of slabs or bands, which say how the work is shared out.
+// Whether the starts of slabs or bands rise from zero to the end. The division of the work among threads
+// reads them.
 bool places_fit(const SparseLayer& layer, const SparseHeader& h) {
   if (h.few) {
     const int64_t* starts = layer.slab_starts;
@@ -430,21 +368,22 @@ Tensor run(const Tensor& packed, const Matrix& in, int64_t m, const std::vector<
   return out;
 }
 
-Tensor sparse_packed(const Tensor& input_arg, const Tensor& packed, int64_t out_features, ScalarType dtype) {
-  const SparseHeader h = header_of(packed, "packed");
-  const Tensor input = rk::with_contiguous_rows(input_arg, "input");
+Tensor sparse_packed(const rk::SparsePacked& o) {
+  const SparseHeader h = header_of(o.packed, "packed");
+  const Tensor input = rk::with_contiguous_rows(o.input, "input");
   check(input.size(1) == h.k, "input must have ", h.k, " columns, but has ", input.size(1));
-  check(out_features == h.n, "the layer has ", h.n, " outputs, not ", out_features);
+  check(o.out_features == h.n, "the layer has ", h.n, " outputs, not ", o.out_features);
   const int64_t m = input.size(0);
   const Matrix in{input.data_ptr(), m > 1 ? input.stride(0) : h.k, float_type(input.scalar_type(), "input")};
-  return run(packed, in, m, {m, out_features}, dtype);
+  return run(o.packed, in, m, {m, o.out_features}, o.dtype);
 }
 
-// What stands at the places of weights in `places` is the number of the value that belongs there, from 1 on.
-Tensor sparse_repack(const Tensor& places, const Tensor& values_arg, const std::optional<Tensor>& bias) {
+// `places` is a pack that holds, in the place of each weight, the number of its value, from 1 on.
+Tensor sparse_repack(const rk::SparseRepack& o) {
+  const Tensor& places = o.places;
   const SparseHeader h = header_of(places, "places");
   check(h.type == ElementType::f32, "places must be packed from float32 values");
-  const Tensor values = contiguous_cpu(values_arg, "values");
+  const Tensor values = contiguous_cpu(o.values, "values");
   check(values.scalar_type() == ScalarType::Float, "values must be float32, but is ",
         rk::type_name(values.scalar_type()));
   const rk::SparseParts at(h);
@@ -455,8 +394,8 @@ Tensor sparse_repack(const Tensor& places, const Tensor& values_arg, const std::
   std::memcpy(data, from, static_cast<size_t>(at.value));
   float* to_bias = reinterpret_cast<float*>(data + at.bias);
   std::fill(to_bias, to_bias + at.padded_n, 0.0f);
-  if (bias.has_value()) {
-    const std::vector<float> floats = floats_of(*bias, "bias", h.n);
+  if (o.bias.has_value()) {
+    const std::vector<float> floats = floats_of(*o.bias, "bias", h.n);
     std::copy(floats.begin(), floats.end(), to_bias);
   }
   const int64_t count = values.numel(), slots = (at.end - at.value) / 4;
@@ -471,55 +410,40 @@ Tensor sparse_repack(const Tensor& places, const Tensor& values_arg, const std::
   return out;
 }
 
-Tensor sparse_pack(const Tensor& values, const Tensor& crow, const Tensor& col, int64_t out_features,
-                   int64_t in_features, const std::optional<Tensor>& weight_scale,
-                   const std::optional<Tensor>& bias, const std::optional<Tensor>& input_qparams,
-                   int64_t scheme, int64_t activation, int64_t kind) {
-  check(kind == 0 || kind == 1, "kind must be 0 (few rows of input) or 1 (many), but is ", kind);
-  return Operands(values, crow, col, out_features, in_features, weight_scale, bias, input_qparams, scheme,
-                  activation)
-      .pack(kind == 0);
+Tensor sparse_pack(const rk::SparsePack& o) {
+  check(o.kind == 0 || o.kind == 1, "kind must be 0 (few rows of input) or 1 (many), but is ", o.kind);
+  return Operands(o).pack(o.kind == 0);
 }
 
-Tensor sparse_linear(const Tensor& input_arg, const Tensor& values, const Tensor& crow, const Tensor& col,
-                     int64_t out_features, int64_t in_features, const std::optional<Tensor>& weight_scale,
-                     const std::optional<Tensor>& bias, const std::optional<Tensor>& input_qparams,
-                     int64_t scheme, int64_t activation, ScalarType dtype) {
-  Operands operands(values, crow, col, out_features, in_features, weight_scale, bias, input_qparams, scheme,
-                    activation);
-  rk::check_cpu(input_arg, "input");
-  const int64_t dim = input_arg.dim(), k = operands.k();
-  check(dim >= 1 && input_arg.size(dim - 1) == k, "input must have ", k,
-        " values in its last dimension, but has ", dim >= 1 ? input_arg.size(dim - 1) : 0);
-  const Tensor input = input_arg.is_contiguous() ? input_arg : torch::stable::contiguous(input_arg);
-  std::vector<int64_t> sizes;
-  for (int64_t d = 0; d + 1 < dim; ++d) sizes.push_back(input.size(d));
-  sizes.push_back(operands.n());
+Tensor sparse_linear(const rk::SparseLinear& o) {
+  Operands operands(o);
+  rk::check_cpu(o.input, "input");
+  const int64_t k = operands.k();
+  const std::vector<int64_t> sizes = rk::output_shape(o.input, operands.n(), k);
+  const Tensor input = rk::contiguous_of(o.input);
   const int64_t m = input.numel() / k;
   const Matrix in{input.data_ptr(), k, float_type(input.scalar_type(), "input")};
-  return run(operands.pack(m <= rk::most_few_rows && operands.has_slabs()), in, m, sizes, dtype);
+  return run(operands.pack(m <= rk::most_few_rows && operands.has_slabs()), in, m, sizes, o.dtype);
 }
 
 // ---- the gradient of kept weights ----
 
-Tensor sparse_weight_gradient(const Tensor& grad_arg, const Tensor& input_arg, const Tensor& crow,
-                              const Tensor& col, int64_t block_rows, int64_t block_columns,
-                              ScalarType dtype) {
-  const Tensor grad = rk::with_contiguous_rows(grad_arg, "grad_output");
-  const Tensor input = rk::with_contiguous_rows(input_arg, "input");
+Tensor sparse_weight_gradient(const rk::SparseWeightGradient& o) {
+  const Tensor grad = rk::with_contiguous_rows(o.grad_output, "grad_output");
+  const Tensor input = rk::with_contiguous_rows(o.input, "input");
   const int64_t m = input.size(0), n = grad.size(1), k = input.size(1);
   check(grad.size(0) == m, "grad_output must have as many rows as input, ", m, ", but has ", grad.size(0));
-  const Structure s(crow, col, n, k, block_rows, block_columns);
+  const Structure s(o.crow_indices, o.col_indices, n, k, o.block_rows, o.block_columns);
   const Matrix g_rows{grad.data_ptr(), m > 1 ? grad.stride(0) : n,
                       float_type(grad.scalar_type(), "grad_output")};
   const Matrix x_rows{input.data_ptr(), m > 1 ? input.stride(0) : k,
                       float_type(input.scalar_type(), "input")};
-  const ElementType type = float_type(dtype, "dtype");
+  const ElementType type = float_type(o.dtype, "dtype");
   std::vector<int64_t> sizes{s.blocks()};
-  if (block_rows == 0) sizes = {n, (k + 3) / 4 * 2};
-  if (block_rows > 0 && (block_rows > 1 || block_columns > 1)) sizes = {s.blocks(), s.rows, s.columns};
+  if (o.block_rows == 0) sizes = {n, (k + 3) / 4 * 2};
+  if (o.block_rows > 0 && (o.block_rows > 1 || o.block_columns > 1)) sizes = {s.blocks(), s.rows, s.columns};
   const int64_t values = s.blocks() * s.rows * s.columns, rows = static_cast<int64_t>(s.crow.size()) - 1;
-  Tensor out = rk::empty_tensor(sizes, dtype);
+  Tensor out = rk::empty_tensor(sizes, o.dtype);
   const bool direct = type == ElementType::f32;
   std::vector<float> sums(direct ? 0 : static_cast<size_t>(values), 0.0f);
   float* to = direct ? static_cast<float*>(out.data_ptr()) : sums.data();
@@ -551,9 +475,9 @@ Tensor sparse_weight_gradient(const Tensor& grad_arg, const Tensor& input_arg, c
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(recsys_kernels, CPU, m) {
-  m.impl("sparse_linear", TORCH_BOX(&sparse_linear));
-  m.impl("sparse_pack", TORCH_BOX(&sparse_pack));
-  m.impl("sparse_packed", TORCH_BOX(&sparse_packed));
-  m.impl("sparse_repack", TORCH_BOX(&sparse_repack));
-  m.impl("sparse_weight_gradient", TORCH_BOX(&sparse_weight_gradient));
+  rk::implement<&sparse_linear>(m);
+  rk::implement<&sparse_pack>(m);
+  rk::implement<&sparse_packed>(m);
+  rk::implement<&sparse_repack>(m);
+  rk::implement<&sparse_weight_gradient>(m);
 }

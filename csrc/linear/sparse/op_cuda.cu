@@ -43,6 +43,7 @@ template __global__ void rk::weight_gradient_kernel<4>(const __grid_constant__ K
 #include <torch/csrc/stable/library.h>
 
 #include "linear/device.h"
+#include "operands.h"
 
 namespace {
 
@@ -60,13 +61,6 @@ using rk::shape_of;
 using rk::Tensor;
 using Device = rk::LinearDevice;
 using Rows = rk::InputRows;
-
-ElementType value_type(ScalarType t) {
-  if (t == ScalarType::Char) return ElementType::i8;
-  check(t == ScalarType::Float || t == ScalarType::Half || t == ScalarType::BFloat16,
-        "values must be float32, float16, bfloat16 or int8, but is ", rk::type_name(t));
-  return float_type(t, "values");
-}
 
 // Where kept weights are, as far as shapes and types tell.
 class Structure {
@@ -143,47 +137,13 @@ class Structure {
   Tensor crow_, col_;
 };
 
-// The operands of a layer, checked in the words of the reference but for what is in them.
-class Layer {
+// The operands of a layer, and where its weights are.
+class Layer : public rk::SparseArguments {
  public:
-  Layer(const Tensor& values_arg, const Tensor& crow, const Tensor& col, int64_t out_features,
-        int64_t in_features, const std::optional<Tensor>& weight_scale, const std::optional<Tensor>& bias,
-        const std::optional<Tensor>& input_qparams, int64_t scheme_arg, int64_t activation)
-      : values_(with_devices(values_arg, crow, col)),
-        structure(crow, col, out_features, in_features,
-                  values_.dim() == 3 ? values_.size(1) : values_.dim() == 1,
-                  values_.dim() == 3 ? values_.size(2) : values_.dim() == 1) {
-    const std::vector<int64_t> shape = structure.value_shape();
-    Kept& kept = structure.kept;
-    check(values_.dim() != 2 || (values_.size(0) == shape[0] && values_.size(1) == shape[1]),
-          "values of a 2:4 layer must have shape [", kept.n, ", ", shape.back(), "], but has ",
-          shape_of(values_));
-    check(values_.dim() == 2 || values_.size(0) == kept.count, "values must have as many ",
-          values_.dim() == 1 ? "elements" : "blocks", " as col_indices, ", kept.count, ", but has ",
-          values_.size(0));
-    set_values(values_);
-    check(scheme_arg >= 0 && scheme_arg <= 2,
-          "scheme must be 0 (dynamic), 1 (static) or 2 (weight_only), but is ", scheme_arg);
-    check(activation >= 0 && activation <= 4,
-          "activation must be 0 (none), 1 (relu), 2 (gelu), 3 (sigmoid) or 4 (silu), but is ", activation);
-    scheme = static_cast<Scheme>(scheme_arg), epilogue = static_cast<rk::Epilogue>(activation);
-    const bool quantized = kept.type == ElementType::i8;
-    check(quantized == weight_scale.has_value(), "weight_scale belongs to int8 values, and to no other");
-    check(quantized || scheme == Scheme::weight_only,
-          "float values take scheme 2 (weight only), but scheme is ", scheme_arg);
-    check(!quantizes() || kept.k <= max_k, "int8 products take at most ", max_k,
-          " inputs (beyond, sums overflow int32), but in_features is ", kept.k);
-    if (weight_scale.has_value()) {
-      check(weight_scale->scalar_type() == ScalarType::Float, "weight_scale must be float32, but is ",
-            rk::type_name(weight_scale->scalar_type()));
-      rk::check_device(*weight_scale, values_, "weight_scale", "values");
-      group = rk::scale_group(*weight_scale, kept.n, kept.k);
-      scales_ = contiguous_of(*weight_scale);
-    }
-    if (bias.has_value()) bias_ = vector(*bias, "bias", kept.n, false);
-    check((scheme == Scheme::fixed) == input_qparams.has_value(),
-          "input_qparams (scale and zero point) belong to scheme 1 (static), and to no other");
-    if (input_qparams.has_value()) qparams_ = vector(*input_qparams, "input_qparams", 2, true);
+  explicit Layer(const rk::SparseLinear& o)
+      : SparseArguments(o), structure(o.crow_indices, o.col_indices, n, k, block_rows(), block_columns()) {
+    check_count(structure.kept.count);
+    set_values(values);
   }
 
   // Makes floats of values whose groups of columns have scales of their own.
@@ -192,7 +152,7 @@ class Layer {
     of_rows.tiles = of_rows.rows;
     const Tensor out = device.empty(structure.value_shape(), ScalarType::Float);
     const int64_t tiles = ceil_divide(of_rows.n, of_rows.rows) * of_rows.rows;
-    const rk::ScaleArguments a{data(scales_), static_cast<int32_t>(ceil_divide(of_rows.k, group)),
+    const rk::ScaleArguments a{data(scales), static_cast<int32_t>(ceil_divide(of_rows.k, group)),
                                group == 32   ? 5
                                : group == 64 ? 6
                                              : 7,
@@ -200,21 +160,20 @@ class Layer {
     RK_LAUNCH(rk::scale_values_kernel, grid_of(ceil_divide(tiles, rk::sparse_warps), 1),
               dim3(rk::sparse_lanes), 0, device.stream, of_rows, a);
     set_values(out);
-    values_ = out;
+    values = out;
   }
 
-  // Whether rows are quantized, and whether they are multiplied as bytes.
-  bool quantizes() const { return scheme != Scheme::weight_only; }
+  // Whether rows are multiplied as bytes.
   bool integers() const { return quantizes() && group == 0; }
   Product product() const {
     if (!integers()) return Product::floats;
     return structure.kept.two_of_four || structure.kept.columns % 4 == 0 ? Product::fours : Product::bytes;
   }
-  const float* scales() const { return group == 0 ? data(scales_) : nullptr; }
-  const float* qparams() const { return data(qparams_); }
+  const float* row_scales() const { return group == 0 ? data(scales) : nullptr; }
+  const float* input_qparams() const { return data(qparams); }
   rk::Finish finish(const Tensor& out, ElementType type) const {
-    return {bias_.has_value() ? bias_->data_ptr() : nullptr,
-            bias_.has_value() ? float_type(bias_->scalar_type(), "bias") : ElementType::f32,
+    return {bias.has_value() ? bias->data_ptr() : nullptr,
+            bias.has_value() ? float_type(bias->scalar_type(), "bias") : ElementType::f32,
             out.data_ptr(),
             type,
             epilogue,
@@ -222,52 +181,21 @@ class Layer {
   }
 
  private:
-  // Beyond this the sums of 255 * 127 would leave 32 bits.
-  static constexpr int64_t max_k = 65536;
-
-  static Tensor with_devices(const Tensor& values, const Tensor& crow, const Tensor& col) {
-    value_type(values.scalar_type());
-    check(values.dim() >= 1 && values.dim() <= 3, "values must have 1, 2 or 3 dimensions, but has ",
-          values.dim());
-    check(values.dim() < 3 || (values.size(1) > 0 && values.size(2) > 0),
-          "values must hold blocks, but has shape ", shape_of(values));
-    rk::check_device(crow, values, "crow_indices", "values");
-    rk::check_device(col, values, "col_indices", "values");
-    return contiguous_of(values);
-  }
-
-  void set_values(const Tensor& values) {
+  void set_values(const Tensor& given) {
     Kept& kept = structure.kept;
-    kept.values = static_cast<const char*>(values.data_ptr());
-    kept.type = value_type(values.scalar_type());
+    kept.values = static_cast<const char*>(given.data_ptr());
+    kept.type =
+        given.scalar_type() == ScalarType::Char ? ElementType::i8 : float_type(given.scalar_type(), "values");
     const uintptr_t alignment = kept.type == ElementType::i8 ? 4 : kept.type == ElementType::f32 ? 16 : 8;
     kept.wide = reinterpret_cast<uintptr_t>(kept.values) % alignment == 0;
-  }
-
-  Tensor vector(const Tensor& t, const char* name, int64_t count, bool only_float32) const {
-    if (only_float32) {
-      check(t.scalar_type() == ScalarType::Float, name, " must be float32, but is ",
-            rk::type_name(t.scalar_type()));
-    }
-    float_type(t.scalar_type(), name);
-    rk::check_device(t, values_, name, "values");
-    check(t.dim() == 1 && t.size(0) == count, name, " must have ", count, " values, but has shape ",
-          shape_of(t));
-    return contiguous_of(t);
   }
 
   static const float* data(const std::optional<Tensor>& t) {
     return t.has_value() ? static_cast<const float*>(t->data_ptr()) : nullptr;
   }
 
-  Tensor values_;
-  std::optional<Tensor> scales_, bias_, qparams_;
-
  public:
   Structure structure;
-  Scheme scheme;
-  rk::Epilogue epilogue;
-  int64_t group = 0;  // of columns that share a scale; 0: a row has one
 };
 
 // As many lanes as there is work for, a power of two.
@@ -355,14 +283,14 @@ void run(const Layer& layer, const Rows& x, int64_t first, int64_t m, const rk::
   a.lanes = few ? lanes_for(ceil_divide(layer.structure.units(layer.product() == Product::fours), 8),
                             rk::least_group)
                 : lanes_for(ceil_divide(m, rk::lane_rows), 8);
-  a.scales = layer.scales();
+  a.scales = layer.row_scales();
   a.finish = finish;
   std::optional<rk::QuantizedRows> quantized;
   std::optional<Transposed> transposed;
   int64_t size = size_of(x.type), columns = k;
   std::optional<Tensor> floats;
   if (layer.quantizes()) {
-    quantized.emplace(x, first, m, k, layer.qparams(), device);
+    quantized.emplace(x, first, m, k, layer.input_qparams(), device);
     a.row_scale = quantized->scale, a.row_zero = quantized->zero;
     size = 4;
   }
@@ -387,27 +315,18 @@ void run(const Layer& layer, const Rows& x, int64_t first, int64_t m, const rk::
   layer.structure.tile_rows() == 4 ? launch<4>(layer, a, few, device) : launch<1>(layer, a, few, device);
 }
 
-Tensor sparse_linear(const Tensor& input, const Tensor& values, const Tensor& crow, const Tensor& col,
-                     int64_t out_features, int64_t in_features, const std::optional<Tensor>& weight_scale,
-                     const std::optional<Tensor>& bias, const std::optional<Tensor>& input_qparams,
-                     int64_t scheme, int64_t activation, ScalarType dtype) {
-  float_type(input.scalar_type(), "input");
-  const ElementType out_type = float_type(dtype, "dtype");
-  Layer layer(values, crow, col, out_features, in_features, weight_scale, bias, input_qparams, scheme,
-              activation);
-  const int64_t dim = input.dim(), n = out_features, k = in_features;
-  check(dim >= 1, "input must have at least 1 dimension, but has 0");
-  rk::check_device(input, values, "input", "values");
-  check(input.size(dim - 1) == k, "input of shape ", shape_of(input), " does not fit a weight of shape (", n,
-        ", ", k, "): its last dimension must be ", k, ", but is ", input.size(dim - 1));
-  const Device device(input);
-  std::vector<int64_t> sizes;
-  for (int64_t d = 0; d + 1 < dim; ++d) sizes.push_back(input.size(d));
-  sizes.push_back(n);
-  const Tensor out = device.empty(sizes, dtype);
+Tensor sparse_linear(const rk::SparseLinear& o) {
+  float_type(o.input.scalar_type(), "input");
+  const ElementType out_type = float_type(o.dtype, "dtype");
+  Layer layer(o);
+  const int64_t n = layer.n, k = layer.k;
+  const std::vector<int64_t> sizes = rk::output_shape(o.input, n, k);
+  rk::check_device(o.input, layer.values, "input", "values");
+  const Device device(o.input);
+  const Tensor out = device.empty(sizes, o.dtype);
   if (out.numel() == 0) return out;
   if (layer.group > 0) layer.scale_values(device);
-  const Rows x(input, k, "input");
+  const Rows x(o.input, k, "input");
   const int64_t step = std::max<int64_t>(128, at_once / k / 128 * 128);
   for (int64_t first = 0; first < x.m; first += step) {
     rk::Finish finish = layer.finish(out, out_type);
@@ -417,25 +336,23 @@ Tensor sparse_linear(const Tensor& input, const Tensor& values, const Tensor& cr
   return out;
 }
 
-Tensor sparse_weight_gradient(const Tensor& grad_output, const Tensor& input, const Tensor& crow,
-                              const Tensor& col, int64_t block_rows, int64_t block_columns,
-                              ScalarType dtype) {
-  for (const auto& [t, name] : {std::pair{&grad_output, "grad_output"}, std::pair{&input, "input"}}) {
+Tensor sparse_weight_gradient(const rk::SparseWeightGradient& o) {
+  for (const auto& [t, name] : {std::pair{&o.grad_output, "grad_output"}, std::pair{&o.input, "input"}}) {
     float_type(t->scalar_type(), name);
     rk::check_dim(*t, 2, name);
-    rk::check_device(*t, col, name, "col_indices");
+    rk::check_device(*t, o.col_indices, name, "col_indices");
   }
-  rk::check_device(crow, col, "crow_indices", "col_indices");
-  const ElementType type = float_type(dtype, "dtype");
-  const int64_t m = input.size(0), n = grad_output.size(1), k = input.size(1);
-  check(grad_output.size(0) == m, "grad_output must have as many rows as input, ", m, ", but has ",
-        grad_output.size(0));
+  rk::check_device(o.crow_indices, o.col_indices, "crow_indices", "col_indices");
+  const ElementType type = float_type(o.dtype, "dtype");
+  const int64_t m = o.input.size(0), n = o.grad_output.size(1), k = o.input.size(1);
+  check(o.grad_output.size(0) == m, "grad_output must have as many rows as input, ", m, ", but has ",
+        o.grad_output.size(0));
   check(m <= INT32_MAX - 64, "a call on a GPU takes fewer than 2^31 rows, but has ", m);
-  const Structure structure(crow, col, n, k, block_rows, block_columns);
-  const Device device(col);
-  const Tensor out = device.empty(structure.value_shape(), dtype);
+  const Structure structure(o.crow_indices, o.col_indices, n, k, o.block_rows, o.block_columns);
+  const Device device(o.col_indices);
+  const Tensor out = device.empty(structure.value_shape(), o.dtype);
   if (out.numel() == 0) return out;
-  const Rows grads(grad_output, n, "grad_output"), rows(input, k, "input");
+  const Rows grads(o.grad_output, n, "grad_output"), rows(o.input, k, "input");
   const Transposed grad(grads.data(), grads.stride, size_of(grads.type), m, n, device);
   const Transposed x(rows.data(), rows.stride, size_of(rows.type), m, k, device);
   const rk::GradientArguments a{grad.data,
@@ -461,9 +378,9 @@ Tensor sparse_weight_gradient(const Tensor& grad_output, const Tensor& input, co
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(RK_LIBRARY, RK_DEVICE_KEY, m) {
-  m.impl("sparse_linear", TORCH_BOX(&sparse_linear));
-  m.impl("sparse_layer", TORCH_BOX(&sparse_linear));
-  m.impl("sparse_weight_gradient", TORCH_BOX(&sparse_weight_gradient));
+  rk::implement<&sparse_linear>(m);
+  rk::implement<&sparse_linear>(m, "sparse_layer");
+  rk::implement<&sparse_weight_gradient>(m);
 }
 
 #endif

@@ -280,7 +280,7 @@ class ManyPacker {
     band_groups_.push_back(0);
     for (int64_t g = 1; g < e.groups(); ++g) {
       const int64_t first = band_groups_.back(), step = slab_rows / e.group;
-      // Of whole slabs: scales and biases are read by the vector.
+      // A band has whole slabs, because kernels read scales and biases in vectors.
       const bool full = e.starts[g] - e.starts[first] >= share || g - first >= most_groups;
       if (full && g % step == 0) band_groups_.push_back(g);
     }

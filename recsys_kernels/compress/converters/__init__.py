@@ -1,4 +1,4 @@
-"""How each kind of layer gets smaller: one file a kind, and each import lists a kind."""
+"""The kinds of layers that get smaller: one file a kind, and each import lists a kind."""
 
 from . import embedding_tables as embedding_tables
 from . import int8_linear as int8_linear

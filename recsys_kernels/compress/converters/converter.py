@@ -1,4 +1,4 @@
-"""What a converter is: it knows one kind of layer, and how ``optimize`` makes such layers smaller.
+"""The interface of a converter, which makes one kind of layer smaller for ``optimize``.
 
 A new kind of layer is one file with a class that :func:`register` lists, and an import line in ``__init__.py``.
 """
@@ -37,15 +37,15 @@ class Options:
 
 @dataclass(eq=False)
 class LayerDecision:
-    """What ``optimize`` does to one layer: it is replaced unless there is a reason to keep it.
+    """The decision about one layer: the layer is replaced unless there is a reason to keep it.
 
     Attributes:
         module: the layer.
         names: every place in the model where the layer is.
-        converter: what knows this kind of layer.
+        converter: the converter of this kind of layer.
         choice: the name of the new form.
         reason_to_keep: why the layer stays as it is; None if it is replaced.
-        notes: what else a reader of the report should know.
+        notes: remarks for the report.
         reads_weight: whether other code than the layer reads, or may read, ``layer.weight``.
         replacement: the new layer, as soon as it is made.
         sqnr: signal-to-quantization-noise ratio of the new layer, dB.
@@ -106,8 +106,8 @@ class ObservedCall(NamedTuple):
     """The first call of a layer in a run on sample inputs.
 
     Attributes:
-        input: what the converter keeps of the arguments.
-        rows: how many rows or indices the call had.
+        input: the arguments, as far as the converter keeps them.
+        rows: the number of rows or indices of the call.
     """
 
     input: Any
@@ -115,7 +115,7 @@ class ObservedCall(NamedTuple):
 
 
 class RewriteState(Protocol):
-    """What a converter may ask of a rewrite of a model when it decides which new layers pay."""
+    """The questions that a converter may ask when it decides which new layers pay."""
 
     @property
     def observed_calls(self) -> Mapping[int, ObservedCall] | None:
@@ -129,7 +129,7 @@ class RewriteState(Protocol):
         """The layers of a converter that are replaced."""
 
     def fused_sequences(self) -> list[FusedSequence]:
-        """What is replaced together."""
+        """The layers that are replaced together."""
 
 
 Check = Callable[[RewriteState], None]
@@ -192,7 +192,7 @@ class Converter:
         raise NotImplementedError
 
     def observe(self, arguments: tuple[Any, ...], keywords: Mapping[str, Any]) -> ObservedCall | None:
-        """What to keep of a call of a layer in the run on sample inputs; None keeps nothing."""
+        """The part of a call of a layer that is kept for measurements; None keeps nothing."""
         return None
 
     def refresh_reader(self, reader: torch.nn.Module) -> None:

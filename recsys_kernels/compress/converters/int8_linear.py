@@ -12,7 +12,7 @@ from ..sizes import stored_bytes
 from .converter import Converter, LayerDecision, Options, register
 from .linear import LinearConverter
 
-# Values of the option, and what ``activation`` of an Int8Linear they are.
+# Values of the option, and the ``activation`` of an Int8Linear for each.
 ACTIVATIONS = {"int8": "dynamic", "int8-static": "static", "int8-weight-only": "weight_only"}
 
 

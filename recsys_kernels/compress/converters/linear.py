@@ -1,4 +1,4 @@
-"""What the converters of linear layers share: which layers are left alone, fusion, noise and speed."""
+"""The common part of the converters of linear layers: layers that are left alone, fusion, noise and speed."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ _CONTAINERS = (torch.nn.Module, torch.nn.Sequential, torch.nn.ModuleList, torch.
 
 
 class LinearConverter(Converter):
-    """``torch.nn.Linear``, whatever the new form is.
+    """The converter of ``torch.nn.Linear``, whatever the new form is.
 
     Args:
         ranges: the range of the input of each layer by id of the layer, for static layers.

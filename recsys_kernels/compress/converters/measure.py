@@ -19,7 +19,7 @@ def median_microseconds(
     """The median time of a call of each, in microseconds; the calls alternate.
 
     Args:
-        first, second: what is timed.
+        first, second: the functions to time.
         on_gpu: whether the calls start kernels on a GPU, whose end is waited for.
         warm_up: rounds that do not count.
         fewest: rounds that are always made beside these.

@@ -19,7 +19,7 @@ from ..sizes import stored_bytes
 from .converter import Check, Converter, LayerDecision, Options, RewriteState, register
 from .linear import MIN_SQNR, LinearConverter
 
-# Values of the option, and what ``activation`` of a SparseLinear they are.
+# Values of the option, and the ``activation`` of a SparseLinear for each.
 ACTIVATIONS = {"sparse": None, "int8+sparse": "dynamic", "int8-static+sparse": "static"}
 
 

@@ -21,7 +21,7 @@ _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 @dataclass(frozen=True)
 class PrunedLayer:
-    """What was done to one linear layer.
+    """The change of one linear layer.
 
     Attributes:
         name: where it is in the model (the first place, if there are several).
@@ -39,7 +39,7 @@ class PrunedLayer:
 
 @dataclass(frozen=True)
 class PruneReport:
-    """What pruning did to a model: print it to read it.
+    """The changes that pruning made to a model: print it to read it.
 
     Attributes:
         layers: one entry a linear layer that was chosen, in the model's order.

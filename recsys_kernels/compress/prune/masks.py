@@ -55,19 +55,19 @@ def prune(
         scope: ``"layer"``: the same share of every layer. ``"global"``: the lowest scores of all layers, which takes
             most from layers whose scores are small: look at the report. Not with n:m. Either way one block or weight of
             each layer is kept.
-        scores: what says how much a weight w matters. ``"magnitude"``: |w| (Han et al., "Learning both Weights and
+        scores: the importance of a weight w. ``"magnitude"``: |w| (Han et al., "Learning both Weights and
             Connections for Efficient Neural Networks", 2015). ``"movement"``: -w * gradient (Sanh et al., "Movement
             Pruning: Adaptive Sparsity by Fine-Tuning", 2020). ``"first_order"``: |w * gradient| (Molchanov et al.,
             "Importance Estimation for Neural Network Pruning", 2019). Gradients are those in ``.grad``, which
             ``backward`` has summed up over some batches. Or a tensor [out_features, in_features] by the name of each
             layer: more is better.
         layers: which layers: names (``"encoder.items"``), glob patterns (``"top.*"``), module classes, functions of a
-            name and a linear layer that return bool; one or several. What is inside a named module is chosen, too.
+            name and a linear layer that return bool; one or several. Layers inside a named module are chosen, too.
             Default: all.
         amounts: sparsity by the name of a layer, instead of ``sparsity``; 0 leaves it dense.
 
     Returns:
-        Shape and sparsity of each layer, before and after, and why any that were chosen were left alone.
+        Shape and sparsity of each layer, before and after, and the reason why a chosen layer was left alone.
 
     Raises:
         ValueError: no such pattern, sparsity, scope or scores; a name that no linear layer has; nothing to prune; NaN
@@ -172,7 +172,7 @@ def scores_of(target: Target, scores: str | Mapping[str, torch.Tensor]) -> torch
 
 
 def gradient_scores(kind: str, weight: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
-    """What a step adds to the score of weights."""
+    """The score that one step adds to the weights."""
     product = weight * gradient.to(weight.dtype)
     return -product if kind == "movement" else product.abs()
 
@@ -207,10 +207,10 @@ def choose_masks(
 
     Args:
         scores: of the weights, by the name of a layer.
-        shares: what to drop, by the name.
+        shares: the share to drop, by the name.
         pattern: the pattern.
         scope: ``"layer"`` or ``"global"``.
-        own: names of layers that are by themselves whatever the scope is.
+        own: names of layers that are pruned by themselves, whatever the scope is.
     """
     if pattern.of:
         return {

@@ -31,14 +31,14 @@ _ELEMENTWISE = frozenset(
         *("Threshold", "Hardshrink", "Softshrink", "Tanhshrink"),
     )
 )
-# What has values of its own for every neuron.
+# These modules have values of their own for every neuron.
 _PER_NEURON = frozenset((torch.nn.BatchNorm1d, torch.nn.PReLU))
 _HOOKS = tuple(n for n in sorted(vars(torch.nn.Module())) if n.startswith(("_forward", "_backward")) and "hooks" in n)
 
 
 @dataclass(frozen=True)
 class PrunedNeurons:
-    """What was done to the neurons of one linear layer.
+    """The change of the neurons of one linear layer.
 
     Attributes:
         name: where it is in the model.
@@ -56,7 +56,7 @@ class PrunedNeurons:
 
 @dataclass(frozen=True)
 class NeuronReport:
-    """What :func:`prune_neurons` did: print it to read it.
+    """The changes that :func:`prune_neurons` made: print it to read it.
 
     Attributes:
         layers: one entry a linear layer that was chosen, in the model's order.
@@ -89,7 +89,7 @@ class NeuronReport:
 
 @dataclass(eq=False)
 class _Link:
-    """A layer, what its neurons go through, and the layer that takes them; or why they can't be dropped."""
+    """A layer, the modules after it, and the layer that takes its neurons; or the reason why none can be dropped."""
 
     layer: LayerDecision
     between: list[torch.nn.Module] = field(default_factory=list)
@@ -119,8 +119,8 @@ def prune_neurons(
 
     Neurons can be dropped where linear layers follow each other in a ``nn.Sequential``, with nothing but activation
     functions of each value, Dropout, ``BatchNorm1d`` and ``PReLU`` in between: the first layer loses rows (and entries
-    of its bias), what is in between the same channels, the following layer columns. What a dropped neuron gave to the
-    following layer is gone, also where that was a constant. Outputs of a Sequential keep their size. ``LayerNorm``,
+    of its bias), what is in between the same channels, the following layer columns. The contribution of a dropped
+    neuron to the following layer is gone, also a constant one. Outputs of a Sequential keep their size. ``LayerNorm``,
     ``Softmax`` and the like compute over all neurons, so that fewer would change the others: layers before them are
     left alone. The copy usually has to be trained on.
 
@@ -134,7 +134,7 @@ def prune_neurons(
     Args:
         model: any model; it is not changed. Masked layers are left alone, see :func:`~recsys_kernels.remove_masks`.
         fraction: share of the neurons of each layer to drop, 0 <= fraction < 1; at least one is always kept.
-        scores: how much a neuron matters. ``"magnitude"``: the length (L2) of its row of weights, as Li et al.,
+        scores: the importance of a neuron. ``"magnitude"``: the length (L2) of its row of weights, as Li et al.,
             "Pruning Filters for Efficient ConvNets", 2017, times that of its column in the following layer, so that it
             is no matter which of the two is scaled; behind a BatchNorm1d, which undoes the scale of the row, its factor
             takes the row's place (Liu et al., "Learning Efficient Convolutional Networks through Network Slimming",
@@ -180,11 +180,11 @@ def prune_neurons(
     return new, _report(model, new, links, kept)
 
 
-# ---- what follows what ---------------------------------------------------------------------------------------------
+# ---- the following layers ------------------------------------------------------------------------------------------
 
 
 def _links(plan: RewritePlan) -> dict[int, _Link]:
-    """For each linear layer, by id, what takes its outputs."""
+    """The layer that takes the outputs of each linear layer, by id."""
     links = {key: _Link(layer) for key, layer in plan.decisions.items()}
     for link in links.values():
         link.reason = link.layer.reason_to_keep or link.reason

@@ -130,7 +130,7 @@ class Pruner:
 
     Making it puts a mask on each layer that has none (see :func:`~recsys_kernels.prune`, whose arguments these are),
     which keeps everything at first; :meth:`step` moves the masks. A mask holds dropped weights at exactly zero and
-    gives them no gradient. What momentum or weight decay does to the values behind it has no effect until a weight
+    gives them no gradient. Momentum and weight decay of the values behind it have no effect until a weight
     comes back, which it does when its score gets higher than that of one that is kept.
 
     With ``scores="movement"`` or ``"first_order"`` every step adds to the scores, from the start to the schedule's
@@ -165,7 +165,7 @@ class Pruner:
 
     Attributes:
         model: the model.
-        steps: how often :meth:`step` was called.
+        steps: the number of calls of :meth:`step`.
 
     Raises:
         ValueError: as :func:`~recsys_kernels.prune`; a schedule that does not go with the pattern, the sparsity or the
@@ -426,7 +426,7 @@ class Pruner:
 
 
 def _described(schedule: Schedule) -> dict[str, Any]:
-    """What tells a schedule from another one, in plain values."""
+    """Plain values by which two schedules differ."""
     found: dict[str, Any] = {"type": type(schedule).__name__, "end": int(schedule.end)}
     if is_dataclass(schedule):
         values = {field.name: getattr(schedule, field.name) for field in fields(schedule)}

@@ -1,4 +1,4 @@
-"""How much each layer of a model minds being pruned."""
+"""The loss of a metric when each layer of a model is pruned by itself."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Sensitivity:
 
     Attributes:
         baseline: the metric of the model as it is.
-        sparsities: what was tried, ascending.
+        sparsities: the sparsities that were tried, ascending.
         metrics: by the name of a layer, one value a sparsity.
         pattern: name of the sparsity pattern.
         higher_is_better: whether a higher metric is better.
@@ -101,7 +101,7 @@ def sensitivity(
         >>> rk.prune(model, amounts=found.amounts(max_drop=0.0005))                # doctest: +SKIP
 
     Args:
-        model: any model with ``torch.nn.Linear`` layers. Those that have a mask are pruned further.
+        model: any model with ``torch.nn.Linear`` layers. Layers that have a mask are pruned further.
         evaluate: the model -> the metric. It decides about eval mode and gradients.
         sparsities: shares of a layer's weights to drop, each 0 < sparsity < 1. An n:m pattern has only one, so that
             they are not used then.
@@ -148,7 +148,7 @@ def sensitivity(
 
 
 def _scores(target: Target) -> torch.Tensor:
-    """Magnitudes of the weights in use: what a mask has dropped goes first."""
+    """Magnitudes of the weights in use: weights that a mask has dropped go first."""
     found = scores_of(target, "magnitude")
     return found if target.mask is None else found * target.mask
 
@@ -178,25 +178,25 @@ def _measure(model: torch.nn.Module, evaluate: Callable[[Any], float], bar: _Bar
 
 
 class _Bar(Protocol):
-    """What is used of tqdm's."""
+    """The methods of a progress bar that are used."""
 
     def update(self) -> Any:
-        """One more measurement is done."""
+        """Counts one measurement."""
 
     def close(self) -> None:
-        """There are no more."""
+        """Ends the bar."""
 
 
 class _Lines:
     """A line for each layer that is done."""
 
-    def __init__(self, layers: Sequence[str], runs: int, shown: bool) -> None:
-        self.layers, self.runs, self.shown = layers, runs, shown
+    def __init__(self, layers: Sequence[str], measurements: int, shown: bool) -> None:
+        self.layers, self.measurements, self.shown = layers, measurements, shown
         self.done = -1  # the first measurement is of the model as it is
 
     def update(self) -> None:
         self.done += 1
-        number, left = divmod(self.done, self.runs)
+        number, left = divmod(self.done, self.measurements)
         if self.shown and number and not left:
             name = self.layers[number - 1] or "the model"
             print(f"{_TITLE}: {number} of {len(self.layers)} done ({name})", file=sys.stderr, flush=True)
@@ -205,12 +205,12 @@ class _Lines:
         pass
 
 
-def _bar(layers: Sequence[str], runs: int, progress: bool | None) -> _Bar:
-    """Shows how far a scan is that makes a number of runs for each layer."""
+def _bar(layers: Sequence[str], measurements: int, progress: bool | None) -> _Bar:
+    """Shows how far a scan is with a number of measurements for each layer."""
     try:
         from tqdm.auto import tqdm  # type: ignore[import-untyped]
     except ModuleNotFoundError:  # a bar is not worth a requirement
-        return _Lines(layers, runs, sys.stderr.isatty() if progress is None else progress)
+        return _Lines(layers, measurements, sys.stderr.isatty() if progress is None else progress)
     disable = None if progress is None else not progress
-    bar: _Bar = tqdm(total=1 + len(layers) * runs, desc=_TITLE, unit="run", disable=disable)
+    bar: _Bar = tqdm(total=1 + len(layers) * measurements, desc=_TITLE, unit="run", disable=disable)
     return bar

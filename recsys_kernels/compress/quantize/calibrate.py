@@ -16,7 +16,8 @@ Range = tuple[float, float]
 
 METHODS = ("minmax", "percentile", "mse")
 
-# From -reach to reach, a power of two of which more than half is used: at least 8 bins for each of 256 steps.
+# Bins from -reach to reach. The reach is a power of two, less than twice the largest value: at least 8 bins a step of
+# 256 steps.
 _BINS = 8192
 # Values counted at a time; float32 counts are exact up to 2^24.
 _BLOCK = 1 << 22
@@ -33,10 +34,10 @@ def calibrate(
     skip: Skip | Iterable[Skip] = (),
     progress: bool | None = None,
 ) -> dict[str, Range]:
-    """Ranges for the inputs of a model's linear layers, by name, from what they get on some batches.
+    """Ranges for the inputs of a model's linear layers, by name, from their inputs on some batches.
 
-    The model runs on every batch in eval mode and without gradients, and is left as it was. The memory
-    for each layer does not grow with the batches: a minimum, a maximum and, but for ``"minmax"``, a histogram.
+    The model runs on every batch in eval mode and without gradients, and is left as it was. The memory for each layer
+    does not grow with the batches: a minimum, a maximum and, but for ``"minmax"``, a histogram.
 
     Example:
         >>> ranges = rk.calibrate(model, (x for x, _ in loader), "mse")            # doctest: +SKIP
@@ -113,7 +114,7 @@ def watch(
     notes: Mapping[str, Callable[[torch.Tensor], None]],
     progress: bool | None,
 ) -> None:
-    """Runs a model on batches and shows what its layers get: finite float32 values [rows, in_features].
+    """Runs a model on batches and shows the inputs of its layers: finite float32 values [rows, in_features].
 
     Raises:
         ValueError: no batches; NaN or infinity.
@@ -158,10 +159,10 @@ def _with_bar(batches: Iterable[Any], progress: bool | None) -> Iterable[Any]:
 
 
 class Observer:
-    """What was seen of one layer's input, in memory that does not grow.
+    """The range of one layer's input so far, in memory that does not grow.
 
     Attributes:
-        seen: whether there was anything.
+        seen: whether the layer got any input.
         low, high: smallest and largest value.
     """
 

@@ -43,7 +43,7 @@ def equalize(
     Args:
         model: any float model; it is not changed.
         batches: arguments of one call each, as for :func:`~recsys_kernels.calibrate`.
-        alpha: from 0 to 1: how much of the difficulty goes into the weights.
+        alpha: the share of the difficulty that goes into the weights, from 0 to 1.
         skip: layers to leave as they are, as for ``optimize``.
         progress: whether to show a progress bar; default: on a terminal.
 
@@ -92,7 +92,7 @@ def _pairs(plan: RewritePlan) -> list[tuple[LayerDecision, LayerDecision]]:
 
 @torch.no_grad()
 def _move(first: Any, second: Any, largest: torch.Tensor, alpha: float) -> None:
-    """Divides what the first layer gives and multiplies what the second one takes."""
+    """Divides the outputs of the first layer and multiplies the weights of the second one by the same factors."""
     weights = second.weight.float().abs().amax(0)
     exponent = torch.round(alpha * largest.log2() - (1.0 - alpha) * weights.log2()).clamp(-_MOST, _MOST)
     used = (largest > 0) & (weights > 0)

@@ -26,7 +26,7 @@ def compare(
     """The differences between a model and the new one, by call.
 
     Args:
-        plan: what was done.
+        plan: the plan that was carried out.
         new: the new model, which stays as it is.
         calls: the calls.
         expected: the outputs of the model for each call.

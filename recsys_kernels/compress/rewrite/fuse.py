@@ -24,8 +24,8 @@ def find_fused_sequences(
     nor is any module of a Sequential out of which something takes modules.
 
     Args:
-        contents: what the model holds.
-        decisions: what happens to each layer, by id of the layer.
+        contents: modules of the model and where they are.
+        decisions: the decision about each layer, by id of the layer.
         taken_apart: ids of the Sequentials out of which something takes modules.
     """
     return _Fusion(contents, decisions, taken_apart).find()

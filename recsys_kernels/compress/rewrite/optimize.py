@@ -1,4 +1,4 @@
-"""``optimize``: a copy of any model with its layers swapped for smaller ones, and a report of what was done."""
+"""``optimize``: a copy of any model with its layers swapped for smaller ones, and a report of the changes."""
 
 from __future__ import annotations
 
@@ -41,13 +41,14 @@ def optimize(
     values that are not finite, tables so narrow that scales and biases would cost more than they save, the layers
     inside of ``nn.MultiheadAttention`` and ``nn.TransformerEncoderLayer``, which read their weights.
 
-    A layer's weight may also be read directly by the model's code (``user @ self.items.weight.T``), which no swapped
-    layer can serve. Such layers stay as they are. They are found in the source of the model's methods, constructors
-    aside, through attributes, containers and local names; where it does not tell which layer's weight is read, all that
-    it may be stay. With ``sample_inputs`` a trial run decides instead: it
-    sees every read on the way that those inputs take, however it is made, and compares the outputs; what only other
-    code reads (a training loss, a branch not taken) is swapped, with a note in the report. Give them whenever you
-    can; name in ``skip`` what still is not to be swapped.
+    The model's own code may read the weight of a layer (``user @ self.items.weight.T``). A table with such a reader
+    becomes a quantized table whose ``weight`` reads as floats: each read computes the floats from the stored rows,
+    which costs time and, for a moment, memory; the report names the reader and the bytes. Writes to that ``weight``
+    raise RuntimeError. A linear layer with such a reader stays as it is. The readers are found in the source of the
+    model's methods, constructors aside. Calls with ``sample_inputs`` and ``methods`` show readers that the source does
+    not show, and the outputs of the new model are compared with the model's own. A table whose parameter is read in
+    another way than through ``layer.weight`` (from a list of parameters, say) stays as it is; only a call shows such a
+    reader.
 
     Linear layers that follow each other in a ``nn.Sequential`` become one :class:`~recsys_kernels.Int8MLP`, with the
     ReLU, GELU, Sigmoid or SiLU after each folded in and Dropout left out; that takes the place of the Sequential, or of
@@ -64,8 +65,8 @@ def optimize(
             the same shape but a single number in memory: no float table is kept alive, and no use goes unnoticed.
         embedding: rows of ``nn.Embedding``, ``nn.EmbeddingBag``, ``rk.EmbeddingBag`` and the tables of
             ``rk.EmbeddingBagCollection``: ``"int8"``, ``"int4"``, or None to leave them.
-        skip: layers to leave: names (``"encoder.items"``), glob patterns (``"linear.*"``), module classes. What is
-            inside a named module is left, too.
+        skip: layers to leave: names (``"encoder.items"``), glob patterns (``"linear.*"``), module classes. Layers
+            inside a named module are left, too.
         linear: ``nn.Linear``: ``"int8"`` (activations quantized row by row, as they come), ``"int8-static"`` (by
             ``ranges``), ``"int8-weight-only"`` (activations in float), ``"sparse"`` (only the weights that are not
             dropped), ``"int8+sparse"`` and ``"int8-static+sparse"`` (these in int8), or None to leave them. A layer
@@ -75,26 +76,36 @@ def optimize(
             magnitudes, without any training. None: those that are zero.
         pattern: for these: ``"unstructured"`` (default), ``"block4x1"`` and other blocks, ``"2:4"``; see
             :func:`~recsys_kernels.prune`.
-        sample_inputs: arguments of a call, as a tuple (anything else is the only argument). The model and the new
-            one are run on them in eval mode, without gradients and from the same random state. Linear layers are
-            measured on what they get in this run (its first 512 rows), noise and speed.
+        sample_inputs: arguments of a call, as a tuple (anything else is the only argument). Copies of the model and of
+            the new one run on them in eval mode, without gradients and from the same random state, several times to
+            measure the time of a call. Noise and speed of linear layers are measured on the first 512 rows that each
+            layer gets, the speed of tables on the indices that each table gets.
         ranges: for ``"int8-static"`` (also sparse): range of the input of each linear layer by its name, from
             :func:`~recsys_kernels.calibrate`. A layer that is not in it stays in float.
         min_sqnr: signal-to-quantization-noise ratio in dB under which a linear layer stays in float: the power of its
             output over that of the difference that its new form makes, for the same input. Needs ``sample_inputs``;
             default 20, but none for layers that ``sparsity`` prunes.
-        batch_size: examples a call for which linear layers are timed as they are and in their new form, with the
-            threads that torch has now; they stay as they are where that is faster. Default: the first dimension of the
-            first tensor of ``sample_inputs``. Without these each gets one random row an example; without both nothing
-            is measured.
+        batch_size: examples a call for which layers are timed, in both forms, with the threads that torch has now. A
+            linear layer stays in float where float is faster. A table becomes smaller even where its lookups become
+            slower, since bytes are what tables are made small for; the report says slower or faster, with both times,
+            and lists the slower ones (:attr:`OptimizeReport.slower`). Default: the first dimension of the first tensor
+            of ``sample_inputs``. Without inputs each layer gets one random row or index an example; without both
+            nothing is measured.
+        methods: further calls that must work: names of methods that take ``sample_inputs``, functions of a model, or
+            arguments by the names of methods (``{"full_sort_predict": interaction}``). Each call is made and compared
+            as the one with ``sample_inputs`` is. Without it (None) any method may be called later, so a linear layer
+            stays as it is if any method reads its weight, branches under ``if self.training`` aside; with it (an empty
+            tuple will do) only the calls that are named have to work.
 
     Returns:
         The new model, and the report: print it, or see :class:`~recsys_kernels.compress.rewrite.report.OptimizeReport`.
 
     Raises:
-        ValueError: no such choice; a name that no module of the model has; an option without what it needs.
-        TypeError: ``model`` is not a module, or an entry of ``skip`` is neither a name nor a module class.
-        RuntimeError: the new model fails on ``sample_inputs``, or its outputs have other shapes.
+        ValueError: no such choice; a name that no module or method of the model has; an option without the one that it
+            needs.
+        TypeError: ``model`` is not a module; an entry of ``skip`` or ``methods`` has another type; the model cannot be
+            called with ``sample_inputs``.
+        RuntimeError: the new model fails in one of the calls, or its outputs have other shapes.
     """
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, but is {type(model).__name__}")

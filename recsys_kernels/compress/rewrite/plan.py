@@ -1,4 +1,4 @@
-"""What ``optimize`` will do to each layer of a model."""
+"""The plan of ``optimize``: a decision about each layer of a model."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 class RewritePlan:
-    """What happens to each layer of a model.
+    """A decision about each layer of a model.
 
     Args:
         model: the model, which is not changed.
@@ -50,11 +50,11 @@ class RewritePlan:
         masked: id of a layer -> the layer with a pruning mask that the model has in its place.
 
     Attributes:
-        contents: what the model holds.
-        decisions: id of a layer of these kinds -> what happens to it.
-        taken_apart: id of a Sequential -> what takes modules out of it instead of calling it.
-        sample_run: what a run on sample inputs showed, if there was one.
-        notes: what else a user should know.
+        contents: modules and tensors of the model, and where they are.
+        decisions: the decision about each layer of these kinds, by id of the layer.
+        taken_apart: id of a Sequential -> the code that takes modules out of it instead of calling it.
+        sample_run: the run of the calls that must work, if any were given.
+        notes: differences of the new model that concern no single layer.
     """
 
     def __init__(
@@ -86,7 +86,7 @@ class RewritePlan:
                 reason = "not a registered submodule: .to() and state_dict() do not reach it either"
                 self.decisions[key] = LayerDecision(module, [path], converter, choice, reason)
 
-    # ---- what converters ask for ----
+    # ---- the questions of converters ----
 
     @property
     def observed_calls(self) -> Mapping[int, ObservedCall] | None:

@@ -1,4 +1,4 @@
-"""What ``optimize`` did to a model."""
+"""The report of ``optimize``: the changes of each layer and of the whole model."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class LayerReport:
         names: every place in the model where it is.
         kind: name of its class.
         action: its new form, such as ``"int8"`` or ``"sparse"``; ``"kept"`` if it was left alone.
-        reason: why it was kept; for a swapped layer what else there is to know, often nothing.
+        reason: why the layer was kept; for a swapped layer notes about it, often none.
         shape: rows and columns.
         dtype: type of its values before.
         bytes_before, bytes_after: bytes of its parameters and buffers, scales, indices and padding between rows
@@ -84,13 +84,13 @@ class CallReport:
 
 @dataclass(frozen=True)
 class OptimizeReport:
-    """What ``optimize`` did: print it to read it.
+    """The changes that ``optimize`` made: print it to read it.
 
     Attributes:
         layers: one entry a layer of the kinds asked for, in the model's order.
         bytes_before, bytes_after: bytes of all parameters and buffers of the model; shared memory counts once.
         output_error: largest absolute difference of the outputs of all calls; None if the model was not run.
-        notes: what else is different in the new model.
+        notes: further differences of the new model.
         calls: one entry a call of the model: with ``sample_inputs``, and of each of ``methods``.
     """
 
@@ -146,7 +146,7 @@ class OptimizeReport:
         else:
             lines.append(f"whole model: {self.bytes_before:,} bytes as before")
         lines += map(str, self.calls)
-        if slower := [layer.name for layer in self.swapped if _is_slower(layer.float_us, layer.int8_us)]:
+        if slower := [repr(layer.name) for layer in self.swapped if _is_slower(layer.float_us, layer.int8_us)]:
             lines.append(f"slower than in float at this size: {', '.join(slower)}; skip= keeps such layers in float")
         if not self.calls and self.swapped:
             lines.append("outputs were not compared: no sample_inputs given")

@@ -21,7 +21,7 @@ def without_masks(model: torch.nn.Module) -> tuple[torch.nn.Module, dict[int, to
 
     Returns:
         The model (the given one if it has no mask), id of a layer in it that has none any more -> the masked one, and
-        what else is different.
+        notes about the differences.
     """
     twins = [(twin, module) for module in model.modules() if (twin := _without_mask(module)) is not None]
     if not twins:

@@ -63,14 +63,17 @@ class QuantizedTable(NamedTuple):
 
 
 class EmbeddingBagOperands(NamedTuple):
-    """Of ``embedding_bag``: ``weight`` [num_embeddings, D]. Gives [B, D]."""
+    """Operands of ``embedding_bag``.
+
+    ``weight`` [num_embeddings, D]. Gives [B, D].
+    """
 
     weight: torch.Tensor
     bags: BagOperands
 
 
 class MaxOperands(NamedTuple):
-    """Of ``embedding_bag_max``. Gives [B, D] and int64 [B, D], the row that each column came from."""
+    """Operands of ``embedding_bag_max``. Gives [B, D] and int64 [B, D], the row that each column came from."""
 
     weight: torch.Tensor
     indices: torch.Tensor
@@ -81,7 +84,10 @@ class MaxOperands(NamedTuple):
 
 
 class BackwardOperands(NamedTuple):
-    """Of ``embedding_bag_backward``: ``grad`` [B, D]. Gives [num_embeddings, D]."""
+    """Operands of ``embedding_bag_backward``.
+
+    ``grad`` [B, D]. Gives [num_embeddings, D].
+    """
 
     grad: torch.Tensor
     bags: BagOperands
@@ -89,7 +95,10 @@ class BackwardOperands(NamedTuple):
 
 
 class WeightsBackwardOperands(NamedTuple):
-    """Of ``embedding_bag_weights_backward``: ``grad`` [B, D]. Gives the shape of ``indices``."""
+    """Operands of ``embedding_bag_weights_backward``.
+
+    ``grad`` [B, D]. Gives the shape of ``indices``.
+    """
 
     grad: torch.Tensor
     weight: torch.Tensor
@@ -101,7 +110,7 @@ class WeightsBackwardOperands(NamedTuple):
 
 
 class QuantizedOperands(NamedTuple):
-    """Of ``quantized_embedding_bag``. Gives [B, embedding_dim] of type ``dtype``."""
+    """Operands of ``quantized_embedding_bag``. Gives [B, embedding_dim] of type ``dtype``."""
 
     table: QuantizedTable
     bags: BagOperands
@@ -109,7 +118,10 @@ class QuantizedOperands(NamedTuple):
 
 
 class CollectionOperands(NamedTuple):
-    """Of ``embedding_bag_collection``: ``plan`` int64 [F, 6], a :class:`FeaturePlan` a row. Gives [B, total_dim]."""
+    """Operands of ``embedding_bag_collection``.
+
+    ``plan`` int64 [F, 6], a :class:`FeaturePlan` a row. Gives [B, total_dim].
+    """
 
     weights: list[torch.Tensor]
     scale_bias: list[torch.Tensor]
@@ -122,7 +134,7 @@ class CollectionOperands(NamedTuple):
 
 
 class QuantizeOperands(NamedTuple):
-    """Of ``quantize_rowwise``, which writes to ``rows`` and ``scale_bias``."""
+    """Operands of ``quantize_rowwise``, which writes to ``rows`` and ``scale_bias``."""
 
     weight: torch.Tensor
     bits: int

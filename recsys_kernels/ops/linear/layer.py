@@ -24,7 +24,7 @@ def output_type(dtype: torch.dtype, layer: str = "an int8 layer") -> torch.dtype
 
 
 class FixedTypes(torch.nn.Module):
-    """A module whose tensors keep their types: casts choose that of its output, ``dtype``."""
+    """A module whose tensors keep their types: a cast chooses ``dtype``, the type of its output."""
 
     def __init__(self, dtype: torch.dtype) -> None:
         super().__init__()
@@ -41,3 +41,6 @@ class FixedTypes(torch.nn.Module):
         super()._apply(keep_type, recurse)
         self.dtype = dtype
         return self
+
+    def refresh(self) -> None:
+        """Forgets what was made of the tensors; a module that keeps nothing has nothing to forget."""

@@ -1,7 +1,6 @@
 """What the Triton kernels of linear layers share: rows quantized to 8 bits, tiles, the end of a layer, launches.
 
-The arithmetic of the quantization is that of ``operands.py``, bit for bit: the launches turn contraction to fused
-multiply-adds off.
+Rows are quantized as ``activation.py`` does it, bit for bit: the launches turn contraction to fused multiply-adds off.
 """
 # mypy: allow-untyped-defs
 # (Triton gives the parameters of kernels their types at launch.)

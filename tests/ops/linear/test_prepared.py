@@ -112,7 +112,7 @@ def test_refresh_after_a_write_that_leaves_no_trace(name: str) -> None:
         module = (rk.SparseMLP if name.startswith("sparse") else rk.Int8MLP)(module)
     module(rows(5, 400))
     array = weights(module).detach().numpy().reshape(-1)
-    array[-1] = -array[-1] - 100
+    array[-1] = 60 if array[-1] < 0 else -60
     module.refresh()
     torch.testing.assert_close(module(rows(5, 400)), wanted_of(module, rows(5, 400)), rtol=1e-4, atol=1e-3)
 

@@ -1,1 +1,1 @@
-"""What a model holds, and what reads the weights of its layers."""
+"""The contents of a model, and the code that reads the weights of its layers."""

@@ -1,4 +1,4 @@
-"""What a model holds: modules and where they are, what plain attributes hold, tensors that share memory."""
+"""The contents of a model: modules and their names, values of plain attributes, tensors that share memory."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class TensorUser(NamedTuple):
 
 
 class ModelContents:
-    """What a model holds.
+    """The modules of a model, and the values that its plain attributes hold.
 
     Args:
         model: the model, which is not changed.
@@ -33,7 +33,7 @@ class ModelContents:
         held_twice: ids of modules of the model that plain attributes hold, too.
         held: tensors, optimizers and foreign modules in plain attributes, with their paths.
         unregistered: id -> (path, module) of modules that the model uses without having registered them.
-        notes: what a user should know of the model.
+        notes: remarks about modules that cannot be changed.
     """
 
     def __init__(self, model: torch.nn.Module) -> None:

@@ -19,7 +19,7 @@ class ModelCall(NamedTuple):
         name: the name of the method, ``"forward"`` for a call of the model itself, or the name of a function.
         call: a model and the arguments -> outputs.
         arguments: the arguments beside the model.
-        given_as: what the arguments were before they were made a tuple.
+        given_as: the arguments before they were made a tuple.
     """
 
     name: str
@@ -39,7 +39,7 @@ class ModelCall(NamedTuple):
             return self.call(model.eval(), *arguments)
 
     def run_first(self, model: torch.nn.Module) -> Any:
-        """:meth:`run`, and an error of a wrong call says what the arguments were taken for.
+        """:meth:`run`, and an error of a wrong call names the arguments.
 
         Raises:
             TypeError: the method does not take such arguments.

@@ -1,4 +1,4 @@
-"""A run of a model on sample inputs, and what it shows of the model's layers."""
+"""A run of a model on sample inputs: the calls of its layers, and the readers of their weights."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from .weight_watch import WeightWatch
 
 
 class SampleRun:
-    """What a run on sample inputs shows.
+    """A run of the calls that must work, in which layers and weights are watched.
 
     Args:
-        contents: what the model holds.
+        contents: modules of the model and where they are.
         layers: the layers to watch.
         sequentials: the Sequentials of the model.
         informed_readers: the classes of modules that read weights of the layers and may do so.
@@ -80,7 +80,7 @@ class SampleRun:
         with WeightWatch([*aliases, *weights], [*twins, *readers]) as watch:
             outputs = [call.run_first(self.twin) for call in calls]
         for twin in twins:
-            del twin.__dict__["weight"]
+            twin.__dict__.pop("weight", None)  # gone if the model has set another weight
         for handle in self._handles:
             handle.remove()
         for module, alias, weight in zip(modules, aliases, weights, strict=True):

@@ -1,4 +1,4 @@
-"""What the source code of a model says about reads of a layer's ``weight`` by other code than the layer.
+"""Reads of a layer's ``weight`` by other code than the layer, found in the source code of a model.
 
 A layer whose weight is read from outside (``scores = user @ self.items.weight.T``) cannot be swapped for one that
 stores it in another form: at best the reader fails, at worst ``x + self.positions.weight`` adds integers to floats.
@@ -20,22 +20,22 @@ import torch
 
 _EACH = "[]"  # a step of a path: every item of a container
 _Path = tuple[str, ...]
-# What reads no values: it means the same whatever form the weight has.
+# Attributes of a weight that read no values: they mean the same whatever form the weight has.
 HARMLESS = frozenset({"device"})
-# Attributes that say nothing of what is inside a container.
+# Every module has these attributes: asking for them takes nothing out of a container.
 _OF_EVERY_MODULE = frozenset({"training", "train", "eval", "forward", "to", "requires_grad_", "zero_grad"})
 
 
 @dataclass
 class SourceReads:
-    """What the source of some modules says.
+    """The reads that the source of some modules shows.
 
     Attributes:
         places: id of a layer -> where its weight is read.
         training: id of a layer -> where its weight is read in a branch that only training takes.
         taken_apart: id of a container -> where something else is done with it than to call it.
         unknown: names of methods whose source is not available.
-        maybe: id of a layer -> what may read its weight, by an expression that the source does not resolve.
+        maybe: id of a layer -> code that may read its weight, by an expression that the source does not resolve.
     """
 
     places: dict[int, str] = field(default_factory=dict)
@@ -54,7 +54,7 @@ def find_weight_reads(
 
     Paths are followed through attributes, items of containers and local names that stand for them. Where the owner
     of a ``.weight`` cannot be told, it may be any layer in the module; so may what is handed to a function that reads
-    weights or has no source. What only constructors use (initialization) does not count.
+    weights or has no source. Methods that only constructors use (initialization) do not count.
 
     Args:
         modules: all modules of a model.
@@ -208,7 +208,7 @@ def _may_read(module: torch.nn.Module, function: Any, callee: ast.expr) -> bool:
 
 
 def _global(function: Any, node: ast.expr) -> Any:
-    """What a name, or a name in a Python module, stands for outside of a function; None if that cannot be told."""
+    """The value of a name, or of a name in a Python module, outside of a function; None if it is unknown."""
     if isinstance(node, ast.Name):
         return function.__globals__.get(node.id, getattr(builtins, node.id, None))
     if isinstance(node, ast.Attribute):
@@ -230,14 +230,14 @@ def _reads_weights(value: Any, seen: set[Any]) -> bool:
     code = _read_source(value)
     if code is None or code.vague or code.weights:
         return True
-    # Of what it hands on: names that are its own or a module's; methods of its arguments are nobody's reads.
+    # Only functions of its own module or of imported modules count, not methods of its arguments.
     called = [_global(value, callee) for callee in code.called]
     return any(_reads_weights(other, seen) for other in called if inspect.isfunction(other))
 
 
 @dataclass(frozen=True)
 class _Source:
-    """What a method's source holds: attributes as (path of the owner, name); as (path, line) reads of weights, and
+    """The contents of a method's source: attributes as (path of the owner, name); as (path, line) reads of weights, and
     mentions of something where it is neither called nor given a name; lines with reads of weights of an unknown owner;
     as (function, path, line) what is handed to functions; the functions that are called."""
 

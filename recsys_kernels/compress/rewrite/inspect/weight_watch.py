@@ -1,4 +1,4 @@
-"""Which code reads a layer's ``weight`` while a model runs."""
+"""A watch for code that reads a layer's ``weight`` while a model runs."""
 
 from __future__ import annotations
 

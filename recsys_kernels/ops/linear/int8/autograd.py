@@ -64,7 +64,7 @@ def chain(input: torch.Tensor, packed: torch.Tensor, out_features: int, dtype: t
 
 
 class _Int8Linear(torch.autograd.Function):
-    """The gradients of input and bias, and with scheme weight_only, whose input is not rounded, of the scales."""
+    """The gradients of input and bias. Scheme weight_only, which rounds no input, also has that of the scales."""
 
     @staticmethod
     def forward(
@@ -114,7 +114,9 @@ class _Int8Linear(torch.autograd.Function):
 def transformed(input: torch.Tensor, layer: Int8Layer, dtype: torch.dtype) -> torch.Tensor:
     """:func:`run_layer` with derivatives of every kind and order, slower."""
     plain = layer._replace(
-        weight_scale=layer.weight_scale.detach(), bias=None if layer.bias is None else layer.bias.detach(), activation=NONE
+        weight_scale=layer.weight_scale.detach(),
+        bias=None if layer.bias is None else layer.bias.detach(),
+        activation=NONE,
     )
 
     def exact(rows: torch.Tensor) -> torch.Tensor:

@@ -18,6 +18,7 @@ from ..activation import (
     input_qparams,
     scheme_number,
 )
+from ..gradients import autocast_type, check_tensor, is_transformed
 from ..layer import (
     MODULES,
     FixedTypes,
@@ -29,16 +30,16 @@ from ..operands import (
     num_groups,
 )
 from ..prepared import Prepared, count_writes, trained
-from ..gradients import autocast_type, check_tensor, is_transformed
 from . import autograd as op
 from .spec import Int8Layer
 
 if TYPE_CHECKING:
-    from .qat import QATLinear
+    from ..qat import QATLinear
 
 T = TypeVar("T")
 # What ``selection.implementation`` gives unless another backend was asked for.
 CHAIN = torch.ops.recsys_kernels.int8_chain.default
+RUN_CHAIN = selection.without_wrapper(CHAIN)
 # What it takes for a type: looked up, for it is half a percent of a request's time.
 NUMBERS: dict[torch.dtype, Any] = {dtype: selection.dtype_argument(dtype) for dtype in FLOATS}
 
@@ -216,7 +217,7 @@ class Int8Linear(FixedTypes):
     ) -> QATLinear:
         """A trainable layer for quantization-aware training; its ``convert()`` gives the deployed one, bit for bit.
 
-        (Jacob et al., 2018, see the class. The gradients: see :class:`~recsys_kernels.ops.linear.int8.qat.QATLinear`.)
+        (Jacob et al., 2018, see the class. The gradients: see :class:`~recsys_kernels.ops.linear.qat.QATLinear`.)
 
         Args:
             linear: the float layer to start from, which is not changed.
@@ -230,7 +231,7 @@ class Int8Linear(FixedTypes):
             TypeError: not a ``torch.nn.Linear``.
             ValueError: an unknown option, or what :meth:`from_float` refuses.
         """
-        from .qat import QATLinear
+        from ..qat import QATLinear
 
         return QATLinear(linear, activation, epilogue, granularity, ranges, input_range, momentum)
 
@@ -363,10 +364,15 @@ class Int8Linear(FixedTypes):
             if not torch.compiler.is_compiling():
                 # The same as below without what cannot apply: a request of one row takes 3 us.
                 prepared, dtype = self._prepared, self.dtype
-                if prepared is not None and self.is_fresh(prepared) and input.dim() == 2 and forward_ad._current_level < 0:
+                if (
+                    prepared is not None
+                    and self.is_fresh(prepared)
+                    and input.dim() == 2
+                    and forward_ad._current_level < 0
+                ):
                     needs_grad = torch.is_grad_enabled() and (input.requires_grad or self.is_trained())
                     if not needs_grad and selection.implementation("int8_chain", input) is CHAIN:
-                        return CHAIN(input, prepared.value, self.out_features, NUMBERS.get(dtype, dtype))
+                        return RUN_CHAIN(input, prepared.value, self.out_features, NUMBERS.get(dtype, dtype))
             return self.run(input, autocast_type(input, self.dtype))
         except AttributeError:  # found here, as it takes no time where the input is a tensor
             check_tensor(input)

@@ -9,13 +9,14 @@ import torch
 from torch.autograd import forward_ad
 
 from ....backends import selection
-from ..prepared import Prepared, count_writes
 from ..gradients import autocast_type, check_tensor, is_transformed
+from ..prepared import Prepared, count_writes
+from ..sequence import LinearSequence, check_widths
 from . import autograd as op
-from .layer import CHAIN, NUMBERS, Int8Linear, run_compiled, runs_compiled, runs_packed
+from .layer import CHAIN, NUMBERS, RUN_CHAIN, Int8Linear, run_compiled, runs_compiled, runs_packed
 
 if TYPE_CHECKING:
-    from .qat import QATMLP
+    from ..qat import QATMLP
 
 EPILOGUES: dict[type[torch.nn.Module], str] = {
     torch.nn.ReLU: "relu",
@@ -25,7 +26,7 @@ EPILOGUES: dict[type[torch.nn.Module], str] = {
 }
 
 
-class Int8MLP(torch.nn.Sequential):
+class Int8MLP(LinearSequence):
     """:class:`Int8Linear` layers one after the other, on the CPU in one call.
 
     Between the layers values are float32, whatever the type of the output, which is that of the last layer. On other
@@ -44,6 +45,9 @@ class Int8MLP(torch.nn.Sequential):
     def __init__(self, *layers: Int8Linear) -> None:
         super().__init__(*layers)
         self._check_layers()
+        self._forget()
+
+    def _forget(self) -> None:
         self._prepared: list[tuple[Int8Linear, Prepared[None]]] = []
         self._packed: torch.Tensor | None = None
 
@@ -106,7 +110,7 @@ class Int8MLP(torch.nn.Sequential):
         Raises:
             TypeError, ValueError: what :meth:`from_float` and :meth:`Int8Linear.qat` raise.
         """
-        from .qat import QATMLP
+        from ..qat import QATMLP
 
         steps = _checked_steps(mlp, input_ranges)
         modules: list[torch.nn.Module] = []
@@ -139,10 +143,7 @@ class Int8MLP(torch.nn.Sequential):
         for number, layer in enumerate(layers):
             if not isinstance(layer, Int8Linear):
                 raise TypeError(f"layer {number} must be an Int8Linear, but is a {type(layer).__name__}")
-        for number in range(1, len(layers)):
-            given, taken = layers[number - 1].out_features, layers[number].in_features
-            if given != taken:
-                raise ValueError(f"layer {number} takes {taken} features, but the one before it gives {given}")
+        check_widths(layers, Int8Linear)
 
     def _is_fresh(self, layers: list[Int8Linear]) -> bool:
         """Whether the layers are the packed ones, and none of their tensors was replaced or written to since."""
@@ -167,12 +168,6 @@ class Int8MLP(torch.nn.Sequential):
                 self._packed, self._prepared = packed, [(layer, layer.prepare(None)) for layer in layers]
         return packed
 
-    def refresh(self) -> None:
-        """Forgets the packed copies; see :meth:`Int8Linear.refresh`."""
-        self._packed = None
-        for layer in self._layers():
-            layer.refresh()
-
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """[..., in_features of the first layer] to [..., out_features of the last]; errors as in :class:`Int8Linear`.
 
@@ -189,7 +184,7 @@ class Int8MLP(torch.nn.Sequential):
             if packed is not None and input.dim() == 2 and self._is_fresh(layers):  # noqa: SIM102
                 if selection.implementation("int8_chain", input) is CHAIN:
                     dtype = last.dtype
-                    return CHAIN(input, packed, last.out_features, NUMBERS.get(dtype, dtype))
+                    return RUN_CHAIN(input, packed, last.out_features, NUMBERS.get(dtype, dtype))
         self._check_layers()
         if not needs_grad:
             if torch.compiler.is_compiling():
@@ -200,11 +195,6 @@ class Int8MLP(torch.nn.Sequential):
         for layer in layers[:-1]:
             input = layer.run(input, torch.float32)
         return last(input)
-
-    def _apply(self, fn: Any, recurse: bool = True) -> Int8MLP:
-        super()._apply(fn, recurse)
-        self._packed = None
-        return self
 
     def __getstate__(self) -> dict[str, Any]:
         # Copies and files hold the canonical state only.

@@ -59,7 +59,10 @@ class Int8Layer(NamedTuple):
 
 
 class LinearOperands(NamedTuple):
-    """Of ``int8_linear``: ``input`` [..., K] of float32, float16 or bfloat16. Gives [..., N] of type ``dtype``."""
+    """Operands of ``int8_linear``.
+
+    ``input`` [..., K] of float32, float16 or bfloat16. Gives [..., N] of type ``dtype``.
+    """
 
     input: torch.Tensor
     layer: Int8Layer
@@ -67,13 +70,16 @@ class LinearOperands(NamedTuple):
 
 
 class PackOperands(NamedTuple):
-    """Of ``int8_pack``. Gives uint8 [:func:`packed_bytes`]."""
+    """Operands of ``int8_pack``. Gives uint8 [:func:`packed_bytes`]."""
 
     layer: Int8Layer
 
 
 class ChainOperands(NamedTuple):
-    """Of ``int8_chain``: ``input`` [M, K], ``packed`` uint8 [bytes]. Gives [M, out_features] of type ``dtype``."""
+    """Operands of ``int8_chain``.
+
+    ``input`` [M, K], ``packed`` uint8 [bytes]. Gives [M, out_features] of type ``dtype``.
+    """
 
     input: torch.Tensor
     packed: torch.Tensor
@@ -93,7 +99,10 @@ class LayerLists(NamedTuple):
 
 
 class LayersOperands(NamedTuple):
-    """Of ``int8_layers``: ``input`` [..., K]. Gives [..., N of the last layer] of type ``dtype``."""
+    """Operands of ``int8_layers``.
+
+    ``input`` [..., K]. Gives [..., N of the last layer] of type ``dtype``.
+    """
 
     input: torch.Tensor
     layers: LayerLists

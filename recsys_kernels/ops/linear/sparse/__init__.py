@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 __all__ = ["SparseLinear", "SparseMLP"]
 
-# Imported at their first use: who only looks rows up pays nothing for them.
+# Imported at their first use: a program that only looks rows up pays nothing for these modules.
 _LATER = {"SparseLinear": "layer", "SparseMLP": "mlp"}
 
 

@@ -18,12 +18,12 @@ from .spec import SparseLayer, block_shape
 FEW_ROWS = 8
 
 # By instruction-set level; then by the type of the values, "int8" with an exact product and "int8 float" weight_only;
-# then by the output rows that share their columns (4: blocks whose rows are a multiple of it): the density above which
-# the dense layer is faster, for few rows of input (FEW_ROWS) and for many. The density is that of the weights; of
-# "int8" that of the fours of columns that are multiplied together. Measured with 1024 x 1024, 512 x 512 and 128 x 256
-# weights on one core of an AMD EPYC (Zen 4) at 1 to 256 rows, for 5 to 90 % zeros: where it differs between numbers of
-# rows, between them. MKL does not heed a cap there and used AVX-512 against every level. Values of 16 bits were not
-# measured: they read half the memory.
+# then by the output rows that share their columns (4: blocks whose rows are a multiple of it): the density above
+# which the dense layer is faster, for few rows of input (FEW_ROWS) and for many. The density counts weights; for
+# "int8" it counts the fours of columns that are multiplied together. Measured with 1024 x 1024, 512 x 512 and 128 x
+# 256 weights on one core of an AMD EPYC (Zen 4) at 1 to 256 rows, for 5 to 90 % zeros: where it differs between
+# numbers of rows, between them. MKL does not heed a cap there and used AVX-512 against every level. Values of 16 bits
+# were not measured: they read half the memory.
 Limits = dict[int, tuple[float, float]]
 
 

@@ -1,4 +1,4 @@
-"""Matrices and the three tensors that sparse layers keep of them."""
+"""Matrices, and the three tensors by which sparse layers store a matrix."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Stored(NamedTuple):
 
 
 def stored_pattern(pattern: Pattern) -> Pattern:
-    """As what a pruned layer is stored: only 2:4 has a format of its own among n:m patterns."""
+    """The pattern that a pruned layer is stored by: among n:m patterns only 2:4 has a format of its own."""
     if pattern.of and (pattern.kept, pattern.of) != (2, 4):
         return Pattern("unstructured", 1, 1, 0, 0)
     return pattern

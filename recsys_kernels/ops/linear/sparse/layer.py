@@ -18,6 +18,7 @@ from ..activation import (
     input_qparams,
     scheme_number,
 )
+from ..gradients import autocast_type, check_tensor, is_transformed
 from ..layer import (
     MODULES,
     FixedTypes,
@@ -28,7 +29,6 @@ from ..operands import (
     MAX_IN_FEATURES,
 )
 from ..prepared import Prepared, count_writes, trained
-from ..gradients import autocast_type, check_tensor, is_transformed
 from . import autograd as op
 from . import crossover, formats, reference, semi_structured, state
 from .formats import Stored
@@ -41,6 +41,7 @@ from .torch_masks import as_called
 # What ``selection.implementation`` gives unless another backend was asked for.
 PACKED = torch.ops.recsys_kernels.sparse_packed.default
 DENSE = torch.ops.recsys_kernels.int8_chain.default
+RUN_PACKED, RUN_DENSE = selection.without_wrapper(PACKED), selection.without_wrapper(DENSE)
 T = TypeVar("T")
 _STRUCTURE = ("values", "crow_indices", "col_indices")
 
@@ -55,7 +56,7 @@ class SparseLinear(FixedTypes):
     State (``state_dict``): ``values`` of the kept weights, a parameter if they are floats; ``crow_indices`` and
     ``col_indices``, where they are:
 
-    - ``"unstructured"``: values [nnz], int32 [out_features + 1] and int32 [nnz], those of compressed sparse rows
+    - ``"unstructured"``: values [nnz], int32 [out_features + 1] and int32 [nnz], as in compressed sparse rows
     - ``"block{r}x{c}"``, r rows and c columns each 1, 4 or 16: values [blocks, r, c], the same of blocks
     - ``"2:4"``: values [out_features, ceil(in_features / 4) * 2], crow_indices empty, col_indices uint8
       [out_features, ceil(in_features / 8)], 4 bits for every four columns, see ``functional.sparse_linear``
@@ -84,8 +85,8 @@ class SparseLinear(FixedTypes):
         pattern: ``"unstructured"``, ``"block{r}x{c}"`` or ``"2:4"``.
         epilogue: a function that is applied to the result: None, ``"relu"``, ``"gelu"`` (erf), ``"sigmoid"`` or
             ``"silu"``.
-        activation: None for float values. Of int8 values how the input is taken: ``"dynamic"``, ``"static"`` (by
-            ``input_range``) or ``"weight_only"``.
+        activation: None for float values. For int8 values it says how the layer takes its input: ``"dynamic"``,
+            ``"static"`` (by ``input_range``) or ``"weight_only"``.
         input_range: (low, high) of the input, for ``"static"``. A layer to load a state into can do without.
         dtype: of float values, and of the output: float32, float16 or bfloat16. The input may have any of them.
         device: where the layer lives.
@@ -467,9 +468,10 @@ class SparseLinear(FixedTypes):
                     many = input.shape[0] > crossover.FEW_ROWS
                     pack = packs.pack(many, input)
                     if pack is not None:
-                        name = "int8_chain" if packs.runs_dense[many] else "sparse_packed"
-                        run = selection.implementation(name, input)
-                        if run is PACKED or run is DENSE:
+                        dense = packs.runs_dense[many]
+                        chosen = selection.implementation("int8_chain" if dense else "sparse_packed", input)
+                        if chosen is PACKED or chosen is DENSE:
+                            run = RUN_DENSE if dense else RUN_PACKED
                             return run(input, pack, self.out_features, selection.dtype_argument(self.dtype))
                     elif isinstance(packs, Packs) and packs.runs_dense[many] and runs_packed(self.values):
                         return packs.run(input, self.operands(), self.dtype)
@@ -496,7 +498,7 @@ class SparseLinear(FixedTypes):
         structure = self._current_structure() if needs_grad else None
         trains = needs_grad and self.values.requires_grad
         if trains and self.training:
-            # Values that change with every step. Of others than float32 the operator makes a new pack each time.
+            # The values change with every step. Unless they are float32, the operator makes a new pack each time.
             if structure is not None and structure.packs(self.values):
                 prepared = partial(structure.run, layer=layer, dtype=dtype)
         elif runs_packed(self.values):
@@ -507,7 +509,7 @@ class SparseLinear(FixedTypes):
 
     def _check_range(self) -> None:
         qparams = self.input_qparams
-        # Of a GPU's nobody asks: the kernels give NaN.
+        # A check on a GPU would wait for the GPU: its kernels give NaN instead.
         if qparams is not None and qparams.device.type == "cpu" and not qparams[0] > 0:
             raise RuntimeError(
                 "a static layer needs the range of its input: call quantize() with input_range=(low, high), "

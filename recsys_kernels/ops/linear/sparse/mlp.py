@@ -9,10 +9,11 @@ import torch
 from torch.autograd import forward_ad
 
 from ....backends import selection
-from ..prepared import Prepared
 from ..gradients import check_tensor, is_transformed
+from ..prepared import Prepared
+from ..sequence import LinearSequence, check_widths
 from .crossover import FEW_ROWS
-from .layer import DENSE, PACKED, SparseLinear
+from .layer import PACKED, RUN_DENSE, RUN_PACKED, SparseLinear
 from .packs import Packs, runs_packed
 from .spec import SparseLayer
 
@@ -32,10 +33,10 @@ class _Known(NamedTuple):
     steps: list[list[_Step] | None]
 
 
-class SparseMLP(torch.nn.Sequential):
+class SparseMLP(LinearSequence):
     """A ``torch.nn.Sequential`` whose :class:`SparseLinear` layers need less time between them.
 
-    On the CPU, where no gradient is needed, their packed copies run straight after one check that all of them are
+    On the CPU, where no gradient is needed, their packed copies run straight after one check that every copy is
     fresh; other modules among them are called. Results, gradients, compiled code and state (``state_dict``) are those
     of the Sequential.
 
@@ -52,12 +53,10 @@ class SparseMLP(torch.nn.Sequential):
         members = list(self._modules.values())
         if not any(isinstance(member, SparseLinear) for member in members):
             raise ValueError("a SparseMLP needs at least one SparseLinear")
-        for number in range(1, len(members)):
-            first, second = members[number - 1], members[number]
-            if isinstance(first, SparseLinear) and isinstance(second, SparseLinear):
-                given, taken = first.out_features, second.in_features
-                if given != taken:
-                    raise ValueError(f"layer {number} takes {taken} features, but the one before it gives {given}")
+        check_widths(members, SparseLinear)
+        self._forget()
+
+    def _forget(self) -> None:
         self._known: _Known | None = None
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
@@ -133,18 +132,6 @@ class SparseMLP(torch.nn.Sequential):
         known = [(member, member._prepared if isinstance(member, SparseLinear) else None) for member in members]
         self._known = _Known(known, both)
 
-    def refresh(self) -> None:
-        """Forgets the packed copies; see :meth:`SparseLinear.refresh`."""
-        self._known = None
-        for member in self._modules.values():
-            if isinstance(member, SparseLinear):
-                member.refresh()
-
-    def _apply(self, fn: Any, recurse: bool = True) -> SparseMLP:
-        super()._apply(fn, recurse)
-        self._known = None
-        return self
-
     def __getstate__(self) -> dict[str, Any]:
         # Copies and files hold the canonical state only.
         return {**self.__dict__, "_known": None}
@@ -167,7 +154,7 @@ def _step(member: torch.nn.Module, input: torch.Tensor, many: bool) -> _Step | N
     is_dense, pack = packs.runs_dense[many], packs.pack(many, input)
     if pack is not None:
         number = selection.dtype_argument(member.dtype)
-        return DENSE if is_dense else PACKED, pack, member.out_features, number
+        return RUN_DENSE if is_dense else RUN_PACKED, pack, member.out_features, number
     if is_dense and member.activation is None:
         return _dense, (packs, member.operands()), member.out_features, member.dtype
     return None

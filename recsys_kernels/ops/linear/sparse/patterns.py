@@ -11,7 +11,7 @@ import torch
 
 BLOCK_SIZES = (1, 4, 16)
 MAX_GROUP = 32
-# Of a sparsity given beside n:m, which is a rounded number such as 0.667.
+# How far a sparsity may be from that of an n:m pattern: people give rounded numbers, as 0.667.
 _CLOSE = 1e-3
 
 

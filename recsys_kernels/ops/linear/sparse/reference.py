@@ -328,7 +328,7 @@ def dequantized(
 ) -> torch.Tensor:
     """int8 values times their scales, float32. Waits for no GPU."""
     rows, columns = places(values, crow_indices, col_indices)
-    # On a GPU nobody has looked into the structure.
+    # On a GPU the structure has not been checked.
     rows, columns = rows.clamp(0, out_features - 1), columns.clamp(0, in_features - 1)
     group = scale_group(out_features, in_features, weight_scale.shape)
     scale = weight_scale[rows, columns // group] if group else weight_scale.reshape(-1)[rows]

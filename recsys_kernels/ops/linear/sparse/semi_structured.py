@@ -17,9 +17,9 @@ from ..activation import (
 from . import formats
 from .spec import SparseLayer
 
-# Of both libraries and both types: the largest of what they ask of a weight's rows and columns.
+# The rows and columns of a weight must be multiples of this, for both libraries and both types.
 _TILE = 64
-# Of rows of input: CUTLASS takes them by eight.
+# CUTLASS takes rows of input by eight.
 _ROWS = 8
 
 
@@ -39,7 +39,7 @@ def _tensor_class(device: torch.device) -> Any:
     capability = torch.cuda.get_device_capability(device)
     if capability >= (8, 0) and torch.backends.cusparselt.is_available():
         return getattr(torch.sparse, "SparseSemiStructuredTensorCUSPARSELT", None)
-    # torch's CUTLASS kernels are those of sm_80 to sm_89.
+    # torch's CUTLASS kernels serve sm_80 to sm_89.
     return getattr(torch.sparse, "SparseSemiStructuredTensorCUTLASS", None) if capability[0] == 8 else None
 
 

@@ -77,8 +77,10 @@ class SparseLayer(NamedTuple):
 
 
 class LinearOperands(NamedTuple):
-    """Of ``sparse_linear`` and ``sparse_layer``: ``input`` [..., K] of float32, float16 or bfloat16. Gives [..., N] of
-    type ``dtype``."""
+    """Operands of ``sparse_linear`` and ``sparse_layer``.
+
+    ``input`` [..., K] of float32, float16 or bfloat16. Gives [..., N] of type ``dtype``.
+    """
 
     input: torch.Tensor
     layer: SparseLayer
@@ -86,15 +88,21 @@ class LinearOperands(NamedTuple):
 
 
 class PackOperands(NamedTuple):
-    """Of ``sparse_pack``: ``kind`` 0 for few rows of input, 1 for many. Gives uint8 [bytes]."""
+    """Operands of ``sparse_pack``.
+
+    ``kind`` 0 for few rows of input, 1 for many. Gives uint8 [bytes].
+    """
 
     layer: SparseLayer
     kind: int
 
 
 class RepackOperands(NamedTuple):
-    """Of ``sparse_repack``: ``places``, a packed layer whose float32 values are the bits of numbers from 1 on, and the
-    ``values`` that these numbers name. Gives uint8 of the shape of ``places``."""
+    """Operands of ``sparse_repack``.
+
+    ``places``, a packed layer whose float32 values are the bits of numbers from 1 on, and the ``values`` that these
+    numbers name. Gives uint8 of the shape of ``places``.
+    """
 
     places: torch.Tensor
     values: torch.Tensor
@@ -102,7 +110,10 @@ class RepackOperands(NamedTuple):
 
 
 class PackedOperands(NamedTuple):
-    """Of ``sparse_packed``: ``input`` [M, K], ``packed`` uint8 [bytes]. Gives [M, out_features] of type ``dtype``."""
+    """Operands of ``sparse_packed``.
+
+    ``input`` [M, K], ``packed`` uint8 [bytes]. Gives [M, out_features] of type ``dtype``.
+    """
 
     input: torch.Tensor
     packed: torch.Tensor
@@ -111,8 +122,11 @@ class PackedOperands(NamedTuple):
 
 
 class WeightGradientOperands(NamedTuple):
-    """Of ``sparse_weight_gradient``: ``grad_output`` [M, N] and ``input`` [M, K]; ``block_rows`` and ``block_columns``
-    are 1 and 1 for unstructured weights, 0 and 0 for 2:4. Gives the shape of the layer's values, of type ``dtype``."""
+    """Operands of ``sparse_weight_gradient``.
+
+    ``grad_output`` [M, N] and ``input`` [M, K]; ``block_rows`` and ``block_columns`` are 1 and 1 for unstructured
+    weights, 0 and 0 for 2:4. Gives the shape of the layer's values, of type ``dtype``.
+    """
 
     grad_output: torch.Tensor
     input: torch.Tensor

@@ -54,7 +54,7 @@ def wrong_tensor(name: str, given: torch.Tensor, own: torch.Tensor, in_features:
     if name == "weight_scale":
         return None if (given > 0).all() else f"{name} must be positive"
     scale, zero_point = given.tolist() if given.shape == own.shape else (0.0, 0.0)
-    # A scale of 0 is that of a layer without a range. Below the least the kernels refuse it.
+    # A layer without a range has the scale 0. Kernels refuse other scales below the least one.
     good = (scale == 0 or scale >= MIN_SCALE) and 0 <= zero_point <= 255 and zero_point == math.floor(zero_point)
     wanted = f"{name} must be a scale of at least {MIN_SCALE:g} and an integer from 0 to 255"
     return None if good else f"{wanted}, but is {(scale, zero_point)}"

@@ -48,7 +48,7 @@ def transpose_structure(
 ) -> Transposed:
     """The structure of a layer's transposed weights [K, N]: blocks r x c become c x r, 2:4 becomes unstructured.
 
-    Waits for no GPU: sizes follow from those of the arguments.
+    Waits for no GPU: all sizes follow from the sizes of the arguments.
 
     Args:
         crow_indices, col_indices: see the module; a structure that has been checked.
@@ -123,7 +123,7 @@ class Structure:
             return selection.implementation("sparse_repack", values)(places, values.detach(), bias)
 
     def _find_places(self, transposed: bool, kind: int) -> torch.Tensor:
-        # A layer whose values are the bits of their numbers, from 1 on: 0 is where no value belongs.
+        # The values of this layer are the bits of the numbers from 1 on. 0 stands where no value belongs.
         numbers = torch.arange(1, self.shape.numel() + 1, dtype=torch.int32).view(torch.float32).reshape(self.shape)
         layer = numbers, self.crow_indices, self.col_indices, self._out_features, self._in_features
         numbered = (*layer, None, None, None, self._scheme, self._activation)

@@ -341,7 +341,8 @@ def test_transposed_structures(pattern: str) -> None:
 
 
 def test_opcheck() -> None:
-    seen = set()
+    """Schema and shape for every kind of layer, tracing (which takes longest) for each pattern and type of weights."""
+    seen, traced = set(), set()
     for sample, _ in samples(torch.float32):
         key = (
             sample.pattern,
@@ -364,9 +365,13 @@ def test_opcheck() -> None:
             "sparse_weight_gradient": (grad, rows, crow, col, *op.block_shape(values), torch.float32),
         }
         for name, args in calls.items():
+            kind = (name, sample.pattern, sample.weight.dtype)
+            checks = ("test_schema", "test_faketensor", *(() if kind in traced else ("test_aot_dispatch_dynamic",)))
+            traced.add(kind)
             with named(f"{name} {sample}"):
-                torch.library.opcheck(getattr(torch.ops.recsys_kernels, name).default, args)
+                torch.library.opcheck(getattr(torch.ops.recsys_kernels, name).default, args, test_utils=checks)
     assert len(seen) >= 30
+    assert len(traced) >= 10 * len(testing.SPARSE_PATTERNS)
 
 
 # ---- bad input --------------------------------------------------------------------------------------------------

@@ -336,4 +336,4 @@ def test_what_is_refused() -> None:
 
 def test_names() -> None:
     assert mlp_module.PACKED is linear_module.PACKED
-    assert rk.ops.sparse_linear.SparseMLP is rk.SparseMLP is mlp_module.SparseMLP
+    assert rk.ops.linear.sparse.SparseMLP is rk.SparseMLP is mlp_module.SparseMLP

@@ -15,7 +15,6 @@ from support import Calls
 
 import recsys_kernels as rk
 from recsys_kernels.backends.registry import native
-from recsys_kernels.ops.linear.sparse import autograd as op
 from recsys_kernels.ops.linear.sparse import crossover, packs, semi_structured
 from recsys_kernels.ops.linear.sparse import layer as layer_module
 from recsys_kernels.ops.linear.sparse.patterns import keep_mask

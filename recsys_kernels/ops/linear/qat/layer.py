@@ -1,4 +1,4 @@
-"""Training of the weights that int8 layers will have."""
+"""A linear layer that trains the weights that an int8 layer will have."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from torch.autograd.function import once_differentiable
 from ....backends import selection
 from ..activation import NONE, STATIC, WEIGHT_ONLY, quantize_rows, range_qparams
 from ..gradients import before_activation, needs_output
-from . import autograd as op
-from .layer import FixedTypes, Int8Linear, quantize_weight, runs_packed
-from .spec import Int8Layer
+from ..int8.autograd import chain, dequantize
+from ..int8.layer import Int8Linear, quantize_weight, runs_packed
+from ..int8.spec import Int8Layer
+from ..layer import FixedTypes
 
 RANGES = ("running", "learnable")
 
@@ -60,7 +61,7 @@ class _FakeQuantized(torch.autograd.Function):
         grad = grad.reshape(-1, grad.shape[-1])
         grad_input = grad_weight = grad_bias = grad_range = None
         if ctx.needs_input_grad[0] or ctx.needs_input_grad[3]:
-            grad_rows = grad @ op.dequantize(q, scale, group)
+            grad_rows = grad @ dequantize(q, scale, group)
         if scheme == STATIC:
             rows, inside, grad_ends = _static(rows, qparams)
             if ctx.needs_input_grad[3]:
@@ -94,7 +95,7 @@ def _run(input: torch.Tensor, layer: Int8Layer, dtype: torch.dtype) -> torch.Ten
     """The output of the deployed layer, by the way that it takes."""
     weight = layer[0]
     if runs_packed(weight):
-        return op.chain(input, selection.implementation("int8_pack", weight)(*layer), weight.shape[0], dtype)
+        return chain(input, selection.implementation("int8_pack", weight)(*layer), weight.shape[0], dtype)
     return selection.implementation("int8_linear", input)(input, *layer, dtype)
 
 
@@ -231,35 +232,3 @@ class QATLinear(FixedTypes):
 
 def _parameter(values: torch.Tensor) -> torch.nn.Parameter:
     return torch.nn.Parameter(values.detach().float().clone(), values.requires_grad)
-
-
-class QATMLP(torch.nn.Sequential):
-    """An MLP in training that computes what the :class:`Int8MLP` will compute that it is converted to.
-
-    :class:`QATLinear` layers, and the Dropout between them. See :meth:`Int8MLP.qat`, which makes one.
-    """
-
-    def layers(self) -> list[QATLinear]:
-        """The linear layers."""
-        return [module for module in self if isinstance(module, QATLinear)]
-
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
-        """[..., in_features of the first layer] to [..., out_features of the last]; float32 between the layers."""
-        last = self.layers()[-1]
-        for module in self:
-            if isinstance(module, QATLinear):
-                input = module.run(input, module.dtype if module is last else torch.float32)
-            else:
-                input = module(input)
-        return input
-
-    def convert(self) -> torch.nn.Module:
-        """The deployed :class:`Int8MLP`, whose output is that of this one in eval mode, bit for bit.
-
-        Raises:
-            RuntimeError: a static layer has seen no input yet.
-            ValueError: weights have become NaN or infinite.
-        """
-        from .mlp import Int8MLP
-
-        return Int8MLP(*[layer.convert() for layer in self.layers()]).train(self.training)
