@@ -93,6 +93,7 @@ def _left(out: Path | None, before: tuple[int, int] | None) -> str:
 
 
 def parser() -> argparse.ArgumentParser:
+    """The parser of all commands and options."""
     parser = argparse.ArgumentParser(
         prog="recsys-kernels", description="Fused kernels that make recommender models cheap to run."
     )
@@ -106,6 +107,13 @@ def parser() -> argparse.ArgumentParser:
         epilog=_COMPRESS_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    _add_input_options(compress)
+    _add_model_options(compress)
+    _add_output_options(compress)
+    return parser
+
+
+def _add_input_options(compress: argparse.ArgumentParser) -> None:
     data = compress.add_argument_group("data")
     data.add_argument(
         "--data",
@@ -122,6 +130,9 @@ def parser() -> argparse.ArgumentParser:
     data.add_argument(
         "--cache", type=Path, metavar="DIR", help="where fetched data is kept (default: your cache folder)"
     )
+
+
+def _add_model_options(compress: argparse.ArgumentParser) -> None:
     model = compress.add_argument_group("model and training")
     model.add_argument("--epochs", type=_positive, default=5, metavar="N", help="passes over the data (default: 5)")
     model.add_argument(
@@ -145,6 +156,9 @@ def parser() -> argparse.ArgumentParser:
         help="which weights are dropped together: unstructured (each by itself), block4x1 (4 outputs of one input; "
         "also 1, 4 or 16 by 1, 4 or 16), 2:4 (2 of every 4 inputs) (default: block4x1)",
     )
+
+
+def _add_output_options(compress: argparse.ArgumentParser) -> None:
     cost = compress.add_argument_group("cost")
     cost.add_argument(
         "--rows",
@@ -161,7 +175,6 @@ def parser() -> argparse.ArgumentParser:
         help="form of the model to save: fp32, int8, int4, int8-mlp, int8-mlp-static, int8-mlp-qat, pruned, "
         "int8-pruned, int4-mlp (default: the smallest that surely keeps the AUC within 0.001)",
     )
-    return parser
 
 
 def _positive(text: str) -> int:

@@ -1,11 +1,12 @@
 """What several test files use."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from recsys_kernels.backends import registry
 from recsys_kernels.backends.registry import ISA_LEVELS, native
 
 
@@ -34,3 +35,16 @@ class Calls(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.names.append(func.name())
         return func(*args, **(kwargs or {}))
+
+
+class FlatOperators:
+    """The functions of one implementation as the dispatcher calls them: with flat arguments."""
+
+    def __init__(self, implementation: str) -> None:
+        self._implementation = implementation
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        return getattr(registry.operators[name], self._implementation)  # type: ignore[no-any-return]
+
+
+REFERENCE, TRITON = FlatOperators("reference"), FlatOperators("triton")

@@ -1,4 +1,4 @@
-// What the CUDA part of this library was built with and for. recsys_kernels/_native.py compares it with the
+// What the CUDA part of this library was built with and for. recsys_kernels/backends/registry.py compares it with the
 // machine.
 #ifndef RK_CUDA_RELEASE  // no CUDA toolkit at build time
 #define RK_CUDA_RELEASE 0

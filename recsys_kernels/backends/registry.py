@@ -139,7 +139,6 @@ class Operator:
         returns: what it returns, in a schema's words.
         package: the package of its family, whose module ``reference`` holds a function of the operator's name.
         has_triton: whether the module ``triton`` of that package holds one, too.
-        nested: whether these functions take the fields of the operand table; else the flat arguments.
     """
 
     name: str
@@ -147,7 +146,6 @@ class Operator:
     returns: str
     package: str
     has_triton: bool
-    nested: bool
 
     @cached_property
     def schema(self) -> str:
@@ -182,7 +180,7 @@ class Operator:
 
     def _adapted(self, module: str) -> Callable[..., Any]:
         function = getattr(import_module(f"{self.package}.{module}"), self.name)
-        return self.adapt(function) if self.nested else function
+        return self.adapt(function)
 
     def adapt(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """A function of the fields of the operand table as one of the flat arguments."""
@@ -296,7 +294,6 @@ class Family:
         *,
         returns: str = "Tensor",
         triton: bool = False,
-        nested: bool = True,
     ) -> Operator:
         """Defines an operator, with its reference for any device.
 
@@ -306,9 +303,8 @@ class Family:
             shape: from a value of that table to an empty tensor of the result's shape and type ("fake kernel").
             returns: what it returns, in a schema's words.
             triton: whether the module ``triton`` has an implementation.
-            nested: whether the functions take the fields of the operand table, else the flat arguments.
         """
-        operator = Operator(name, operands, returns, self.package, triton, nested)
+        operator = Operator(name, operands, returns, self.package, triton)
 
         def reference(*args: Any) -> Any:
             return operator.reference(*args)

@@ -119,6 +119,10 @@ class DLRM(nn.Module):
         other.head = copy.deepcopy(self.head)
         return other.eval()
 
+    def neurons_pruned(self) -> None:
+        """Corrects the widths in ``config``; ``prune_neurons`` calls it when hidden layers got narrower."""
+        self.config = replace(self.config, **self.hidden_widths())
+
     def hidden_widths(self) -> dict[str, Any]:
         """The hidden widths of the two MLPs as they are now, by the names that `DLRMConfig` gives them."""
         widths = {}

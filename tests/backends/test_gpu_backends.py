@@ -19,6 +19,7 @@ from recsys_kernels.backends import registry as _native
 from recsys_kernels.backends import selection as _backends
 from recsys_kernels.backends.registry import BOUNDS_CHECKS, native, operators
 from recsys_kernels.ops.embedding_bag import autograd
+from recsys_kernels.ops.embedding_bag import collection as collection_module
 from recsys_kernels.ops.embedding_bag.faults import Fault
 
 PACKAGE = Path(rk.__file__).parent
@@ -209,8 +210,8 @@ def cuda_of_library() -> str | None:
 def built_operators() -> set[str]:
     """The operators that op_cuda.cu implements, by its own words; none if the library was built without nvcc."""
     sources = (PACKAGE.parent / "csrc").rglob("op_cuda.cu")
-    named = re.findall(r"rk::implement<&(\w+)>", "".join(path.read_text() for path in sources))
-    return set(named) if native.has_cuda else set()
+    named = re.findall(r'rk::implement<&(\w+)>\(m(?:, "(\w+)")?\)', "".join(path.read_text() for path in sources))
+    return {name or function for function, name in named} if native.has_cuda else set()
 
 
 @pytest.mark.parametrize("capability", [None, (9, 0)])
@@ -279,11 +280,9 @@ def test_backends_that_are_asked_for(machine: Machine, monkeypatch: pytest.Monke
 @pytest.mark.skipif(not TRITON, reason="Triton is not installed")
 def test_triton_can_be_asked_for_where_the_library_serves(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_backends, "_cuda_operators", {"embedding_bag"})
-    from recsys_kernels.ops.embedding_bag import triton as kernels
-
     with rk.backend("triton"):
         assert _backends.chosen("embedding_bag", "cuda") == "triton"
-        assert _backends.implementation("embedding_bag", ON_GPU) is kernels.embedding_bag
+        assert _backends.implementation("embedding_bag", ON_GPU) is operators["embedding_bag"].triton
         assert _backends.implementation("quantize_rowwise", ON_GPU) is operators["quantize_rowwise"].reference
 
 
@@ -442,7 +441,7 @@ def test_collections_name_their_own_tables(monkeypatch: pytest.MonkeyPatch, earl
     def lookup(*args: Any) -> None:
         raise IndexError(message)
 
-    monkeypatch.setattr(autograd, "embedding_bag_collection", lookup)
+    monkeypatch.setattr(collection_module, "embedding_bag_collection", lookup)
     with pytest.raises(IndexError) as caught:
         collection(torch.tensor([0, 8]), torch.tensor([0, 1, 2]))
     named = message.replace("the table of feature #1", "table 'item' (feature 'item')")

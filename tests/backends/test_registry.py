@@ -112,8 +112,6 @@ def test_flat_arguments_and_back() -> None:
 
 def test_implementations_take_the_fields_of_the_operand_table() -> None:
     for operator in operators.values():
-        if not operator.nested:
-            continue
         for module in ("reference", *(["triton"] if operator.has_triton else [])):
             function = getattr(pytest.importorskip(f"{operator.package}.{module}"), operator.name)
             assert list(inspect.signature(function).parameters) == list(operator.operands._fields), operator.name

@@ -222,7 +222,7 @@ def test_wheel_serves_every_python(build: Path) -> None:
         tags = email.message_from_bytes(archive.read(wheel_name))
         (entry_points,) = [archive.read(name).decode() for name in names if name.endswith("entry_points.txt")]
     assert [name for name in names if name.endswith((".so", ".pyd"))] == ["recsys_kernels/_C.so"]
-    assert {"recsys_kernels/py.typed", "recsys_kernels/compress/report.html"} <= set(names)
+    assert {"recsys_kernels/py.typed", "recsys_kernels/jobs/compress/report.html"} <= set(names)
     assert not [name for name in names if name.startswith(("tests", "bench", "csrc"))]
     for source in PACKAGE.rglob("*.py"):
         assert source.relative_to(PACKAGE.parent).as_posix() in names

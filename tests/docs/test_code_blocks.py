@@ -34,6 +34,7 @@ def named(pages: list[Path]) -> list[object]:
 def test_python_blocks_run_in_order(page: Path, tmp_path: Path) -> None:
     """All blocks of a page are one program, in a process of its own."""
     (tmp_path / "ml-small").mkdir()
+    # What the pages call ml-small.
     World().write_20m(tmp_path / "ml-small")
     script = tmp_path / "page.py"
     script.write_text("\n".join(blocks(page, "python")))

@@ -19,6 +19,7 @@ triton = pytest.importorskip("triton")
 if triton.knobs.runtime.interpret:
     pytest.skip("Triton's interpreter is on, and then it compiles nothing", allow_module_level=True)
 
+from support import TRITON  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.backends.driver import DriverBase  # noqa: E402
 from triton.runtime import driver  # noqa: E402
@@ -100,28 +101,28 @@ def _indices(dtype: torch.dtype = torch.int64) -> tuple[torch.Tensor, torch.Tens
 def _pool(dtype: torch.dtype, dim: int, mode: int = SUM, weighted: bool = False, padding: int = -1) -> None:
     weights = torch.ones(N, dtype=dtype) if weighted else None
     index = torch.int32 if weighted else torch.int64
-    operators.embedding_bag(torch.ones(ROWS, dim, dtype=dtype), *_indices(index), weights, mode, padding, False)
+    TRITON.embedding_bag(torch.ones(ROWS, dim, dtype=dtype), *_indices(index), weights, mode, padding, False)
 
 
 def _quantized(dim: int, bits: int) -> None:
     rows = torch.ones(ROWS, dim * bits // 8, dtype=torch.uint8)
     scales = torch.ones(ROWS, 2, dtype=F16)
-    operators.quantized_embedding_bag(rows, scales, 0, dim, bits, *_indices(), None, SUM, -1, False, F32)
+    TRITON.quantized_embedding_bag(rows, scales, 0, dim, bits, *_indices(), None, SUM, -1, False, F32)
 
 
 def _argmax(dtype: torch.dtype) -> None:
-    operators.embedding_bag_max(torch.ones(ROWS, 64, dtype=dtype), *_indices(), 0, False, True)
+    TRITON.embedding_bag_max(torch.ones(ROWS, 64, dtype=dtype), *_indices(), 0, False, True)
 
 
 def _backward(dtype: torch.dtype, dim: int = 64, mode: int = MEAN, weighted: bool = True) -> None:
     weights = torch.ones(N, dtype=dtype) if weighted else None
     grad = torch.ones(3, dim, dtype=dtype)
-    operators.embedding_bag_backward(grad, *_indices(), weights, mode, 0 if weighted else -1, False, ROWS)
+    TRITON.embedding_bag_backward(grad, *_indices(), weights, mode, 0 if weighted else -1, False, ROWS)
 
 
 def _weights_backward(dtype: torch.dtype) -> None:
     rows, grad = torch.ones(ROWS, 64, dtype=dtype), torch.ones(3, 64, dtype=dtype)
-    operators.embedding_bag_weights_backward(grad, rows, *_indices(), MEAN, 0, False)
+    TRITON.embedding_bag_weights_backward(grad, rows, *_indices(), MEAN, 0, False)
 
 
 def _collection(*tables: tuple[torch.dtype, int]) -> None:
@@ -130,7 +131,7 @@ def _collection(*tables: tuple[torch.dtype, int]) -> None:
     plan = torch.zeros(len(tables), 6, dtype=torch.int64)
     total, out = sum(dim for _, dim in tables), F64 if tables[0][0] == F64 else F32
     indices, offsets = torch.zeros(N, dtype=torch.int64), torch.zeros(len(tables) * 2 + 1, dtype=torch.int64)
-    operators.embedding_bag_collection(weights, scales, plan, indices, offsets, None, total, out)
+    TRITON.embedding_bag_collection(weights, scales, plan, indices, offsets, None, total, out)
 
 
 def _int8(

@@ -7,9 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from support import named
+from support import REFERENCE, named
 
-from recsys_kernels.ops.embedding_bag import reference
 from recsys_kernels.ops.embedding_bag.reference import MAX, MEAN, SUM
 from recsys_kernels.testing import assert_matches
 
@@ -54,7 +53,7 @@ OFFSETS = torch.tensor([0, 2, 5, 5, 8])
 
 def reference_error(name: str, args: tuple[Any, ...]) -> tuple[type[Exception], str]:
     with pytest.raises((IndexError, RuntimeError)) as caught:
-        getattr(reference, name)(*args)
+        getattr(REFERENCE, name)(*args)
     return caught.type, str(caught.value)
 
 
@@ -68,7 +67,8 @@ def assert_raised_later(kernels: Emulation, name: str, args: tuple[Any, ...]) ->
     kernels.check_bounds()  # only once
     kernels.operator(name)(*args)
     good = calls(torch.zeros(8, dtype=torch.int64), OFFSETS)["embedding_bag"]
-    with pytest.raises(kind) as caught:
+    # Nothing of this package's Python runs in a direct call.
+    with pytest.raises(IndexError if issubclass(kind, IndexError) else kind) as caught:
         kernels.operator("embedding_bag")(*good)
     assert str(caught.value) == f"{message} (found by an earlier call)"
     kernels.operator("embedding_bag")(*good)
@@ -149,7 +149,7 @@ def test_what_wrong_indices_count_for(kernels: Emulation, seed: int, mode: str, 
     else:
         good = calls(torch.where((bad < 0) | (bad > 6), 4, bad), offsets, 4)[name]
     ours = kernels.operator(name)(*calls(bad, offsets)[name])
-    theirs = getattr(reference, name)(*good)
+    theirs = getattr(REFERENCE, name)(*good)
     for a, b in zip(*([ours], [theirs]) if isinstance(ours, torch.Tensor) else (ours, theirs), strict=True):
         assert_matches(a, b, torch.float32)
     fault = kernels.take_fault()
@@ -177,7 +177,7 @@ def test_what_wrong_offsets_count_for(kernels: Emulation, seed: int, mode: str, 
         parts = [indices[begin:end] for begin, end in ranges]
         bounds = torch.tensor([0, *(len(p) for p in parts)]).cumsum(0)
         ours = kernels.operator(name)(*calls(indices, torch.tensor(bad))[name])
-        theirs = getattr(reference, name)(*calls(torch.cat(parts), bounds)[name])
+        theirs = getattr(REFERENCE, name)(*calls(torch.cat(parts), bounds)[name])
         if name == "embedding_bag_weights_backward":  # positions of no bag have no gradient
             full = torch.zeros(8)
             full[torch.cat([torch.arange(*r) for r in ranges]).long()] = theirs

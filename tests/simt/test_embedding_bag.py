@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-from support import named
+from support import REFERENCE, named
 
 import recsys_kernels as rk
 from recsys_kernels.ops.embedding_bag import reference
 from recsys_kernels.ops.embedding_bag.reference import MAX, MEAN, SUM
-from recsys_kernels.ops.embedding_bag.spec import FeaturePlan
+from recsys_kernels.ops.embedding_bag.spec import FeaturePlan, QuantizedTable
 from recsys_kernels.testing import (
     FLOAT_DTYPES,
     BagSample,
@@ -95,7 +95,7 @@ def test_max(kernels: Emulation, seed: int, dtype: torch.dtype) -> None:
         with named(sample):
             args = (sample.weight, sample.indices, sample.offsets, sample.padding_idx, sample.include_last_offset, True)
             # Max pooling rounds nothing.
-            for ours, theirs in zip(run(*args), reference.embedding_bag_max(*args), strict=True):
+            for ours, theirs in zip(run(*args), REFERENCE.embedding_bag_max(*args), strict=True):
                 assert ours.dtype == theirs.dtype
                 assert torch.equal(ours, theirs)
 
@@ -180,7 +180,7 @@ def test_quantized(kernels: Emulation, seed: int, bits: int) -> None:
                 with named((dim, fused, mode, dtype)):
                     out = run(*args, dtype)
                     assert out.dtype == dtype
-                    exact = reference.quantized_embedding_bag(*args, torch.float64)
+                    exact = REFERENCE.quantized_embedding_bag(*args, torch.float64)
                     assert_matches(out, exact, torch.float32 if dtype == torch.float64 else dtype)
 
 
@@ -195,7 +195,7 @@ def test_long_bags_of_quantized_rows(kernels: Emulation, seed: int, bits: int) -
     indices = torch.randint(0, 50, (1, 6000), generator=rng)
     args = (weight, scale_bias, 0, dim, bits, indices, None, None, SUM, -1, False)
     out = kernels.operator("quantized_embedding_bag")(*args, torch.float32)
-    rows = reference.dequantize_rows(weight, scale_bias, 0, dim, bits).double()
+    rows = reference.dequantize_rows(QuantizedTable(weight, scale_bias, 0, dim, bits)).double()
     exact = rows[indices[0]].sum(0, keepdim=True)
     error = ((out - exact).abs().max() / exact.abs().max()).item()
     assert error < 2e-5  # 8e-6; apart until the end 6.5e-5
@@ -243,7 +243,7 @@ def test_tables_of_all_types(kernels: Emulation, seed: int, dtype: torch.dtype, 
     before = kernels.launches()
     out = kernels.operator("embedding_bag_collection")(*args, dtype)
     assert kernels.launches() - before == -(-len(weights) // 64)
-    assert_matches(out, reference.embedding_bag_collection(*args, torch.float32), dtype)
+    assert_matches(out, REFERENCE.embedding_bag_collection(*args, torch.float32), dtype)
 
 
 # ---- layouts -----------------------------------------------------------------------------------------------------
@@ -265,7 +265,7 @@ def test_alignments(kernels: Emulation, seed: int, dtype: torch.dtype) -> None:
                     assert_matches(kernels.operator("embedding_bag")(*sample.args), expected_embedding_bag(sample))
                     grad = memory.as_strided((4, dim), (stride, 1), start)
                     out = kernels.operator("embedding_bag_backward")(grad, *sample.bag_args, 6)
-                    exact = reference.embedding_bag_backward(grad.double(), indices, offsets, None, MEAN, -1, False, 6)
+                    exact = REFERENCE.embedding_bag_backward(grad.double(), indices, offsets, None, MEAN, -1, False, 6)
                     assert_matches(out, exact)
 
 
@@ -319,7 +319,7 @@ def test_bags_of_one_row(kernels: Emulation, seed: int, lengths: str) -> None:
                 if bits:
                     args = (*quantized_table(20, dim, bits), 3, dim, bits, *bags, torch.float32)
                     out = kernels.operator("quantized_embedding_bag")(*args)
-                    assert_matches(out, reference.quantized_embedding_bag(*args))
+                    assert_matches(out, REFERENCE.quantized_embedding_bag(*args))
                 else:
                     weight = torch.randn(20, dim, generator=rng).to(dtype)
                     out = kernels.operator("embedding_bag")(weight, *bags)
@@ -334,7 +334,7 @@ def test_nan_and_infinity(kernels: Emulation, seed: int) -> None:
     bags = torch.tensor([[0, 1, 2], [1, 0, 2], [2, 1, 1], [1, 1, 1]])
     for dim in (1, 2, 16):
         args = (weight[:, :dim], bags, None, -1, False, True)
-        theirs = reference.embedding_bag_max(*args)
+        theirs = REFERENCE.embedding_bag_max(*args)
         for ours, other in zip(kernels.operator("embedding_bag_max")(*args), theirs, strict=True):
             assert torch.equal(ours.nan_to_num(99.0), other.nan_to_num(99.0))
         out = kernels.operator("embedding_bag")(weight[:, :dim], bags, None, None, MAX, -1, False)
@@ -369,7 +369,7 @@ def test_hot_rows(kernels: Emulation, seed: int, rows: int, dtype: torch.dtype) 
         grad = torch.randint(-2, 3, (60, dim), generator=rng).to(dtype)  # sums of them are exact
         args = (indices, offsets, None, SUM, 0, False, rows)
         with named((count, dim)):
-            exact = reference.embedding_bag_backward(grad.double(), *args)
+            exact = REFERENCE.embedding_bag_backward(grad.double(), *args)
             assert torch.equal(run(grad, *args), exact.to(dtype))
 
 

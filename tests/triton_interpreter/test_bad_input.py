@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 import torch
+from support import REFERENCE, TRITON
 
 import recsys_kernels as rk
-from recsys_kernels.ops.embedding_bag import reference
 from recsys_kernels.ops.embedding_bag import triton as kernels
 from recsys_kernels.ops.embedding_bag.reference import MAX, MEAN, SUM
 from recsys_kernels.testing import BagSample, assert_matches, expected_embedding_bag
@@ -53,9 +53,9 @@ def test_reads_nothing_outside(dtype: torch.dtype, before: bool) -> None:
             assert_matches(out, expected_embedding_bag(sample))
         grad = guarded(torch.randn(3, dim).to(dtype), before)
         args = (indices, offsets)
-        kernels.embedding_bag_max(weight, *args, 3, False, True)
-        kernels.embedding_bag_backward(grad, *args, None, MEAN, 3, False, 7)
-        kernels.embedding_bag_weights_backward(grad, weight, *args, MEAN, 3, False)
+        TRITON.embedding_bag_max(weight, *args, 3, False, True)
+        TRITON.embedding_bag_backward(grad, *args, None, MEAN, 3, False, 7)
+        TRITON.embedding_bag_weights_backward(grad, weight, *args, MEAN, 3, False)
 
 
 @pytest.mark.parametrize("before", [False, True])
@@ -65,11 +65,11 @@ def test_reads_nothing_outside_of_quantized_tables(before: bool) -> None:
         scales = guarded(torch.randn(7, 2).half(), before)
         indices, offsets = guarded(torch.tensor([6, 0, 6, 3]), before), guarded(torch.tensor([0, 0, 3, 4]), before)
         args = (indices, offsets, None, SUM, -1, True)
-        expected = reference.quantized_embedding_bag(weight, scales, 0, dim, bits, *args, torch.float32)
-        out = kernels.quantized_embedding_bag(weight, scales, 0, dim, bits, *args, torch.float32)
+        expected = REFERENCE.quantized_embedding_bag(weight, scales, 0, dim, bits, *args, torch.float32)
+        out = TRITON.quantized_embedding_bag(weight, scales, 0, dim, bits, *args, torch.float32)
         assert_matches(out, expected)
         plan = guarded(torch.tensor([[0, dim, 0, SUM, bits, 0]]), before)
-        out = kernels.embedding_bag_collection([weight], [scales], plan, indices, offsets, None, dim, torch.float32)
+        out = TRITON.embedding_bag_collection([weight], [scales], plan, indices, offsets, None, dim, torch.float32)
         assert_matches(out, expected)
 
 
@@ -96,7 +96,7 @@ NAMES = tuple(calls(torch.zeros(0, dtype=torch.int64), torch.zeros(3, dtype=torc
 
 def assert_same_error(name: str, args: tuple[Any, ...]) -> None:
     messages = []
-    for module in (reference, kernels):
+    for module in (REFERENCE, TRITON):
         run: Callable[..., Any] = getattr(module, name)
         with pytest.raises((IndexError, RuntimeError)) as caught:
             run(*args)
@@ -172,26 +172,26 @@ def test_wrong_types_and_shapes() -> None:
     assert_same_error("embedding_bag_backward", (torch.ones(1, 2), indices, offsets, None, MAX, -1, True, 3))
     assert_same_error("embedding_bag_weights_backward", (torch.ones(1, 2), weight, indices, offsets, MAX, -1, True))
     with pytest.raises(RuntimeError, match="weight must be a floating point tensor"):
-        kernels.embedding_bag(weight.char(), indices, offsets, None, *rest)
+        TRITON.embedding_bag(weight.char(), indices, offsets, None, *rest)
     with pytest.raises(RuntimeError, match=r"grad must have shape \[1, 2\], but has \[2, 2\]"):
-        kernels.embedding_bag_backward(torch.ones(2, 2), indices, offsets, None, *rest, 3)
+        TRITON.embedding_bag_backward(torch.ones(2, 2), indices, offsets, None, *rest, 3)
     with pytest.raises(RuntimeError, match="must have 3 columns, but has 6"):
-        kernels.quantized_embedding_bag(
+        TRITON.quantized_embedding_bag(
             SCALES.repeat(1, 3).byte(), SCALES, 0, 6, 4, indices, offsets, None, *rest, weight.dtype
         )
     with pytest.raises(
         RuntimeError, match=r"scale_bias must be a float16 tensor of shape \[7, 2\] with contiguous rows"
     ):
-        kernels.quantized_embedding_bag(
+        TRITON.quantized_embedding_bag(
             SCALES.byte(), SCALES.float(), 0, 2, 8, indices, offsets, None, *rest, weight.dtype
         )
     with pytest.raises(RuntimeError, match="indices must be on cpu like the other arguments, but is on meta"):
-        kernels.embedding_bag(weight, indices.to("meta"), offsets, None, *rest)
+        TRITON.embedding_bag(weight, indices.to("meta"), offsets, None, *rest)
 
 
 def test_collection_arguments() -> None:
     args = list(calls(torch.arange(6), torch.tensor([0, 2, 3, 4, 6]))["embedding_bag_collection"])
-    assert kernels.embedding_bag_collection(*args).shape == (2, 12)
+    assert TRITON.embedding_bag_collection(*args).shape == (2, 12)
     for at, value, match in (
         (2, PLAN.int(), "plan must be a contiguous int64 tensor"),
         (4, torch.tensor([0, 2, 3, 6]), "offsets must have F[*]B[+]1 entries for F = 2 features, but has 4"),
@@ -202,7 +202,7 @@ def test_collection_arguments() -> None:
         (0, [args[0][0].double(), args[0][1]], "float64 tables need a float64 output and can't be mixed with others"),
     ):
         with pytest.raises(RuntimeError, match=match):
-            kernels.embedding_bag_collection(*args[:at], value, *args[at + 1 :])
+            TRITON.embedding_bag_collection(*args[:at], value, *args[at + 1 :])
 
 
 def test_public_modules_name_the_table() -> None:

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 import torch
+from support import REFERENCE, TRITON
 
 import recsys_kernels as rk
-from recsys_kernels.ops.embedding_bag import reference
-from recsys_kernels.ops.embedding_bag import triton as kernels
+from recsys_kernels.backends import selection
 from recsys_kernels.ops.embedding_bag.reference import MAX, MEAN, SUM
 from recsys_kernels.testing import assert_matches
 
@@ -44,22 +44,22 @@ def test_single_tables(mode: str, padding_idx: int) -> None:
     with rk.bounds_check(mode):
         for pooling in (SUM, MEAN, MAX):
             weights = None if pooling == MAX else factors
-            out = kernels.embedding_bag(weight, INDICES, OFFSETS, weights, pooling, padding_idx, False)
-            assert_matches(out, reference.embedding_bag(behind, right, OFFSETS, weights, pooling, padding, False))
+            out = TRITON.embedding_bag(weight, INDICES, OFFSETS, weights, pooling, padding_idx, False)
+            assert_matches(out, REFERENCE.embedding_bag(behind, right, OFFSETS, weights, pooling, padding, False))
             if pooling == MAX:
-                out, argmax = kernels.embedding_bag_max(weight, INDICES, OFFSETS, padding_idx, False, True)
-                wanted, rows = reference.embedding_bag_max(behind, right, OFFSETS, padding, False, True)
+                out, argmax = TRITON.embedding_bag_max(weight, INDICES, OFFSETS, padding_idx, False, True)
+                wanted, rows = REFERENCE.embedding_bag_max(behind, right, OFFSETS, padding, False, True)
                 assert_matches(out, wanted)
                 assert torch.equal(argmax, rows)
                 continue
-            out = kernels.embedding_bag_backward(grad, INDICES, OFFSETS, weights, pooling, padding_idx, False, ROWS)
-            wanted = reference.embedding_bag_backward(
+            out = TRITON.embedding_bag_backward(grad, INDICES, OFFSETS, weights, pooling, padding_idx, False, ROWS)
+            wanted = REFERENCE.embedding_bag_backward(
                 grad, right, OFFSETS, weights, pooling, padding, False, ROWS + more
             )
             assert_matches(out, wanted[:ROWS])
-            out = kernels.embedding_bag_weights_backward(grad, weight, INDICES, OFFSETS, pooling, padding_idx, False)
+            out = TRITON.embedding_bag_weights_backward(grad, weight, INDICES, OFFSETS, pooling, padding_idx, False)
             args = (right, OFFSETS, pooling, padding, False)
-            assert_matches(out, reference.embedding_bag_weights_backward(grad, behind, *args))
+            assert_matches(out, REFERENCE.embedding_bag_weights_backward(grad, behind, *args))
 
 
 @pytest.mark.parametrize("bits", [8, 4])
@@ -73,11 +73,11 @@ def test_quantized_tables_and_collections(mode: str, bits: int) -> None:
     rest = (-2, DIM, bits)
     parts = []
     for pooling in (SUM, MEAN, MAX):
-        wanted = reference.quantized_embedding_bag(
+        wanted = REFERENCE.quantized_embedding_bag(
             *behind, *rest, right, OFFSETS, None, pooling, padding, False, torch.float32
         )
         with rk.bounds_check(mode):
-            out = kernels.quantized_embedding_bag(
+            out = TRITON.quantized_embedding_bag(
                 *table, *rest, INDICES, OFFSETS, None, pooling, -1, False, torch.float32
             )
         assert_matches(out, wanted)
@@ -87,7 +87,7 @@ def test_quantized_tables_and_collections(mode: str, bits: int) -> None:
     offsets = torch.cat([OFFSETS, OFFSETS + count, OFFSETS + 2 * count, torch.tensor([3 * count])])
     args = ([table[0]], [table[1]], plan, INDICES.repeat(3), offsets, None, 3 * DIM, torch.float32)
     with rk.bounds_check(mode):
-        assert_matches(kernels.embedding_bag_collection(*args), torch.cat(parts, 1))
+        assert_matches(TRITON.embedding_bag_collection(*args), torch.cat(parts, 1))
 
 
 @pytest.mark.parametrize("mode", ["clamp", "ignore"])
@@ -95,7 +95,7 @@ def test_table_without_rows(mode: str) -> None:
     with rk.bounds_check(mode):
         for pooling in (SUM, MEAN, MAX):
             args = (torch.ones(0, 3), torch.tensor([[0, 1], [-1, 5]]), None, None, pooling, -1, False)
-            assert kernels.embedding_bag(*args).tolist() == [[0.0] * 3] * 2
+            assert TRITON.embedding_bag(*args).tolist() == [[0.0] * 3] * 2
 
 
 @pytest.mark.parametrize(
@@ -108,8 +108,8 @@ def test_wrong_offsets(mode: str, bags: list[list[int]]) -> None:
     args = (torch.tensor([0, 1, 2, 3]), offsets, None, SUM, -1, True)
     grad = torch.arange(1.0, 5.0).reshape(4, 1)
     with rk.bounds_check(mode):
-        out = kernels.embedding_bag(torch.eye(4), *args)
-        gradient = kernels.embedding_bag_backward(grad, *args, 4)
+        out = TRITON.embedding_bag(torch.eye(4), *args)
+        gradient = TRITON.embedding_bag_backward(grad, *args, 4)
     assert [row.nonzero().flatten().tolist() for row in out] == bags
     wanted = [sum(float(bag + 1) for bag, rows in enumerate(bags) if row in rows) for row in range(4)]
     assert gradient.flatten().tolist() == wanted
@@ -119,12 +119,12 @@ def test_only_raise_waits_for_the_kernel(monkeypatch: pytest.MonkeyPatch) -> Non
     """Reading the flags is what waits: everything else that a call does is queued."""
     waited: list[str] = []
     to_list: Callable[[torch.Tensor], Any] = torch.Tensor.tolist
-    monkeypatch.setattr(torch.Tensor, "tolist", lambda self: waited.append(rk._backends.bounds_mode()) or to_list(self))
+    monkeypatch.setattr(torch.Tensor, "tolist", lambda self: waited.append(selection.bounds_mode()) or to_list(self))
     bags = (torch.tensor([0, 1, 2]), torch.tensor([0, 2]), None, MEAN, -1, False)
     for mode in ("raise", "clamp", "ignore"):
         with rk.bounds_check(mode):
-            kernels.embedding_bag(torch.ones(3, 4), *bags)
-            kernels.embedding_bag_backward(torch.ones(2, 4), *bags, 3)
+            TRITON.embedding_bag(torch.ones(3, 4), *bags)
+            TRITON.embedding_bag_backward(torch.ones(2, 4), *bags, 3)
     assert waited == ["raise", "raise"]
 
 

@@ -8,9 +8,11 @@ from typing import Any
 
 import pytest
 import torch
+from support import REFERENCE, TRITON
 
 import recsys_kernels as rk
-from recsys_kernels.ops.embedding_bag import autograd, reference
+from recsys_kernels.backends import registry
+from recsys_kernels.ops.embedding_bag import autograd
 from recsys_kernels.ops.embedding_bag import triton as kernels
 from recsys_kernels.ops.embedding_bag.reference import MAX, MEAN, SUM
 from recsys_kernels.ops.embedding_bag.spec import FeaturePlan
@@ -64,7 +66,7 @@ def grad_like(sample: BagSample) -> torch.Tensor:
 
 @pytest.mark.parametrize("sample", all_samples(lambda s: True))
 def test_forward(sample: BagSample) -> None:
-    out = kernels.embedding_bag(*sample.args)
+    out = TRITON.embedding_bag(*sample.args)
     assert out.dtype == sample.weight.dtype
     assert_matches(out, expected_embedding_bag(sample))
 
@@ -72,12 +74,12 @@ def test_forward(sample: BagSample) -> None:
 @pytest.mark.parametrize("sample", all_samples(lambda s: s.mode == MAX))
 def test_max(sample: BagSample) -> None:
     args = (sample.weight, sample.indices, sample.offsets, sample.padding_idx, sample.include_last_offset)
-    out, argmax = kernels.embedding_bag_max(*args, True)
+    out, argmax = TRITON.embedding_bag_max(*args, True)
     assert_matches(out, expected_embedding_bag(sample))
     # Columns hold no equal values but in repeated rows, so that the row is the only one.
     picked = sample.weight.gather(0, argmax.clamp(min=0)) if sample.weight.shape[0] else out
     assert torch.equal(out, torch.where(argmax < 0, 0.0, picked))
-    assert torch.equal(argmax, reference.embedding_bag_max(*args, True)[1])
+    assert torch.equal(argmax, REFERENCE.embedding_bag_max(*args, True)[1])
 
 
 def test_max_of_equal_and_odd_values() -> None:
@@ -89,7 +91,7 @@ def test_max_of_equal_and_odd_values() -> None:
     offsets = torch.tensor([0, 3, 5, 7, 7])
     weight = torch.cat([weight, torch.full((1, 4), 9.0)])
     args = (indices, offsets)
-    out, argmax = kernels.embedding_bag_max(weight, *args, 4, False, True)
+    out, argmax = TRITON.embedding_bag_max(weight, *args, 4, False, True)
     assert out[:2].nan_to_num(7.0, posinf=8.0).tolist() == [[1.0, 7.0, 5.0, 1.0], [7.0, 0.0, 0.0, 8.0]]
     assert argmax[:2].tolist() == [[1, 2, 2, 2], [3, 3, 3, 3]]
     assert out[2].tolist()[0] == 1.0
@@ -100,7 +102,7 @@ def test_max_of_equal_and_odd_values() -> None:
     expected = torch.nn.functional.embedding_bag(indices, weight, offsets, mode="max", padding_idx=4)
     assert torch.equal(out.nan_to_num(7.0), expected.nan_to_num(7.0))
     assert out.isnan().equal(expected.isnan())
-    pooled = kernels.embedding_bag(weight, *args, None, MAX, 4, False)
+    pooled = TRITON.embedding_bag(weight, *args, None, MAX, 4, False)
     assert torch.equal(pooled.nan_to_num(7.0), out.nan_to_num(7.0))
     assert pooled.isnan().equal(out.isnan())
 
@@ -110,16 +112,16 @@ def test_max_of_equal_and_odd_values() -> None:
 def test_more_columns_than_a_block(dim: int, mode: int) -> None:
     weight = torch.randn(6, dim, generator=torch.Generator().manual_seed(1))
     sample = BagSample("", weight, torch.tensor([[5, 0, 3], [1, 1, 2]]), None, None, mode)
-    assert_matches(kernels.embedding_bag(*sample.args), expected_embedding_bag(sample))
+    assert_matches(TRITON.embedding_bag(*sample.args), expected_embedding_bag(sample))
     grad = grad_like(sample)
     table, _ = expected_gradients(sample, grad)
     if mode == MAX:
-        _, argmax = kernels.embedding_bag_max(weight, sample.indices, None, -1, False, True)
-        assert_matches(autograd._max_backward(grad, argmax, 6), table)
+        _, argmax = TRITON.embedding_bag_max(weight, sample.indices, None, -1, False, True)
+        assert_matches(autograd.max_backward(grad, argmax, 6), table)
         return
-    assert_matches(kernels.embedding_bag_backward(grad, *sample.bag_args, 6), table)
+    assert_matches(TRITON.embedding_bag_backward(grad, *sample.bag_args, 6), table)
     weighted = replace(sample, per_sample_weights=torch.ones(sample.indices.shape))
-    samples = kernels.embedding_bag_weights_backward(grad, weight, sample.indices, None, mode, -1, False)
+    samples = TRITON.embedding_bag_weights_backward(grad, weight, sample.indices, None, mode, -1, False)
     assert_matches(samples, expected_gradients(weighted, grad)[1])
 
 
@@ -141,7 +143,7 @@ def quantized(sample: BagSample, bits: int) -> tuple[tuple[Any, ...], BagSample]
 @pytest.mark.parametrize("sample", [s for s in SAMPLES[torch.float32] if s.name.startswith(("width-1", *FEW))], ids=str)
 def test_quantized(sample: BagSample, bits: int) -> None:
     table, exact = quantized(sample, bits)
-    out = kernels.quantized_embedding_bag(*table, *sample.bag_args, torch.float32)
+    out = TRITON.quantized_embedding_bag(*table, *sample.bag_args, torch.float32)
     assert_matches(out, expected_embedding_bag(exact))
 
 
@@ -150,7 +152,7 @@ def test_quantized(sample: BagSample, bits: int) -> None:
 def test_quantized_output_types(dtype: torch.dtype, bits: int) -> None:
     sample = next(s for s in SAMPLES[torch.float32] if s.name == "width-33-mean-weighted")
     table, exact = quantized(sample, bits)
-    out = kernels.quantized_embedding_bag(*table, *sample.bag_args, dtype)
+    out = TRITON.quantized_embedding_bag(*table, *sample.bag_args, dtype)
     assert out.dtype == dtype
     # q * scale + bias is taken in float32 before a float64 sum.
     assert_matches(out, expected_embedding_bag(exact), torch.float32 if dtype == torch.float64 else dtype)
@@ -165,11 +167,11 @@ def test_quantized_rows_with_their_scales_behind_them(dim: int, bits: int) -> No
     behind = columns + columns % 2
     wide = torch.full((9, behind + 4), 255, dtype=torch.uint8)
     rows, scales = wide[:, :columns].copy_(weight), wide[:, behind:].view(torch.float16).copy_(scale_bias)
-    out = kernels.quantized_embedding_bag(rows, scales, *rest, *sample.bag_args, torch.float32)
+    out = TRITON.quantized_embedding_bag(rows, scales, *rest, *sample.bag_args, torch.float32)
     assert_matches(out, expected_embedding_bag(exact))
     plan, offsets = torch.tensor([[0, dim, 0, SUM, bits, -3]]), torch.tensor([0, 2, 4])
     ids = sample.indices.flatten()
-    out = kernels.embedding_bag_collection([rows], [scales], plan, ids, offsets, None, dim, torch.float32)
+    out = TRITON.embedding_bag_collection([rows], [scales], plan, ids, offsets, None, dim, torch.float32)
     assert_matches(out, expected_embedding_bag(exact))
 
 
@@ -190,7 +192,7 @@ def expected_collection(sample: CollectionSample) -> torch.Tensor:
     "sample", [s for d in FLOAT_DTYPES for s in collection_samples(d)], ids=lambda s: f"{s}-{s.dtype}"
 )
 def test_collection(sample: CollectionSample) -> None:
-    out = kernels.embedding_bag_collection(*sample.args)
+    out = TRITON.embedding_bag_collection(*sample.args)
     assert out.dtype == sample.dtype
     assert_matches(out, expected_collection(sample))
 
@@ -225,7 +227,7 @@ def mixed_collection() -> tuple[tuple[Any, ...], torch.Tensor]:
 
 def test_collection_of_every_type() -> None:
     args, expected = mixed_collection()
-    assert_matches(kernels.embedding_bag_collection(*args), expected)
+    assert_matches(TRITON.embedding_bag_collection(*args), expected)
     # With fewer widths each has a copy of the pooling of its own.
     weights, scales, plan, indices, offsets, _, _, dtype = args
     for chosen in ([1, 3, 6], [0, 7], [5], [2, 4]):
@@ -234,18 +236,18 @@ def test_collection_of_every_type() -> None:
         spans = torch.cat([offsets[f * 3 : f * 3 + 4].diff() for f in chosen]).cumsum(0)
         own = torch.cat([indices[offsets[f * 3] : offsets[f * 3 + 3]] for f in chosen])
         bounds = torch.cat([torch.zeros(1, dtype=torch.int64), spans])
-        out = kernels.embedding_bag_collection(weights, scales, part, own, bounds, None, int(part[:, 1].sum()), dtype)
+        out = TRITON.embedding_bag_collection(weights, scales, part, own, bounds, None, int(part[:, 1].sum()), dtype)
         columns = torch.cat([torch.arange(int(plan[f, 2]), int(plan[f, 2] + plan[f, 1])) for f in chosen])
         assert_matches(out, expected[:, columns])
 
 
 def test_tables_may_change_between_calls() -> None:
     args, expected = mixed_collection()
-    assert_matches(kernels.embedding_bag_collection(*args), expected)
+    assert_matches(TRITON.embedding_bag_collection(*args), expected)
     args[0][0].mul_(2.0)
-    assert_matches(kernels.embedding_bag_collection(*args)[:, :16], expected[:, :16] * 2.0)
+    assert_matches(TRITON.embedding_bag_collection(*args)[:, :16], expected[:, :16] * 2.0)
     args[0][0] = args[0][0].clone() * 2.0
-    assert_matches(kernels.embedding_bag_collection(*args)[:, :16], expected[:, :16] * 4.0)
+    assert_matches(TRITON.embedding_bag_collection(*args)[:, :16], expected[:, :16] * 4.0)
 
 
 @pytest.mark.parametrize("change", [(0, 99), (0, -1), (1, 17), (1, -1), (2, 10**6), (3, 3), (4, 8), (4, 5)])
@@ -254,7 +256,7 @@ def test_plan_that_does_not_fit(change: tuple[int, int]) -> None:
     plan = args[2].clone()
     plan[0, change[0]] = change[1]
     with pytest.raises(RuntimeError, match="plan row 0 does not fit"):
-        kernels.embedding_bag_collection(*args[:2], plan, *args[3:])
+        TRITON.embedding_bag_collection(*args[:2], plan, *args[3:])
 
 
 # ---- gradients ---------------------------------------------------------------------------------------------------
@@ -270,7 +272,7 @@ ELSEWHERE = ("strided-table", "transposed-table", "same-index")
 )
 def test_backward(sample: BagSample) -> None:
     grad = grad_like(sample)
-    out = kernels.embedding_bag_backward(grad, *sample.bag_args, sample.weight.shape[0])
+    out = TRITON.embedding_bag_backward(grad, *sample.bag_args, sample.weight.shape[0])
     assert out.dtype == grad.dtype
     assert_matches(out, expected_gradients(sample, grad)[0])
 
@@ -281,7 +283,7 @@ def test_backward_of_rows_that_span_chunks(monkeypatch: pytest.MonkeyPatch, name
     monkeypatch.setattr(kernels, "_CHUNK", chunk * 2)  # sums of sums of sums: 40 positions in chunks of 4
     sample = next(s for s in SAMPLES[torch.float64] if s.name == name)
     grad = grad_like(sample)
-    out = kernels.embedding_bag_backward(grad, *sample.bag_args, sample.weight.shape[0])
+    out = TRITON.embedding_bag_backward(grad, *sample.bag_args, sample.weight.shape[0])
     assert_matches(out, expected_gradients(sample, grad)[0])
 
 
@@ -289,7 +291,7 @@ def test_backward_of_rows_that_span_chunks(monkeypatch: pytest.MonkeyPatch, name
 def test_weights_backward(sample: BagSample) -> None:
     grad = grad_like(sample)
     args = (sample.weight, sample.indices, sample.offsets, sample.mode, sample.padding_idx, sample.include_last_offset)
-    out = kernels.embedding_bag_weights_backward(grad, *args)
+    out = TRITON.embedding_bag_weights_backward(grad, *args)
     assert out.shape == sample.indices.shape
     assert_matches(out, expected_gradients(sample, grad)[1])
 
@@ -297,12 +299,12 @@ def test_weights_backward(sample: BagSample) -> None:
 def test_backward_keeps_infinities_in_their_rows() -> None:
     grad = torch.tensor([[1.0, 2.0], [float("inf"), float("nan")], [3.0, 4.0]])
     indices = torch.tensor([[0, 1], [2, 2], [1, 3]])
-    out = kernels.embedding_bag_backward(grad, indices, None, None, SUM, -1, False, 5)
+    out = TRITON.embedding_bag_backward(grad, indices, None, None, SUM, -1, False, 5)
     assert out[[0, 1, 3, 4]].tolist() == [[1.0, 2.0], [4.0, 6.0], [3.0, 4.0], [0.0, 0.0]]
     assert out[2, 0] == float("inf")
     assert out[2, 1].isnan()
     weight = torch.ones(5, 2)
-    samples = kernels.embedding_bag_weights_backward(grad, weight, indices, None, SUM, 2, False)
+    samples = TRITON.embedding_bag_weights_backward(grad, weight, indices, None, SUM, 2, False)
     assert samples.tolist() == [[3.0, 3.0], [0.0, 0.0], [7.0, 7.0]]
 
 
@@ -311,11 +313,11 @@ def test_backward_of_a_part_of_the_offsets() -> None:
     indices = torch.tensor([99, 99, 1, 2, 1, 99])
     grad = torch.tensor([[1.0], [10.0]])
     for bounds in (torch.tensor([2, 3, 5]), torch.tensor([2, 3, 5], dtype=torch.int32)):
-        out = kernels.embedding_bag_backward(grad, indices, bounds, None, SUM, -1, True, 3)
+        out = TRITON.embedding_bag_backward(grad, indices, bounds, None, SUM, -1, True, 3)
         assert out.tolist() == [[0.0], [11.0], [10.0]]
-        samples = kernels.embedding_bag_weights_backward(grad, torch.ones(3, 1), indices, bounds, SUM, -1, True)
+        samples = TRITON.embedding_bag_weights_backward(grad, torch.ones(3, 1), indices, bounds, SUM, -1, True)
         assert samples.tolist() == [0.0, 0.0, 1.0, 10.0, 10.0, 0.0]
-        _, argmax = kernels.embedding_bag_max(torch.arange(3.0).reshape(3, 1), indices, bounds, -1, True, False)
+        _, argmax = TRITON.embedding_bag_max(torch.arange(3.0).reshape(3, 1), indices, bounds, -1, True, False)
         assert argmax.tolist() == [[1], [2]]
 
 
@@ -323,9 +325,9 @@ def test_expanded_gradient() -> None:
     """What sum() hands back: one element with strides of zero."""
     indices = torch.tensor([[0, 1], [1, 1]])
     grad = torch.tensor(2.0).expand(2, 20)
-    out = kernels.embedding_bag_backward(grad, indices, None, None, SUM, -1, False, 2)
+    out = TRITON.embedding_bag_backward(grad, indices, None, None, SUM, -1, False, 2)
     assert torch.equal(out, torch.tensor([[2.0], [6.0]]).expand(2, 20))
-    samples = kernels.embedding_bag_weights_backward(grad, torch.ones(2, 20), indices, None, SUM, -1, False)
+    samples = TRITON.embedding_bag_weights_backward(grad, torch.ones(2, 20), indices, None, SUM, -1, False)
     assert torch.equal(samples, torch.full((2, 2), 40.0))
 
 
@@ -338,8 +340,9 @@ def calls_seen(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     names: list[str] = []
 
     def watch(name: str) -> None:
-        run = getattr(kernels, name)
-        monkeypatch.setattr(kernels, name, lambda *args: (names.append(name), run(*args))[1])
+        operator = registry.operators[name]
+        run = operator.triton
+        monkeypatch.setitem(operator.__dict__, "triton", lambda *args: (names.append(name), run(*args))[1])
 
     for name in ("embedding_bag", "embedding_bag_max", "embedding_bag_backward", "embedding_bag_weights_backward"):
         watch(name)

@@ -5,13 +5,12 @@ from __future__ import annotations
 import copy
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
 from torch.utils import _pytree as pytree
 
-from ...models.dlrm import DLRM
 from ...ops.linear.sparse.patterns import check_sparsity, lowest, parse_pattern
 from ..converters.converter import LayerDecision
 from ..converters.linear import LinearConverter
@@ -339,8 +338,10 @@ def _smaller(plan: RewritePlan, links: Sequence[_Link], kept: Mapping[int, torch
         for module in between[id(link)]:
             _shrink_channels(memo[id(module)], kept[id(link)])
     for module in new.modules():
-        if isinstance(module, DLRM):
-            module.config = replace(module.config, **module.hidden_widths())
+        # A model that writes its widths down, as DLRM does in its config, corrects them.
+        correct = getattr(module, "neurons_pruned", None)
+        if callable(correct):
+            correct()
     return new
 
 

@@ -11,7 +11,7 @@ differentiation only. A max over rows is a gather, and its derivatives are plain
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -22,21 +22,28 @@ from ...backends import selection
 from . import reference
 from .faults import index_out_of_range
 from .reference import MAX, MEAN, SUM
-from .spec import BagSpec, FeaturePlan, QuantizedTable
+from .spec import BagOperands, BagSpec, QuantizedTable, UnweightedBags
 
 _NO_BAGS = BagSpec(SUM, -1, False)
 _INDEX_TYPES = (torch.int32, torch.int64)
-_transforms_active = torch._C._are_functorch_transforms_active
+transforms_active = torch._C._are_functorch_transforms_active
 
 
-def _run(name: str, at: torch.Tensor, *args: Any) -> Any:
-    """Runs an operator where a tensor is."""
-    return selection.implementation(name, at)(*args)
+def run_operator(name: str, at: torch.Tensor, *args: Any) -> Any:
+    """Runs an operator where a tensor is, on its flat arguments.
+
+    Raises:
+        IndexOutOfRangeError: an index that is not a row, also where a native kernel found it.
+    """
+    try:
+        return selection.implementation(name, at)(*args)
+    except IndexError as error:
+        raise index_out_of_range(error) from None
 
 
 def _apply(function: Any, *args: Any) -> Any:
     """``function.apply(*args)``, without torch's look at the signature (10 us) where only functorch needs it."""
-    if torch.compiler.is_compiling() or _transforms_active():
+    if torch.compiler.is_compiling() or transforms_active():
         return function.apply(*args)
     return super(torch.autograd.Function, function).apply(*unwrap_dead_wrappers(args))
 
@@ -46,7 +53,7 @@ def _wants_graph(one: torch.Tensor, other: torch.Tensor | None = None) -> bool:
 
     Under functorch's transforms a tensor does not tell: what ``vmap`` hands out in ``grad`` requires no gradient.
     """
-    if forward_ad._current_level >= 0 or _transforms_active():
+    if forward_ad._current_level >= 0 or transforms_active():
         return True
     return torch.is_grad_enabled() and (one.requires_grad or (other is not None and other.requires_grad))
 
@@ -83,7 +90,7 @@ class Pool(_Looped):
 
     @staticmethod
     def forward(*operands: Any) -> torch.Tensor:
-        return _run("embedding_bag", operands[0], *operands[:-1])
+        return run_operator("embedding_bag", operands[0], *operands[:-1])
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
@@ -95,26 +102,30 @@ class Pool(_Looped):
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        return *pool_backward(ctx, grad, _sparse_backward, *ctx.saved_tensors), None, None, None, None
+        weight, indices, offsets, per_sample_weights = ctx.saved_tensors
+        grads = pool_backward(
+            ctx, grad, _sparse_backward, weight, BagOperands(indices, offsets, per_sample_weights, ctx.spec)
+        )
+        return *grads, None, None, None, None
 
 
 def pool_backward(
     ctx: Any,
     grad: torch.Tensor,
-    sparse_gradient: Callable[..., torch.Tensor],
+    sparse_gradient: Callable[[torch.Tensor, BagOperands, int], torch.Tensor],
     weight: torch.Tensor | None,
-    indices: torch.Tensor,
-    offsets: torch.Tensor | None,
-    per_sample_weights: torch.Tensor | None,
+    bags: BagOperands,
 ) -> tuple[torch.Tensor | None, ...]:
     """The gradients of the four tensors of a call."""
+    indices, offsets, per_sample_weights, spec = bags
     grad_weight = grad_samples = None
     if ctx.needs_input_grad[0]:
-        gradient = sparse_gradient if ctx.sparse else _table_gradient
-        grad_weight = gradient(grad, indices, offsets, per_sample_weights, ctx.spec, ctx.num_embeddings)
+        gradient = sparse_gradient if ctx.sparse else table_gradient
+        grad_weight = gradient(grad, bags, ctx.num_embeddings)
     if per_sample_weights is not None and ctx.needs_input_grad[3]:
         assert weight is not None
-        grad_samples = _weights_gradient(grad, weight, indices, offsets, ctx.spec).reshape(per_sample_weights.shape)
+        unweighted = UnweightedBags(indices, offsets, spec)
+        grad_samples = weights_gradient(grad, weight, unweighted).reshape(per_sample_weights.shape)
     return grad_weight, None, None, grad_samples
 
 
@@ -128,26 +139,20 @@ class _PoolDual(Pool):
     @staticmethod
     def jvp(ctx: Any, weight_t: Any, _i: Any, _o: Any, samples_t: Any, *_: Any) -> torch.Tensor | None:
         weight, indices, offsets, per_sample_weights = ctx.saved_tensors
+        bags = BagOperands(indices, offsets, per_sample_weights, ctx.spec)
         by_weight = by_samples = None
         if weight_t is not None:
-            by_weight = _pool(weight_t, indices, offsets, per_sample_weights, ctx.spec)
+            by_weight = _pool(weight_t, bags)
         if samples_t is not None:
-            by_samples = _pool(weight, indices, offsets, samples_t, ctx.spec)
+            by_samples = _pool(weight, bags._replace(per_sample_weights=samples_t))
         return _added(by_weight, by_samples)
 
 
-def _pool(
-    weight: torch.Tensor,
-    indices: torch.Tensor,
-    offsets: torch.Tensor | None,
-    per_sample_weights: torch.Tensor | None,
-    spec: BagSpec,
-    sparse: bool = False,
-) -> torch.Tensor:
-    args = weight, indices, offsets, per_sample_weights
-    if _wants_graph(weight, per_sample_weights):
-        return _apply(_pick(Pool, _PoolDual), *args, *spec, sparse)
-    return _run("embedding_bag", weight, *args, *spec)
+def _pool(weight: torch.Tensor, bags: BagOperands, sparse: bool = False) -> torch.Tensor:
+    args = weight, *bags[:3], *bags.spec
+    if _wants_graph(weight, bags.per_sample_weights):
+        return _apply(_pick(Pool, _PoolDual), *args, sparse)
+    return run_operator("embedding_bag", weight, *args)
 
 
 class _TableGradient(_Looped):
@@ -155,7 +160,7 @@ class _TableGradient(_Looped):
 
     @staticmethod
     def forward(*operands: Any) -> torch.Tensor:
-        return _run("embedding_bag_backward", operands[0], *operands)
+        return run_operator("embedding_bag_backward", operands[0], *operands)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
@@ -168,9 +173,9 @@ class _TableGradient(_Looped):
         grad, indices, offsets, per_sample_weights = ctx.saved_tensors
         by_grad = by_samples = None
         if ctx.needs_input_grad[0]:
-            by_grad = _pool(upstream, indices, offsets, per_sample_weights, ctx.spec)
+            by_grad = _pool(upstream, BagOperands(indices, offsets, per_sample_weights, ctx.spec))
         if per_sample_weights is not None and ctx.needs_input_grad[3]:
-            found = _weights_gradient(grad, upstream, indices, offsets, ctx.spec)
+            found = weights_gradient(grad, upstream, UnweightedBags(indices, offsets, ctx.spec))
             by_samples = found.reshape(per_sample_weights.shape).to(per_sample_weights.dtype)
         return by_grad, None, None, by_samples, None, None, None, None
 
@@ -179,26 +184,21 @@ class _TableGradientDual(_TableGradient):
     @staticmethod
     def jvp(ctx: Any, grad_t: Any, _i: Any, _o: Any, samples_t: Any, *_: Any) -> torch.Tensor | None:
         grad, indices, offsets, per_sample_weights = ctx.saved_tensors
+        bags = BagOperands(indices, offsets, per_sample_weights, ctx.spec)
         by_grad = by_samples = None
         if grad_t is not None:
-            by_grad = _table_gradient(grad_t, indices, offsets, per_sample_weights, ctx.spec, ctx.num_embeddings)
+            by_grad = table_gradient(grad_t, bags, ctx.num_embeddings)
         if samples_t is not None:
-            by_samples = _table_gradient(grad, indices, offsets, samples_t, ctx.spec, ctx.num_embeddings)
+            by_samples = table_gradient(grad, bags._replace(per_sample_weights=samples_t), ctx.num_embeddings)
         return _added(by_grad, by_samples)
 
 
-def _table_gradient(
-    grad: torch.Tensor,
-    indices: torch.Tensor,
-    offsets: torch.Tensor | None,
-    per_sample_weights: torch.Tensor | None,
-    spec: BagSpec,
-    num_embeddings: int,
-) -> torch.Tensor:
-    args = grad, indices, offsets, per_sample_weights
-    if _wants_graph(grad, per_sample_weights):
-        return _apply(_pick(_TableGradient, _TableGradientDual), *args, *spec, num_embeddings)
-    return _run("embedding_bag_backward", grad, *args, *spec, num_embeddings)
+def table_gradient(grad: torch.Tensor, bags: BagOperands, num_embeddings: int) -> torch.Tensor:
+    """The table's gradient of a sum or a mean, [num_embeddings, D], for ``grad`` [B, D]."""
+    args = grad, *bags[:3], *bags.spec, num_embeddings
+    if _wants_graph(grad, bags.per_sample_weights):
+        return _apply(_pick(_TableGradient, _TableGradientDual), *args)
+    return run_operator("embedding_bag_backward", grad, *args)
 
 
 class _WeightsGradient(_Looped):
@@ -206,7 +206,7 @@ class _WeightsGradient(_Looped):
 
     @staticmethod
     def forward(*operands: Any) -> torch.Tensor:
-        return _run("embedding_bag_weights_backward", operands[0], *operands)
+        return run_operator("embedding_bag_weights_backward", operands[0], *operands)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
@@ -217,11 +217,12 @@ class _WeightsGradient(_Looped):
     @staticmethod
     def backward(ctx: Any, upstream: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         grad, weight, indices, offsets = ctx.saved_tensors
+        bags = BagOperands(indices, offsets, upstream, ctx.spec)
         by_grad = by_weight = None
         if ctx.needs_input_grad[0]:
-            by_grad = _pool(weight, indices, offsets, upstream, ctx.spec)
+            by_grad = _pool(weight, bags)
         if ctx.needs_input_grad[1]:
-            by_weight = _table_gradient(grad, indices, offsets, upstream, ctx.spec, weight.shape[0])
+            by_weight = table_gradient(grad, bags, weight.shape[0])
         return by_grad, by_weight, None, None, None, None, None
 
 
@@ -229,21 +230,21 @@ class _WeightsGradientDual(_WeightsGradient):
     @staticmethod
     def jvp(ctx: Any, grad_t: Any, weight_t: Any, *_: Any) -> torch.Tensor | None:
         grad, weight, indices, offsets = ctx.saved_tensors
+        bags = UnweightedBags(indices, offsets, ctx.spec)
         by_grad = by_weight = None
         if grad_t is not None:
-            by_grad = _weights_gradient(grad_t, weight, indices, offsets, ctx.spec)
+            by_grad = weights_gradient(grad_t, weight, bags)
         if weight_t is not None:
-            by_weight = _weights_gradient(grad, weight_t, indices, offsets, ctx.spec)
+            by_weight = weights_gradient(grad, weight_t, bags)
         return _added(by_grad, by_weight)
 
 
-def _weights_gradient(
-    grad: torch.Tensor, weight: torch.Tensor, indices: torch.Tensor, offsets: torch.Tensor | None, spec: BagSpec
-) -> torch.Tensor:
-    args = grad, weight, indices, offsets
+def weights_gradient(grad: torch.Tensor, weight: torch.Tensor, bags: UnweightedBags) -> torch.Tensor:
+    """The gradient of ``per_sample_weights``, of the shape of the indices, for ``grad`` [B, D]."""
+    args = grad, weight, *bags[:2], *bags.spec
     if _wants_graph(grad, weight):
-        return _apply(_pick(_WeightsGradient, _WeightsGradientDual), *args, *spec)
-    return _run("embedding_bag_weights_backward", grad, *args, *spec)
+        return _apply(_pick(_WeightsGradient, _WeightsGradientDual), *args)
+    return run_operator("embedding_bag_weights_backward", grad, *args)
 
 
 # ---- one table: max ------------------------------------------------------------------------------------------------
@@ -254,7 +255,7 @@ class _Max(_Looped):
 
     @staticmethod
     def forward(*operands: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        return _run("embedding_bag_max", operands[0], *operands)
+        return run_operator("embedding_bag_max", operands[0], *operands)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
@@ -267,7 +268,7 @@ class _Max(_Looped):
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor | None, _: Any) -> tuple[torch.Tensor | None, ...]:
         (argmax,) = ctx.saved_tensors
-        found = None if grad is None else _max_backward(grad, argmax, ctx.num_embeddings)
+        found = None if grad is None else max_backward(grad, argmax, ctx.num_embeddings)
         return found, None, None, None, None, None
 
 
@@ -284,12 +285,12 @@ class _MaxDual(_Max):
 _MOST_ROWS = (1 << 32) - 64
 
 
-def _max_backward(grad: torch.Tensor, argmax: torch.Tensor, num_embeddings: int) -> torch.Tensor:
-    """Each column's gradient goes to the row its value came from; sums in float32 for 16-bit types.
+def max_backward(grad: torch.Tensor, argmax: torch.Tensor, num_embeddings: int) -> torch.Tensor:
+    """The table's gradient of a max: each column's gradient goes to the row that its value came from.
 
-    A GPU's scatter_add_ adds in no certain order. There every element of the table is a row of one column instead, for
-    the operator whose order is certain; what came from no row goes to one more, which is dropped. Columns that are
-    together too many rows come one part after the other.
+    Sums are in float32 for 16-bit types. A GPU's scatter_add_ adds in no certain order. On a GPU every element of the
+    table is therefore a row of one column, for the operator whose order is certain. A gradient that belongs to no row
+    goes to one additional row, which is dropped. Columns that are together too many rows come one part after the other.
     """
     dtype = grad.dtype if grad.dtype == torch.float64 else torch.float32
     dim = grad.shape[1]
@@ -315,24 +316,18 @@ def _max_backward_by_element(
     dim = grad.shape[1]
     size = num_embeddings * dim
     element = torch.where(argmax >= 0, argmax * dim + torch.arange(dim, device=grad.device), size)
-    spec = BagSpec(SUM, size, False)
-    out = _table_gradient(grad.to(dtype).reshape(-1, 1), element.reshape(-1, 1), None, None, spec, size + 1)[:-1]
+    bags = BagOperands(element.reshape(-1, 1), None, None, BagSpec(SUM, size, False))
+    out = table_gradient(grad.to(dtype).reshape(-1, 1), bags, size + 1)[:-1]
     return out.reshape(num_embeddings, dim).to(grad.dtype)
 
 
-def _sparse_backward(
-    grad: torch.Tensor,
-    indices: torch.Tensor,
-    offsets: torch.Tensor | None,
-    per_sample_weights: torch.Tensor | None,
-    spec: BagSpec,
-    num_embeddings: int,
-) -> torch.Tensor:
+def _sparse_backward(grad: torch.Tensor, bags: BagOperands, num_embeddings: int) -> torch.Tensor:
     """The gradient as a sparse tensor with one (not coalesced) row for each index, as torch gives it.
 
     On the CPU the indices passed the forward's checks, so this only gathers: the bag's gradient for each of its
     indices. On a GPU wrong ones may not have been told of yet, or be let pass.
     """
+    indices, offsets, per_sample_weights, spec = bags
     rows = indices.reshape(-1)
     if offsets is None:
         lengths = torch.full((indices.shape[0],), indices.shape[1], device=indices.device)
@@ -393,8 +388,10 @@ class _PlainBag(torch.autograd.Function):
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         weight, indices, offsets, per_sample_weights, argmax = ctx.saved_tensors
         if argmax is not None:
-            return _max_backward(grad, argmax, ctx.num_embeddings), None, None, None, None, None
-        grads = pool_backward(ctx, grad, _sparse_backward, weight, indices, offsets, per_sample_weights)
+            return max_backward(grad, argmax, ctx.num_embeddings), None, None, None, None, None
+        grads = pool_backward(
+            ctx, grad, _sparse_backward, weight, BagOperands(indices, offsets, per_sample_weights, ctx.spec)
+        )
         return *grads, None, None
 
 
@@ -408,10 +405,10 @@ def embedding_bag(
 ) -> torch.Tensor:
     """Differentiable lookup over one float table; arguments are checked by the caller."""
     try:
-        if forward_ad._current_level >= 0 or _transforms_active():
+        if forward_ad._current_level >= 0 or transforms_active():
             if spec.mode == MAX:
                 return _apply(_pick(_Max, _MaxDual), weight, indices, offsets, *spec[1:], True)[0]
-            return _pool(weight, indices, offsets, per_sample_weights, spec, sparse)
+            return _pool(weight, BagOperands(indices, offsets, per_sample_weights, spec), sparse)
         if torch.is_grad_enabled() and (
             weight.requires_grad or (per_sample_weights is not None and per_sample_weights.requires_grad)
         ):
@@ -460,7 +457,7 @@ class _QuantizedPool(_Looped):
 
     @staticmethod
     def forward(*operands: Any) -> torch.Tensor:
-        return _run("quantized_embedding_bag", operands[5], *operands)
+        return run_operator("quantized_embedding_bag", operands[5], *operands)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
@@ -473,7 +470,7 @@ class _QuantizedPool(_Looped):
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         weight, scale_bias, indices, offsets = ctx.saved_tensors
         table = QuantizedTable(weight, scale_bias, *ctx.constants)
-        grad_samples = _quantized_weights_backward(grad, table, indices, offsets, ctx.spec)
+        grad_samples = quantized_weights_backward(grad, table, UnweightedBags(indices, offsets, ctx.spec))
         return *(None,) * 7, grad_samples, *(None,) * 4
 
 
@@ -485,25 +482,23 @@ class _QuantizedPoolDual(_QuantizedPool):
         return quantized_embedding_bag(table, indices, offsets, tangents[7], ctx.spec, ctx.dtype)
 
 
-def _quantized_weights_backward(
-    grad: torch.Tensor, table: QuantizedTable, indices: torch.Tensor, offsets: torch.Tensor | None, spec: BagSpec
-) -> torch.Tensor:
+def quantized_weights_backward(grad: torch.Tensor, table: QuantizedTable, bags: UnweightedBags) -> torch.Tensor:
     """Gradient of per_sample_weights over quantized rows: the rows in use become a small float table of their own."""
-    rows = _run(
-        "quantized_embedding_bag", indices, *table, indices.reshape(-1, 1), None, None, *_NO_BAGS, torch.float32
-    )
+    indices, offsets, spec = bags
+    flat = indices.reshape(-1, 1)
+    rows = run_operator("quantized_embedding_bag", indices, *table, flat, None, None, *_NO_BAGS, torch.float32)
     position = torch.arange(indices.numel(), device=indices.device).reshape(indices.shape)
-    whole = BagSpec(SUM, -1, spec.include_last_offset)
-    out = _weights_gradient(grad.float(), rows, position, offsets, whole).reshape(-1)
+    whole = UnweightedBags(position, offsets, BagSpec(SUM, -1, spec.include_last_offset))
+    out = weights_gradient(grad.float(), rows, whole).reshape(-1)
     padding_idx, num_rows = spec.padding_idx, table.weight.shape[0]
     if indices.is_cuda and selection.bounds_mode() != "raise":
         indices, padding_idx, num_rows = _as_counted(indices, padding_idx, num_rows)
-    bags = reference.split_bags(indices, offsets, padding_idx, spec.include_last_offset, num_rows)
-    values = out[bags.position]
+    split = reference.split_bags(indices, offsets, padding_idx, spec.include_last_offset, num_rows)
+    values = out[split.position]
     if spec.mode == MEAN:
-        values = values / bags.counts.clamp(min=1)[bags.bag]
+        values = values / split.counts.clamp(min=1)[split.bag]
     result = torch.zeros_like(out)
-    result[bags.position] = values
+    result[split.position] = values
     return result.to(grad.dtype).reshape(indices.shape)
 
 
@@ -535,184 +530,11 @@ def quantized_embedding_bag(
         weight, scale_bias, exponent, dim, bits = table
         mode, padding_idx, last = spec
         number = selection.dtype_argument(dtype)
-        return run(
-            weight,
-            scale_bias,
-            exponent,
-            dim,
-            bits,
-            indices,
-            offsets,
-            per_sample_weights,
-            mode,
-            padding_idx,
-            last,
-            number,
-        )
+        bags = indices, offsets, per_sample_weights, mode, padding_idx, last
+        return run(weight, scale_bias, exponent, dim, bits, *bags, number)
     except IndexError as error:
         raise index_out_of_range(error) from None
     except RuntimeError:
         if not _has_narrow(indices, offsets):
             raise
     return quantized_embedding_bag(table, *as_index_types(indices, offsets), per_sample_weights, spec, dtype)
-
-
-# ---- many tables --------------------------------------------------------------------------------------------------
-
-
-class _Collection(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        plan: torch.Tensor,
-        features: Sequence[FeaturePlan],
-        total_dim: int,
-        dtype: torch.dtype,
-        scale_bias: list[torch.Tensor],
-        indices: torch.Tensor,
-        offsets: torch.Tensor,
-        per_sample_weights: torch.Tensor | None,
-        *weights: torch.Tensor,
-    ) -> torch.Tensor:
-        ctx.features, ctx.scale_bias = features, scale_bias
-        ctx.tables = [(w.shape[0], w.dtype) for w in weights]
-        # Only what the backward reads: a table that it does not read may change before, as in torch.
-        all_read = per_sample_weights is not None and per_sample_weights.requires_grad
-        read = {f.table for f in features if all_read or f.mode == MAX}
-        kept = [w if number in read else None for number, w in enumerate(weights)]
-        ctx.save_for_backward(indices, offsets, per_sample_weights, *kept)
-        run = selection.implementation("embedding_bag_collection", indices)
-        return run(list(weights), scale_bias, plan, indices, offsets, per_sample_weights, total_dim, dtype)
-
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        indices, offsets, per_sample_weights, *weights = ctx.saved_tensors
-        batch = grad.shape[0]
-        grads: list[torch.Tensor | None] = [None] * len(weights)
-        starts = _feature_starts(offsets, batch, len(ctx.features))
-        for f, (table, dim, column, mode, *_) in enumerate(ctx.features):
-            if not ctx.needs_input_grad[8 + table]:
-                continue
-            num_rows, dtype = ctx.tables[table]
-            part = grad[:, column : column + dim].to(dtype)
-            bounds = offsets[f * batch : (f + 1) * batch + 1]
-            own, samples = indices, per_sample_weights
-            if starts is not None:  # every feature would read all indices, were they not cut
-                bounds, cut = bounds - starts[f], slice(starts[f], starts[f + 1])
-                own, samples = own[cut], None if samples is None else samples[cut]
-            if mode == MAX:
-                _, argmax = _run("embedding_bag_max", grad, weights[table].detach(), own, bounds, -1, True, False)
-                one = _max_backward(part, argmax, num_rows)
-            else:
-                one = _table_gradient(part, own, bounds, samples, BagSpec(mode, -1, True), num_rows)
-            so_far = grads[table]
-            grads[table] = one if so_far is None else so_far.add_(one)
-        grad_samples = None
-        if per_sample_weights is not None and ctx.needs_input_grad[7]:
-            grad_samples = _collection_weights_backward(
-                grad, ctx.features, ctx.scale_bias, indices, offsets, per_sample_weights, weights
-            )
-        return None, None, None, None, None, None, None, grad_samples, *grads
-
-
-def _feature_starts(offsets: torch.Tensor, batch: int, num_features: int) -> list[int] | None:
-    """Where each feature's indices begin, and the last one's end.
-
-    None while a graph is traced, which has no values, or captured, which nobody can wait for.
-    """
-    if torch.compiler.is_compiling() or isinstance(offsets, torch._subclasses.FakeTensor):
-        return None
-    if offsets.is_cuda and torch.cuda.is_current_stream_capturing():
-        return None
-    return offsets[::batch].tolist() if batch else [0] * (num_features + 1)
-
-
-def _collection_weights_backward(
-    grad: torch.Tensor,
-    features: Sequence[FeaturePlan],
-    scale_bias: list[torch.Tensor],
-    indices: torch.Tensor,
-    offsets: torch.Tensor,
-    per_sample_weights: torch.Tensor,
-    weights: Sequence[torch.Tensor],
-) -> torch.Tensor:
-    out = torch.zeros_like(per_sample_weights)
-    batch = grad.shape[0]
-    starts = _feature_starts(offsets, batch, len(features))
-    if starts is None:
-        raise NotImplementedError("gradients of a collection's per_sample_weights can't be compiled or captured yet")
-    for f, (table, dim, column, mode, bits, exponent) in enumerate(features):
-        if mode == MAX:  # takes no weights
-            continue
-        part = grad[:, column : column + dim]
-        bounds = offsets[f * batch : (f + 1) * batch + 1] - starts[f]
-        own = indices[starts[f] : starts[f + 1]]
-        spec = BagSpec(mode, -1, True)
-        if bits:
-            quantized = QuantizedTable(weights[table], scale_bias[table], exponent, dim, bits)
-            one = _quantized_weights_backward(part, quantized, own, bounds, spec)
-        else:
-            weight = weights[table]
-            if weight.dtype != part.dtype:  # the weights' gradient must not be rounded to a 16-bit table's type
-                weight, own = weight[own.long()].to(part.dtype), torch.arange(own.numel(), device=own.device)
-            one = _weights_gradient(part, weight, own, bounds, spec)
-        out[starts[f] : starts[f + 1]] = one.to(out.dtype)
-    return out
-
-
-def _by_feature(
-    weights: list[torch.Tensor],
-    scale_bias: list[torch.Tensor],
-    features: Sequence[FeaturePlan],
-    indices: torch.Tensor,
-    offsets: torch.Tensor,
-    per_sample_weights: torch.Tensor | None,
-    dtype: torch.dtype,
-) -> torch.Tensor:
-    """A collection's lookup as one call a feature: for tangents and functorch's transforms, which know such calls."""
-    batch = (offsets.shape[0] - 1) // len(features)
-    starts = _feature_starts(offsets, batch, len(features))
-    if starts is None:
-        raise NotImplementedError("a collection's tangents can't be compiled or captured")
-    parts = []
-    for f, (table, dim, _, mode, bits, exponent) in enumerate(features):
-        cut = slice(starts[f], starts[f + 1])
-        own, bounds = indices[cut], offsets[f * batch : (f + 1) * batch + 1] - starts[f]
-        samples = None if per_sample_weights is None or mode == MAX else per_sample_weights[cut]
-        spec = BagSpec(mode, -1, True)
-        if bits:
-            rows = QuantizedTable(weights[table], scale_bias[table], exponent, dim, bits)
-            parts.append(quantized_embedding_bag(rows, own, bounds, samples, spec, dtype))
-        else:
-            parts.append(embedding_bag(weights[table], own, bounds, samples, spec).to(dtype))
-    return torch.cat(parts, 1)
-
-
-def embedding_bag_collection(
-    weights: list[torch.Tensor],
-    scale_bias: list[torch.Tensor],
-    plan: torch.Tensor,
-    features: Sequence[FeaturePlan],
-    indices: torch.Tensor,
-    offsets: torch.Tensor,
-    per_sample_weights: torch.Tensor | None,
-    total_dim: int,
-    dtype: torch.dtype,
-) -> torch.Tensor:
-    """Differentiable lookup over many tables.
-
-    ``plan`` is ``features`` as an int64 tensor on the tables' device; ``scale_bias`` has an entry for each table (any
-    tensor for a float one), or none at all when every table is float.
-    """
-    if forward_ad._current_level >= 0 or _transforms_active():
-        return _by_feature(weights, scale_bias, features, indices, offsets, per_sample_weights, dtype)
-    if torch.is_grad_enabled() and (
-        any(w.requires_grad for w in weights) or (per_sample_weights is not None and per_sample_weights.requires_grad)
-    ):
-        return _Collection.apply(
-            plan, features, total_dim, dtype, scale_bias, indices, offsets, per_sample_weights, *weights
-        )
-    run = selection.implementation("embedding_bag_collection", indices)
-    return run(
-        weights, scale_bias, plan, indices, offsets, per_sample_weights, total_dim, selection.dtype_argument(dtype)
-    )

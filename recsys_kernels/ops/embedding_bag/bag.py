@@ -68,7 +68,7 @@ class EmbeddingBag(torch.nn.EmbeddingBag):
                 and self.max_norm is None
                 and not (self.scale_grad_by_freq or input.is_nested)
             ):
-                # The same as below without what cannot apply: a request spends as long on Python as on its rows.
+                # A shorter form of the call below, for the usual case: a request spends as long on Python as on rows.
                 drop_in.check_bags(input, offsets, None)
                 if (self.mode != "max" or not self.sparse) and not torch.compiler.is_compiling():
                     spec = drop_in.cached_bag_spec(

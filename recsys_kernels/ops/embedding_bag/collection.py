@@ -9,12 +9,13 @@ from typing import Any, NamedTuple, cast
 
 import torch
 
-from . import autograd, drop_in
+from . import drop_in
 from .bag import EmbeddingBag
+from .collection_autograd import embedding_bag_collection
 from .faults import IndexOutOfRangeError
 from .quantized import QuantizedEmbeddingBag
 from .reference import MODES
-from .spec import FeaturePlan
+from .spec import CollectionBags, FeaturePlan, TableLists
 
 FeatureInput = Mapping[str, tuple[torch.Tensor, torch.Tensor | None] | torch.Tensor]
 _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -86,10 +87,9 @@ def _new_bag(
 
 
 class _Operands(NamedTuple):
-    """The tensors of a call, and what tells whether they are still those of the tables."""
+    """The tensors of a call, and the marks by which a later call sees whether the tables still hold them."""
 
-    weights: list[torch.Tensor]
-    scales: list[torch.Tensor]  # empty when every table is float
+    tables: TableLists  # without scales when every table is float
     own_scales: list[torch.Tensor]
     dtypes: list[torch.dtype]
     exponents: list[tuple[torch.Tensor, int] | None]  # buffer and its version; None for a float table
@@ -143,7 +143,7 @@ class EmbeddingBagCollection(torch.nn.Module):
         self.register_load_state_dict_post_hook(_refresh_after_load)
 
     def _refresh_plan(self) -> None:
-        """Writes down what each feature reads and where its columns go; again whenever a table has changed."""
+        """Makes the plan: the table and the columns of each feature. Called again whenever a table has changed."""
         features, column = [], 0
         for number, (config, bag) in enumerate(zip(self.tables, self._bags(), strict=True)):
             bits, exponent = (bag.bits, bag.host_exponent()) if isinstance(bag, QuantizedEmbeddingBag) else (0, 0)
@@ -251,18 +251,8 @@ class EmbeddingBagCollection(torch.nn.Module):
         self, indices: torch.Tensor, offsets: torch.Tensor, per_sample_weights: torch.Tensor | None
     ) -> torch.Tensor:
         operands = self._operands()
-        plan = cast(torch.Tensor, self._buffers["_plan"])
-        return autograd.embedding_bag_collection(
-            operands.weights,
-            operands.scales,
-            plan,
-            self._features,
-            indices,
-            offsets,
-            per_sample_weights,
-            self.output_dim,
-            operands.dtype,
-        )
+        bags = CollectionBags(indices, offsets, per_sample_weights)
+        return embedding_bag_collection(operands.tables, self._features, bags, self.output_dim, operands.dtype)
 
     def _operands(self) -> _Operands:
         """The tensors of a call, gathered anew only when a table has changed: that took longer than a request."""
@@ -280,9 +270,9 @@ class EmbeddingBagCollection(torch.nn.Module):
         dtypes = [bag.dtype if isinstance(bag, QuantizedEmbeddingBag) else bag.weight.dtype for bag in bags]
         scales = [bag.scale_bias if isinstance(bag, QuantizedEmbeddingBag) else self._empty for bag in bags]
         exponents = [bag.exponent_mark() if isinstance(bag, QuantizedEmbeddingBag) else None for bag in bags]
+        plan = cast(torch.Tensor, self._buffers["_plan"])
         return _Operands(
-            [bag.weight for bag in bags],
-            scales if any(quantized) else [],
+            TableLists([bag.weight for bag in bags], scales if any(quantized) else [], plan),
             scales,
             dtypes,
             exponents,
@@ -290,9 +280,9 @@ class EmbeddingBagCollection(torch.nn.Module):
         )
 
     def _is_known(self, known: _Operands) -> list[bool]:
-        """For each table whether it still is what ``known`` holds: the same tensors, output type and exponent."""
+        """For each table whether ``known`` still holds its tensors, output type and exponent."""
         modules = cast("Iterable[Any]", self.embedding_bags._modules.values())
-        parts = zip(modules, known.weights, known.own_scales, known.dtypes, known.exponents, strict=True)
+        parts = zip(modules, known.tables.weights, known.own_scales, known.dtypes, known.exponents, strict=True)
         # Straight from the dicts: nn.Module's attribute access would double a request over many tables.
         return [
             bag._parameters.get("weight") is weight and weight.dtype is dtype
@@ -349,7 +339,7 @@ class EmbeddingBagCollection(torch.nn.Module):
 
     @staticmethod
     def _pair(name: str, value: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """What a mapping has for a feature; a bare tensor would fall into its rows."""
+        """The indices and offsets that a mapping has for a feature."""
         if isinstance(value, torch.Tensor):
             if value.dim() == 2:
                 return value, None

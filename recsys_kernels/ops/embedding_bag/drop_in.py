@@ -26,7 +26,7 @@ class PaddingIndexError(RuntimeError, ValueError):
 
 
 def check_tensors(**tensors: Any) -> None:
-    """Raises ``TypeError`` for what is not a tensor; called once something has failed, as tensors are the rule."""
+    """Raises ``TypeError`` for a value that is no tensor. Called after a failure only, as tensors are the rule."""
     for name, value in tensors.items():
         if value is None or isinstance(value, torch.Tensor):
             continue
@@ -127,7 +127,8 @@ def embedding_bag(
         RuntimeError: wrong types, tensors on several devices, a padding_idx that is not a row of ``weight``, or offsets
             that do not start at 0, decrease or exceed the number of indices.
         IndexError: an index that is not a row of ``weight``; names its position and value. The class is a
-            ``RuntimeError``, too, as torch raises one (not so for the native kernels in a compiled graph).
+            ``RuntimeError``, too, as torch raises one. (In a compiled graph a native kernel raises a plain
+            ``IndexError``.)
         TypeError: lists or arrays in the place of tensors.
     """
     try:
@@ -164,7 +165,7 @@ def embedding_bag(
     except (ValueError, RuntimeError):
         if weight.dtype != torch.int64 or not input.is_floating_point():
             raise
-    # What failed was called in the order of torch 0.3, which torch still takes.
+    # The call that failed has the order of torch 0.3, which torch still takes.
     warnings.warn(
         "embedding_bag takes (input, weight, ...): the order (weight, input, ...) is deprecated, as in torch",
         stacklevel=2,

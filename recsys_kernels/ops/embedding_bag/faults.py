@@ -10,8 +10,10 @@ from ...backends import selection
 class IndexOutOfRangeError(IndexError, RuntimeError):
     """An index that is not a row of its table.
 
-    torch raises ``RuntimeError`` for such an index and Python's sequences raise ``IndexError``: code that catches
-    either one catches this error.
+    torch raises ``RuntimeError`` for such an index and Python's sequences raise ``IndexError``. Code that catches
+    either one catches this error. Modules, functions and their backward raise this class. A native kernel that is
+    called without this package's Python raises a plain ``IndexError`` with the same message: in a compiled or exported
+    graph, and through ``torch.ops.recsys_kernels``.
     """
 
 

@@ -42,7 +42,7 @@ def _canonical(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _scale_fault(scale_bias: Any) -> str | None:
-    """What is wrong with the scales and biases of a state_dict, or None: they are finite, and scales at least 0."""
+    """Names the fault of a state_dict's scales and biases, or None. Both must be finite, and scales at least 0."""
     if not isinstance(scale_bias, torch.Tensor) or scale_bias.is_meta or scale_bias.dim() != 2:
         return None  # a wrong shape is torch's to say
     bad = ~torch.isfinite(scale_bias).all(1)
@@ -82,7 +82,7 @@ class _Quantized(torch.nn.Module):
         rows, scale_bias = memory.empty_quantized(num_embeddings, columns, device=device)
         self.register_buffer("weight", rows)
         self.register_buffer("scale_bias", scale_bias)
-        with torch.inference_mode(False):  # an inference tensor would not say when it was written to
+        with torch.inference_mode(False):  # an inference tensor counts no writes
             self.register_buffer("exponent", torch.zeros((), dtype=torch.int64, device="cpu"))
         self._seen_exponent: tuple[torch.Tensor | None, int, int] = (None, 0, 0)
 

@@ -1,6 +1,6 @@
-"""What the embedding-bag operators compute, in plain PyTorch: the fallback anywhere and what kernels are tested with.
+"""The embedding-bag operators in plain PyTorch: the fallback on any machine, and the measure of every kernel.
 
-Each function has the signature of the operator of the same name (see ``spec.py`` for the schemas).
+Each operator is a function of the fields of its operand table (see ``spec.py``).
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from .faults import index_error, offsets_error
+from .spec import BagOperands, CollectionBags, MaxBags, QuantizedTable, TableLists, UnweightedBags
 
 SUM, MEAN, MAX = 0, 1, 2
 MODES = {"sum": SUM, "mean": MEAN, "max": MAX}
@@ -101,6 +102,11 @@ def split_bags(
     return Bags(rows, bag, position, num_bags)
 
 
+def _split(bags: BagOperands | UnweightedBags, num_rows: int, zero_start: bool = False) -> Bags:
+    _, padding_idx, include_last_offset = bags.spec
+    return split_bags(bags.indices, bags.offsets, padding_idx, include_last_offset, num_rows, zero_start=zero_start)
+
+
 def _accumulator(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
@@ -142,7 +148,8 @@ def _check_float(name: str, tensor: torch.Tensor | None) -> None:
         raise RuntimeError(f"{name} must be a floating point tensor, but is {tensor.dtype}")
 
 
-def _check_weights(indices: torch.Tensor, weights: torch.Tensor | None) -> None:
+def _check_weights(bags: BagOperands | CollectionBags) -> None:
+    indices, weights = bags.indices, bags.per_sample_weights
     _check_float("per_sample_weights", weights)
     if weights is not None and weights.numel() != indices.numel():
         raise RuntimeError(
@@ -151,43 +158,28 @@ def _check_weights(indices: torch.Tensor, weights: torch.Tensor | None) -> None:
         )
 
 
-def embedding_bag(
-    weight: torch.Tensor,
-    indices: torch.Tensor,
-    offsets: torch.Tensor | None,
-    per_sample_weights: torch.Tensor | None,
-    mode: int,
-    padding_idx: int,
-    include_last_offset: bool,
-) -> torch.Tensor:
+def embedding_bag(weight: torch.Tensor, bags: BagOperands) -> torch.Tensor:
     """Lookup and pooling over one float table; sums in float32 (float64 tables: float64)."""
     _check_float("weight", weight)
-    _check_weights(indices, per_sample_weights)
-    bags = split_bags(indices, offsets, padding_idx, include_last_offset, weight.shape[0], zero_start=True)
-    values = weight[bags.rows].to(_accumulator(weight.dtype))
-    return _pool(values, bags, per_sample_weights, mode).to(weight.dtype)
+    _check_weights(bags)
+    split = _split(bags, weight.shape[0], zero_start=True)
+    values = weight[split.rows].to(_accumulator(weight.dtype))
+    return _pool(values, split, bags.per_sample_weights, bags.spec.mode).to(weight.dtype)
 
 
-def embedding_bag_max(
-    weight: torch.Tensor,
-    indices: torch.Tensor,
-    offsets: torch.Tensor | None,
-    padding_idx: int,
-    include_last_offset: bool,
-    zero_start: bool,
-) -> tuple[torch.Tensor, torch.Tensor]:
+def embedding_bag_max(weight: torch.Tensor, bags: MaxBags, zero_start: bool) -> tuple[torch.Tensor, torch.Tensor]:
     """Max pooling and the row that each column came from (the first of equals; -1 for an empty bag)."""
     _check_float("weight", weight)
-    bags = split_bags(indices, offsets, padding_idx, include_last_offset, weight.shape[0], zero_start=zero_start)
-    values = weight[bags.rows]
-    out = _pool(values.to(_accumulator(weight.dtype)), bags, None, MAX).to(weight.dtype)
-    last = bags.rows.numel()
+    split = split_bags(*bags, weight.shape[0], zero_start=zero_start)
+    values = weight[split.rows]
+    out = _pool(values.to(_accumulator(weight.dtype)), split, None, MAX).to(weight.dtype)
+    last = split.rows.numel()
     order = torch.arange(last, device=weight.device).unsqueeze(1).expand_as(values)
-    chosen = out[bags.bag]
+    chosen = out[split.bag]
     order = torch.where((values == chosen) | (values.isnan() & chosen.isnan()), order, last)
     first = torch.full(out.shape, last, device=weight.device)
-    first.scatter_reduce_(0, bags.bag.unsqueeze(1).expand_as(values), order, "amin")
-    rows = torch.cat([bags.rows, bags.rows.new_full((1,), -1)])
+    first.scatter_reduce_(0, split.bag.unsqueeze(1).expand_as(values), order, "amin")
+    rows = torch.cat([split.rows, split.rows.new_full((1,), -1)])
     return out, rows[first]
 
 
@@ -196,22 +188,13 @@ def _check_not_max(mode: int) -> None:
         raise RuntimeError("the gradient of max pooling is not a weighted sum: use embedding_bag_max")
 
 
-def embedding_bag_backward(
-    grad: torch.Tensor,
-    indices: torch.Tensor,
-    offsets: torch.Tensor | None,
-    per_sample_weights: torch.Tensor | None,
-    mode: int,
-    padding_idx: int,
-    include_last_offset: bool,
-    num_embeddings: int,
-) -> torch.Tensor:
+def embedding_bag_backward(grad: torch.Tensor, bags: BagOperands, num_embeddings: int) -> torch.Tensor:
     """Dense gradient of the table, [num_embeddings, D], for sum and mean."""
     _check_float("grad", grad)
-    _check_not_max(mode)
-    _check_weights(indices, per_sample_weights)
-    bags = split_bags(indices, offsets, padding_idx, include_last_offset, num_embeddings)
-    rows, values = row_gradients(grad, bags, per_sample_weights, mode)
+    _check_not_max(bags.spec.mode)
+    _check_weights(bags)
+    split = _split(bags, num_embeddings)
+    rows, values = row_gradients(grad, split, bags.per_sample_weights, bags.spec.mode)
     out = values.new_zeros(num_embeddings, grad.shape[1])
     return out.index_add_(0, rows, values).to(grad.dtype)
 
@@ -228,32 +211,23 @@ def row_gradients(
     return bags.rows, grad[bags.bag].to(factor.dtype) * factor.unsqueeze(1)
 
 
-def embedding_bag_weights_backward(
-    grad: torch.Tensor,
-    weight: torch.Tensor,
-    indices: torch.Tensor,
-    offsets: torch.Tensor | None,
-    mode: int,
-    padding_idx: int,
-    include_last_offset: bool,
-) -> torch.Tensor:
+def embedding_bag_weights_backward(grad: torch.Tensor, weight: torch.Tensor, bags: UnweightedBags) -> torch.Tensor:
     """Gradient of per_sample_weights, of the shape of ``indices``; zero for padding."""
-    _check_not_max(mode)
+    _check_not_max(bags.spec.mode)
     _check_float("weight", weight)
-    bags = split_bags(indices, offsets, padding_idx, include_last_offset, weight.shape[0])
+    split = _split(bags, weight.shape[0])
     dtype = _accumulator(weight.dtype)
-    values = (weight[bags.rows].to(dtype) * grad[bags.bag].to(dtype)).sum(1)
-    if mode == MEAN:
-        values = values / bags.counts.clamp(min=1)[bags.bag]
-    out = grad.new_zeros(indices.numel(), dtype=dtype)
-    out[bags.position] = values
-    return out.to(grad.dtype).reshape(indices.shape)
+    values = (weight[split.rows].to(dtype) * grad[split.bag].to(dtype)).sum(1)
+    if bags.spec.mode == MEAN:
+        values = values / split.counts.clamp(min=1)[split.bag]
+    out = grad.new_zeros(bags.indices.numel(), dtype=dtype)
+    out[split.position] = values
+    return out.to(grad.dtype).reshape(bags.indices.shape)
 
 
-def dequantize_rows(
-    weight: torch.Tensor, scale_bias: torch.Tensor, exponent: int, embedding_dim: int, bits: int
-) -> torch.Tensor:
+def dequantize_rows(table: QuantizedTable) -> torch.Tensor:
     """Quantized rows [N, bytes] with their scale and bias [N, 2] as float32 [N, embedding_dim]."""
+    weight, scale_bias, exponent, embedding_dim, bits = table
     if bits == 4:
         weight = torch.stack([weight & 15, weight >> 4], dim=-1).flatten(1)[:, :embedding_dim]
     scale, bias = scale_bias.float().unbind(1)
@@ -262,39 +236,26 @@ def dequantize_rows(
     )
 
 
-def quantized_embedding_bag(
-    weight: torch.Tensor,
-    scale_bias: torch.Tensor,
-    exponent: int,
-    embedding_dim: int,
-    bits: int,
-    indices: torch.Tensor,
-    offsets: torch.Tensor | None,
-    per_sample_weights: torch.Tensor | None,
-    mode: int,
-    padding_idx: int,
-    include_last_offset: bool,
-    dtype: torch.dtype,
-) -> torch.Tensor:
+def quantized_embedding_bag(table: QuantizedTable, bags: BagOperands, dtype: torch.dtype) -> torch.Tensor:
     """Lookup and pooling over one table of int8 or int4 rows."""
-    _check_weights(indices, per_sample_weights)
-    bags = split_bags(indices, offsets, padding_idx, include_last_offset, weight.shape[0], zero_start=True)
-    values = dequantize_rows(weight[bags.rows], scale_bias[bags.rows], exponent, embedding_dim, bits)
-    return _pool(values, bags, per_sample_weights, mode).to(dtype)
+    _check_weights(bags)
+    split = _split(bags, table.weight.shape[0], zero_start=True)
+    return _pool(_dequantized(table, split), split, bags.per_sample_weights, bags.spec.mode).to(dtype)
+
+
+def _dequantized(table: QuantizedTable, split: Bags) -> torch.Tensor:
+    """The rows that are looked up, as float32."""
+    rows, scale_bias = table.weight[split.rows], table.scale_bias[split.rows]
+    return dequantize_rows(table._replace(weight=rows, scale_bias=scale_bias))
 
 
 def embedding_bag_collection(
-    weights: list[torch.Tensor],
-    scale_bias: list[torch.Tensor],
-    plan: torch.Tensor,
-    indices: torch.Tensor,
-    offsets: torch.Tensor,
-    per_sample_weights: torch.Tensor | None,
-    total_dim: int,
-    dtype: torch.dtype,
+    tables: TableLists, bags: CollectionBags, total_dim: int, dtype: torch.dtype
 ) -> torch.Tensor:
-    """Many tables in one call; ``plan`` has a row (table, dim, column, pooling, bits, exponent) for each feature."""
-    _check_weights(indices, per_sample_weights)
+    """Many tables in one call; ``tables.plan`` has a row for each feature, see ``FeaturePlan``."""
+    weights, scale_bias, plan = tables
+    indices, offsets, per_sample_weights = bags
+    _check_weights(bags)
     num_features = plan.shape[0]
     if (offsets.numel() - 1) % num_features:
         raise RuntimeError(
@@ -307,15 +268,15 @@ def embedding_bag_collection(
     for f, (table, dim, column, mode, bits, exponent) in enumerate(plan.tolist()):
         bounds = offsets[f * batch : (f + 1) * batch + 1]
         weight = weights[table]
-        bags = split_bags(indices, bounds, -1, True, weight.shape[0], f"the table of feature #{f}")
+        split = split_bags(indices, bounds, -1, True, weight.shape[0], f"the table of feature #{f}")
         if bits:
-            values = dequantize_rows(weight[bags.rows], scale_bias[table][bags.rows], exponent, dim, bits)
+            values = _dequantized(QuantizedTable(weight, scale_bias[table], exponent, dim, bits), split)
         else:
             _check_float("weights", weight)
-            values = weight[bags.rows].to(_accumulator(weight.dtype))
+            values = weight[split.rows].to(_accumulator(weight.dtype))
         if (values.dtype == torch.float64) != (dtype == torch.float64):
             raise RuntimeError("float64 tables need a float64 output and can't be mixed with others")
-        out[:, column : column + dim] = _pool(values, bags, per_sample_weights, mode).to(dtype)
+        out[:, column : column + dim] = _pool(values, split, per_sample_weights, mode).to(dtype)
     return out
 
 

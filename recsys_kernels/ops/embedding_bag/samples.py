@@ -1,4 +1,4 @@
-"""Sample inputs of the embedding-bag operators, and what ``embedding_bag`` should give."""
+"""Sample inputs of the embedding-bag operators, and the expected results of ``embedding_bag``."""
 
 from __future__ import annotations
 
@@ -124,7 +124,7 @@ def embedding_bag_samples(
 
 
 def expected_embedding_bag(sample: BagSample) -> torch.Tensor:
-    """The result of a call in float64, bag by bag in plain loops: what every implementation is held against.
+    """The result of a call in float64, bag by bag in plain loops. Every implementation is held against it.
 
     Returns:
         float64 [num_bags, D].

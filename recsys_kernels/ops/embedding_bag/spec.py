@@ -7,7 +7,7 @@ without ``zero_start``) take offsets that start anywhere: a collection hands the
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
@@ -41,15 +41,46 @@ FAMILY = registry.register(
 # ---- operand tables -------------------------------------------------------------------------------------------------
 
 
+class BagSpec(NamedTuple):
+    """The parts of a call that are not tensors."""
+
+    mode: int
+    padding_idx: int
+    include_last_offset: bool
+
+
 class BagOperands(NamedTuple):
-    """What a call looks up. ``offsets``: where each bag begins in ``indices``, None: each row of a matrix is one."""
+    """What a call looks up. ``offsets``: where bags begin in ``indices``, or None: each row of a matrix is a bag."""
 
     indices: torch.Tensor
     offsets: torch.Tensor | None
     per_sample_weights: torch.Tensor | None
-    mode: int
+    spec: BagSpec
+
+
+class UnweightedBags(NamedTuple):
+    """What a call without ``per_sample_weights`` looks up."""
+
+    indices: torch.Tensor
+    offsets: torch.Tensor | None
+    spec: BagSpec
+
+
+class MaxBags(NamedTuple):
+    """What a call of max pooling looks up."""
+
+    indices: torch.Tensor
+    offsets: torch.Tensor | None
     padding_idx: int
     include_last_offset: bool
+
+
+class CollectionBags(NamedTuple):
+    """What a call over many tables looks up. ``offsets``: [F * B + 1], feature-major as ``indices`` are."""
+
+    indices: torch.Tensor
+    offsets: torch.Tensor
+    per_sample_weights: torch.Tensor | None
 
 
 class QuantizedTable(NamedTuple):
@@ -62,32 +93,31 @@ class QuantizedTable(NamedTuple):
     bits: int
 
 
-class EmbeddingBagOperands(NamedTuple):
-    """Operands of ``embedding_bag``.
+class TableLists(NamedTuple):
+    """The tables of a collection. ``plan``: int64 [F, 6], a :class:`FeaturePlan` a row."""
 
-    ``weight`` [num_embeddings, D]. Gives [B, D].
-    """
+    weights: list[torch.Tensor]
+    scale_bias: list[torch.Tensor]
+    plan: torch.Tensor
+
+
+class EmbeddingBagOperands(NamedTuple):
+    """Operands of ``embedding_bag``: ``weight`` [num_embeddings, D]. The operator gives [B, D]."""
 
     weight: torch.Tensor
     bags: BagOperands
 
 
 class MaxOperands(NamedTuple):
-    """Operands of ``embedding_bag_max``. Gives [B, D] and int64 [B, D], the row that each column came from."""
+    """Operands of ``embedding_bag_max``. It gives [B, D] and int64 [B, D], the row that each column came from."""
 
     weight: torch.Tensor
-    indices: torch.Tensor
-    offsets: torch.Tensor | None
-    padding_idx: int
-    include_last_offset: bool
+    bags: MaxBags
     zero_start: bool
 
 
 class BackwardOperands(NamedTuple):
-    """Operands of ``embedding_bag_backward``.
-
-    ``grad`` [B, D]. Gives [num_embeddings, D].
-    """
+    """Operands of ``embedding_bag_backward``: ``grad`` [B, D]. The operator gives [num_embeddings, D]."""
 
     grad: torch.Tensor
     bags: BagOperands
@@ -95,22 +125,15 @@ class BackwardOperands(NamedTuple):
 
 
 class WeightsBackwardOperands(NamedTuple):
-    """Operands of ``embedding_bag_weights_backward``.
-
-    ``grad`` [B, D]. Gives the shape of ``indices``.
-    """
+    """Operands of ``embedding_bag_weights_backward``: ``grad`` [B, D]. It gives the shape of ``indices``."""
 
     grad: torch.Tensor
     weight: torch.Tensor
-    indices: torch.Tensor
-    offsets: torch.Tensor | None
-    mode: int
-    padding_idx: int
-    include_last_offset: bool
+    bags: UnweightedBags
 
 
 class QuantizedOperands(NamedTuple):
-    """Operands of ``quantized_embedding_bag``. Gives [B, embedding_dim] of type ``dtype``."""
+    """Operands of ``quantized_embedding_bag``. The operator gives [B, embedding_dim] of type ``dtype``."""
 
     table: QuantizedTable
     bags: BagOperands
@@ -118,17 +141,10 @@ class QuantizedOperands(NamedTuple):
 
 
 class CollectionOperands(NamedTuple):
-    """Operands of ``embedding_bag_collection``.
+    """Operands of ``embedding_bag_collection``. The operator gives [B, total_dim]."""
 
-    ``plan`` int64 [F, 6], a :class:`FeaturePlan` a row. Gives [B, total_dim].
-    """
-
-    weights: list[torch.Tensor]
-    scale_bias: list[torch.Tensor]
-    plan: torch.Tensor
-    indices: torch.Tensor
-    offsets: torch.Tensor
-    per_sample_weights: torch.Tensor | None
+    tables: TableLists
+    bags: CollectionBags
     total_dim: int
     dtype: torch.dtype
 
@@ -146,10 +162,14 @@ class QuantizeOperands(NamedTuple):
 # ---- shapes ---------------------------------------------------------------------------------------------------------
 
 
-def _num_bags(bags: Any) -> Any:
-    if bags.offsets is None:
-        return bags.indices.shape[0]
-    return bags.offsets.shape[0] - 1 if bags.include_last_offset else bags.offsets.shape[0]
+def _num_bags(bags: BagOperands) -> int:
+    return _count(bags.indices, bags.offsets, bags.spec.include_last_offset)
+
+
+def _count(indices: torch.Tensor, offsets: torch.Tensor | None, include_last_offset: bool) -> int:
+    if offsets is None:
+        return indices.shape[0]
+    return offsets.shape[0] - 1 if include_last_offset else offsets.shape[0]
 
 
 def _pooled(call: EmbeddingBagOperands) -> torch.Tensor:
@@ -157,7 +177,8 @@ def _pooled(call: EmbeddingBagOperands) -> torch.Tensor:
 
 
 def _largest(call: MaxOperands) -> tuple[torch.Tensor, torch.Tensor]:
-    shape = (_num_bags(call), call.weight.shape[1])
+    bags = call.bags
+    shape = (_count(bags.indices, bags.offsets, bags.include_last_offset), call.weight.shape[1])
     return call.weight.new_empty(shape), call.weight.new_empty(shape, dtype=torch.int64)
 
 
@@ -166,7 +187,7 @@ def _table_gradient(call: BackwardOperands) -> torch.Tensor:
 
 
 def _weights_gradient(call: WeightsBackwardOperands) -> torch.Tensor:
-    return call.grad.new_empty(call.indices.shape)
+    return call.grad.new_empty(call.bags.indices.shape)
 
 
 def _quantized(call: QuantizedOperands) -> torch.Tensor:
@@ -174,8 +195,9 @@ def _quantized(call: QuantizedOperands) -> torch.Tensor:
 
 
 def _collection(call: CollectionOperands) -> torch.Tensor:
-    batch = (call.offsets.shape[0] - 1) // call.plan.shape[0]
-    return call.indices.new_empty(batch, call.total_dim, dtype=call.dtype)
+    indices, offsets, _ = call.bags
+    batch = (offsets.shape[0] - 1) // call.tables.plan.shape[0]
+    return indices.new_empty(batch, call.total_dim, dtype=call.dtype)
 
 
 def _nothing(call: QuantizeOperands) -> None:
@@ -184,24 +206,13 @@ def _nothing(call: QuantizeOperands) -> None:
 
 # ---- operators ------------------------------------------------------------------------------------------------------
 
-FAMILY.define("embedding_bag", EmbeddingBagOperands, _pooled, triton=True, nested=False)
-FAMILY.define("embedding_bag_max", MaxOperands, _largest, returns="(Tensor, Tensor)", triton=True, nested=False)
-FAMILY.define("embedding_bag_backward", BackwardOperands, _table_gradient, triton=True, nested=False)
-FAMILY.define("embedding_bag_weights_backward", WeightsBackwardOperands, _weights_gradient, triton=True, nested=False)
-FAMILY.define("quantized_embedding_bag", QuantizedOperands, _quantized, triton=True, nested=False)
-FAMILY.define("embedding_bag_collection", CollectionOperands, _collection, triton=True, nested=False)
-FAMILY.define("quantize_rowwise", QuantizeOperands, _nothing, returns="()", nested=False)
-
-
-# ---- parts of a call of a module ------------------------------------------------------------------------------------
-
-
-class BagSpec(NamedTuple):
-    """The parts of a call that are not tensors."""
-
-    mode: int
-    padding_idx: int
-    include_last_offset: bool
+FAMILY.define("embedding_bag", EmbeddingBagOperands, _pooled, triton=True)
+FAMILY.define("embedding_bag_max", MaxOperands, _largest, returns="(Tensor, Tensor)", triton=True)
+FAMILY.define("embedding_bag_backward", BackwardOperands, _table_gradient, triton=True)
+FAMILY.define("embedding_bag_weights_backward", WeightsBackwardOperands, _weights_gradient, triton=True)
+FAMILY.define("quantized_embedding_bag", QuantizedOperands, _quantized, triton=True)
+FAMILY.define("embedding_bag_collection", CollectionOperands, _collection, triton=True)
+FAMILY.define("quantize_rowwise", QuantizeOperands, _nothing, returns="()")
 
 
 class FeaturePlan(NamedTuple):

@@ -8,18 +8,15 @@ import torch
 
 from .autograd import Pool, pool_backward
 from .reference import MEAN
-from .spec import BagSpec
+from .spec import BagOperands
 
 
-def _sparse_backward(
-    grad: torch.Tensor,
-    indices: torch.Tensor,
-    offsets: torch.Tensor | None,
-    per_sample_weights: torch.Tensor | None,
-    spec: BagSpec,
-    num_embeddings: int,
-) -> torch.Tensor:
-    """One row for each index, as a graph has no values; what counts for nothing adds zeros to a row that counts."""
+def _sparse_backward(grad: torch.Tensor, bags: BagOperands, num_embeddings: int) -> torch.Tensor:
+    """The gradient with one row for each index, as a graph has no values.
+
+    An index that counts for nothing (padding) adds zeros to a row that counts.
+    """
+    indices, offsets, per_sample_weights, spec = bags
     rows = indices.reshape(-1).long()
     position = torch.arange(rows.shape[0], device=rows.device)
     counts = rows != spec.padding_idx
@@ -47,7 +44,11 @@ def _sparse_backward(
 class _SparsePool(Pool):
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        return *pool_backward(ctx, grad, _sparse_backward, *ctx.saved_tensors), None, None, None, None
+        weight, indices, offsets, per_sample_weights = ctx.saved_tensors
+        grads = pool_backward(
+            ctx, grad, _sparse_backward, weight, BagOperands(indices, offsets, per_sample_weights, ctx.spec)
+        )
+        return *grads, None, None, None, None
 
 
 @torch.compiler.allow_in_graph

@@ -20,10 +20,11 @@ from ...backends import selection
 from . import triton_kernels as kernels
 from .faults import IndexOutOfRangeError, index_error, offsets_error
 from .reference import MAX, MEAN
+from .spec import BagOperands, CollectionBags, MaxBags, QuantizedTable, TableLists, UnweightedBags
 
 # ---- launches ----------------------------------------------------------------------------------------------------
 
-# Positions that one program of the backward sums, and what a launch divides the rest of the work by, twice over.
+# Positions that one program of the backward sums. Each launch leaves two sums for that many positions.
 _CHUNK = 64
 _TRITON_TYPES = {torch.float32: tl.float32, torch.float64: tl.float64}
 _KINDS = (torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.uint8)
@@ -51,7 +52,7 @@ _MOST_COLUMNS = 128
 
 
 def _blocks(width: int, per_thread: int) -> dict[str, int]:
-    """The tile of a program and how it is compiled.
+    """The tile of a program, and the options by which Triton compiles the program.
 
     Programs are single warps. A multiprocessor holds 32 programs, and ptxas would rather wait for one load after the
     other than exceed the registers with which it fills one: 64 a thread for one warp, but 32 for two. Tiles with 32
@@ -81,7 +82,7 @@ def _near_columns(table: torch.Tensor) -> torch.Tensor:
 
 
 class _Bags(NamedTuple):
-    """Checked arguments; what is absent is stood in for by ``indices``, which is then not read."""
+    """Checked arguments. ``indices`` stands in for an absent tensor, which no kernel reads."""
 
     indices: torch.Tensor
     offsets: torch.Tensor
@@ -221,38 +222,18 @@ def _pool_table(
     return out
 
 
-def embedding_bag(
-    weight: torch.Tensor,
-    indices: torch.Tensor,
-    offsets: torch.Tensor | None,
-    per_sample_weights: torch.Tensor | None,
-    mode: int,
-    padding_idx: int,
-    include_last_offset: bool,
-) -> torch.Tensor:
+def embedding_bag(weight: torch.Tensor, bags: BagOperands) -> torch.Tensor:
     """Lookup and pooling over one float table; sums in float32 (float64 tables: float64)."""
     _check_float(weight.dtype, "weight")
     weight = _near_columns(weight)
-    bags = _bags(weight.device, indices, offsets, per_sample_weights, include_last_offset)
-    out = weight.new_empty(bags.num_bags, weight.shape[1])
-    return _pool_table(out, weight, None, bags, mode, padding_idx)
+    checked = _bags(weight.device, *bags[:3], bags.spec.include_last_offset)
+    out = weight.new_empty(checked.num_bags, weight.shape[1])
+    return _pool_table(out, weight, None, checked, bags.spec.mode, bags.spec.padding_idx)
 
 
-def quantized_embedding_bag(
-    weight: torch.Tensor,
-    scale_bias: torch.Tensor,
-    exponent: int,
-    embedding_dim: int,
-    bits: int,
-    indices: torch.Tensor,
-    offsets: torch.Tensor | None,
-    per_sample_weights: torch.Tensor | None,
-    mode: int,
-    padding_idx: int,
-    include_last_offset: bool,
-    dtype: torch.dtype,
-) -> torch.Tensor:
+def quantized_embedding_bag(table: QuantizedTable, bags: BagOperands, dtype: torch.dtype) -> torch.Tensor:
     """Lookup and pooling over one table of int8 or int4 rows; sums in float32 (float64 output: float64)."""
+    weight, scale_bias, exponent, embedding_dim, bits = table
     _check_quantized(weight, scale_bias, weight.device)
     _check_float(dtype, "dtype")
     if bits not in (8, 4):
@@ -263,9 +244,9 @@ def quantized_embedding_bag(
             f"a quantized weight of {embedding_dim} elements and {bits} bits must have {columns} columns, "
             f"but has {weight.shape[1]}"
         )
-    bags = _bags(weight.device, indices, offsets, per_sample_weights, include_last_offset)
-    out = weight.new_empty(bags.num_bags, embedding_dim, dtype=dtype)
-    return _pool_table(out, weight, (scale_bias, exponent, bits), bags, mode, padding_idx)
+    checked = _bags(weight.device, *bags[:3], bags.spec.include_last_offset)
+    out = weight.new_empty(checked.num_bags, embedding_dim, dtype=dtype)
+    return _pool_table(out, weight, (scale_bias, exponent, bits), checked, bags.spec.mode, bags.spec.padding_idx)
 
 
 def _check_quantized(weight: torch.Tensor, scale_bias: torch.Tensor, device: torch.device) -> None:
@@ -277,67 +258,53 @@ def _check_quantized(weight: torch.Tensor, scale_bias: torch.Tensor, device: tor
         raise RuntimeError(f"scale_bias must be a float16 tensor of shape {list(shape)} with contiguous rows")
 
 
-def embedding_bag_max(
-    weight: torch.Tensor,
-    indices: torch.Tensor,
-    offsets: torch.Tensor | None,
-    padding_idx: int,
-    include_last_offset: bool,
-    zero_start: bool,
-) -> tuple[torch.Tensor, torch.Tensor]:
+def embedding_bag_max(weight: torch.Tensor, bags: MaxBags, zero_start: bool) -> tuple[torch.Tensor, torch.Tensor]:
     """Max pooling and the row that each column came from (the first of equals; -1 for an empty bag)."""
     _check_float(weight.dtype, "weight")
     weight = _near_columns(weight)
-    bags = _bags(weight.device, indices, offsets, None, include_last_offset)
-    out = weight.new_empty(bags.num_bags, weight.shape[1])
+    indices, offsets, padding_idx, include_last_offset = bags
+    checked = _bags(weight.device, indices, offsets, None, include_last_offset)
+    out = weight.new_empty(checked.num_bags, weight.shape[1])
     argmax = torch.empty_like(out, dtype=torch.int64)
     unit, dtype = _alignment(weight), _accumulator(weight.dtype)
     blocks = _blocks(weight.shape[1], _PER_THREAD[dtype])
     _launch(
-        kernels.argmax_kernel, (bags.num_bags, triton.cdiv(weight.shape[1], blocks["BLOCK_D"])), weight.device, out,
-        argmax, weight, bags.indices, bags.offsets, bags.flags, weight.shape[0], weight.stride(0) // unit,
-        weight.stride(1), weight.shape[1] // unit, *bags.shape, padding_idx, HAS_OFFSETS=offsets is not None,
+        kernels.argmax_kernel, (checked.num_bags, triton.cdiv(weight.shape[1], blocks["BLOCK_D"])), weight.device, out,
+        argmax, weight, checked.indices, checked.offsets, checked.flags, weight.shape[0], weight.stride(0) // unit,
+        weight.stride(1), weight.shape[1] // unit, *checked.shape, padding_idx, HAS_OFFSETS=offsets is not None,
         HAS_PADDING=padding_idx >= 0, ZERO_START=zero_start, ACC=_TRITON_TYPES[dtype], ALIGN=unit, CLAMP=_clamp(),
         **blocks,
     )  # fmt: skip
-    _check(bags, weight.shape[0])
+    _check(checked, weight.shape[0])
     return out, argmax
 
 
-def embedding_bag_backward(
-    grad: torch.Tensor,
-    indices: torch.Tensor,
-    offsets: torch.Tensor | None,
-    per_sample_weights: torch.Tensor | None,
-    mode: int,
-    padding_idx: int,
-    include_last_offset: bool,
-    num_embeddings: int,
-) -> torch.Tensor:
+def embedding_bag_backward(grad: torch.Tensor, bags: BagOperands, num_embeddings: int) -> torch.Tensor:
     """Dense gradient of the table, [num_embeddings, D], for sum and mean. The same bits at every run.
 
     Positions are sorted by row and runs of equal rows summed, so that no row is written twice and none by two programs.
     """
+    mode, padding_idx, include_last_offset = bags.spec
     _check_float(grad.dtype, "grad")
     _check_not_max(mode)
-    bags = _bags(grad.device, indices, offsets, per_sample_weights, include_last_offset)
-    _check_grad(grad, bags.num_bags, grad.shape[1])
+    checked = _bags(grad.device, *bags[:3], include_last_offset)
+    _check_grad(grad, checked.num_bags, grad.shape[1])
     out = grad.new_zeros(num_embeddings, grad.shape[1])
-    total = bags.indices.numel()
+    total = checked.indices.numel()
     small = num_embeddings < 1 << 31
     keys = torch.full((total,), num_embeddings, dtype=torch.int32 if small else torch.int64, device=grad.device)
     bag_of = torch.empty(total, dtype=torch.int32, device=grad.device)
     dtype = _accumulator(grad.dtype)
-    has_factor = mode == MEAN or per_sample_weights is not None
+    has_factor = mode == MEAN or bags.per_sample_weights is not None
     factors = torch.empty(total if has_factor else 0, dtype=dtype, device=grad.device)
     _launch(
-        kernels.keys_kernel, (bags.num_bags,), grad.device, keys, bag_of, factors, bags.indices, bags.offsets,
-        bags.weights, bags.flags, num_embeddings, bags.num_bags, *bags.shape, padding_idx, MODE=mode,
-        HAS_PADDING=_skips(padding_idx, grad.device), BLOCK_L=64, num_warps=1, **bags.options,
+        kernels.keys_kernel, (checked.num_bags,), grad.device, keys, bag_of, factors, checked.indices, checked.offsets,
+        checked.weights, checked.flags, num_embeddings, checked.num_bags, *checked.shape, padding_idx, MODE=mode,
+        HAS_PADDING=_skips(padding_idx, grad.device), BLOCK_L=64, num_warps=1, **checked.options,
     )  # fmt: skip
-    flags = _check(bags, num_embeddings)
-    if flags is not None:  # a collection passes one feature's part of its offsets: leave the rest of the indices out
-        used = slice(*flags[2:]) if bags.num_bags else slice(0)
+    flags = _check(checked, num_embeddings)
+    if flags is not None:  # A collection passes one feature's part of its offsets. The other indices are left out.
+        used = slice(*flags[2:]) if checked.num_bags else slice(0)
         keys, bag_of, factors = keys[used], bag_of[used], factors[used]
     if keys.numel() and grad.shape[1]:
         _sum_by_row(out, grad, *torch.sort(keys, stable=True), bag_of, factors if has_factor else None)
@@ -383,46 +350,40 @@ def _sum_by_row(
         keys, source, first = next_keys, partial, False
 
 
-def embedding_bag_weights_backward(
-    grad: torch.Tensor,
-    weight: torch.Tensor,
-    indices: torch.Tensor,
-    offsets: torch.Tensor | None,
-    mode: int,
-    padding_idx: int,
-    include_last_offset: bool,
-) -> torch.Tensor:
+def embedding_bag_weights_backward(grad: torch.Tensor, weight: torch.Tensor, bags: UnweightedBags) -> torch.Tensor:
     """Gradient of per_sample_weights, of the shape of ``indices``; zero for padding."""
+    indices, offsets, (mode, padding_idx, include_last_offset) = bags
     _check_not_max(mode)
     _check_float(weight.dtype, "weight")
     weight = _near_columns(weight)
     _check_float(grad.dtype, "grad")
     _check_device(weight.device, grad=grad)
-    bags = _bags(weight.device, indices, offsets, None, include_last_offset)
-    _check_grad(grad, bags.num_bags, weight.shape[1])
+    checked = _bags(weight.device, indices, offsets, None, include_last_offset)
+    _check_grad(grad, checked.num_bags, weight.shape[1])
     out = grad.new_zeros(indices.shape)
     unit, dtype = _alignment(weight), _accumulator(weight.dtype)
     blocks = _blocks(weight.shape[1], _PER_THREAD[dtype])
     _launch(
-        kernels.weights_grad_kernel, (bags.num_bags,), weight.device, out, grad, weight, bags.indices, bags.offsets,
-        bags.flags, weight.shape[0], weight.stride(0) // unit, weight.stride(1), weight.shape[1] // unit,
-        grad.stride(0), grad.stride(1), *bags.shape, padding_idx, MODE=mode, HAS_OFFSETS=offsets is not None,
+        kernels.weights_grad_kernel, (checked.num_bags,), weight.device, out, grad, weight, checked.indices,
+        checked.offsets, checked.flags, weight.shape[0], weight.stride(0) // unit, weight.stride(1),
+        weight.shape[1] // unit, grad.stride(0), grad.stride(1), *checked.shape, padding_idx, MODE=mode,
+        HAS_OFFSETS=offsets is not None,
         HAS_PADDING=_skips(padding_idx, grad.device), ACC=_TRITON_TYPES[dtype], ALIGN=unit, CLAMP=_clamp(), **blocks,
     )  # fmt: skip
-    _check(bags, weight.shape[0])
+    _check(checked, weight.shape[0])
     return out
 
 
 class _Tables(NamedTuple):
-    """What the collection's kernel reads about the tables: int64 [tables, 7] on the device."""
+    """The collection's kernel reads this about the tables: int64 [tables, 7] on the device."""
 
     values: torch.Tensor
     variants: tuple[tuple[int, int, int, int], ...]
     blocks: int
 
 
-# Tables mostly stay where they are from call to call. An entry says nothing about memory that its key does not say, so
-# it never goes stale. What a captured CUDA graph reads must live as long as the graph, which only the graph knows.
+# Tables mostly stay where they are from call to call. An entry depends on nothing but its key, so an entry never goes
+# stale. The entries that a captured CUDA graph reads must live as long as the graph, whose end nobody tells.
 _described: OrderedDict[tuple[object, ...], _Tables] = OrderedDict()
 _captured: list[_Tables] = []
 _MOST_DESCRIBED = 256
@@ -466,19 +427,14 @@ def _describe_anew(
 
 
 def embedding_bag_collection(
-    weights: list[torch.Tensor],
-    scale_bias: list[torch.Tensor],
-    plan: torch.Tensor,
-    indices: torch.Tensor,
-    offsets: torch.Tensor,
-    per_sample_weights: torch.Tensor | None,
-    total_dim: int,
-    dtype: torch.dtype,
+    tables: TableLists, bags: CollectionBags, total_dim: int, dtype: torch.dtype
 ) -> torch.Tensor:
-    """Many tables of any types in one launch; ``plan`` has a row (table, dim, column, pooling, bits, exponent) each.
+    """Many tables of any types in one launch; ``tables.plan`` has a row for each feature, see ``FeaturePlan``.
 
-    The kernel finds the tables by their addresses; what ``plan`` says of them is checked there, without waiting.
+    The kernel finds the tables by their addresses; what the plan says of them is checked there, without waiting.
     """
+    weights, scale_bias, plan = tables
+    indices, offsets, per_sample_weights = bags
     device = indices.device
     _check_device(device, plan=plan)
     _check_float(dtype, "dtype")
@@ -496,19 +452,20 @@ def embedding_bag_collection(
         if (weight.dtype == torch.float64) != (dtype == torch.float64):
             raise RuntimeError("float64 tables need a float64 output and can't be mixed with others")
     weights = [w if w.stride(1) == 1 or w.shape[1] <= 1 else w.contiguous() for w in weights]
-    bags = _bags(device, indices, offsets, per_sample_weights, True)
+    checked = _bags(device, indices, offsets, per_sample_weights, True)
     features = plan.shape[0]
-    if features == 0 or bags.num_bags % features:
+    if features == 0 or checked.num_bags % features:
         raise RuntimeError(f"offsets must have F*B+1 entries for F = {features} features, but has {offsets.numel()}")
-    out = torch.empty(bags.num_bags // features, total_dim, dtype=dtype, device=device)
-    tables = _describe(weights, scale_bias, device)
+    out = torch.empty(checked.num_bags // features, total_dim, dtype=dtype, device=device)
+    described = _describe(weights, scale_bias, device)
     _launch(
-        kernels.collection_kernel, (bags.num_bags, tables.blocks), device, out, tables.values, plan, bags.indices,
-        bags.offsets, bags.weights, bags.flags, len(weights), out.shape[0], total_dim, bags.num_offsets,
-        bags.indices.numel(), VARIANTS=tables.variants, HAS_WEIGHTS=per_sample_weights is not None,
+        kernels.collection_kernel, (checked.num_bags, described.blocks), device, out, described.values, plan,
+        checked.indices, checked.offsets, checked.weights, checked.flags, len(weights), out.shape[0], total_dim,
+        checked.num_offsets, checked.indices.numel(), VARIANTS=described.variants,
+        HAS_WEIGHTS=per_sample_weights is not None,
         SKIPS=_skips(-1, device), ACC=_TRITON_TYPES[_accumulator(dtype)], CLAMP=_clamp(), num_warps=1,
     )  # fmt: skip
-    _check_collection(bags, weights, plan, out.shape[0])
+    _check_collection(checked, weights, plan, out.shape[0])
     return out
 
 

@@ -37,7 +37,7 @@ def _kernel(function: Any) -> Any:
     return triton.jit(function, do_not_specialize=[name for name in names if name in _VALUES])
 
 
-# A parameter a line, as the formatter has them, would be longer than what they are for.
+# With one parameter a line, as the formatter has it, the signatures would be longer than the kernels.
 # fmt: off
 @triton.jit
 def _bounds(bag, offsets, num_offsets, num_indices, bag_length, flags, HAS_OFFSETS, ZERO_START, CLAMP):
@@ -107,7 +107,7 @@ def _add(total, x, valid, weight, mode, HAS_WEIGHTS):
 
 @triton.jit
 def _starts_with_nan(table, indices, first, num_rows, row_stride, col_stride, column, width, CLAMP):
-    """Where a bag's first value is NaN: as in torch, it stays the maximum, and later ones are passed over."""
+    """Where a bag's first value is NaN: as in torch, this NaN stays the maximum, and a later NaN is passed over."""
     exists = first != NONE
     row = tl.load(indices + first, mask=exists, other=0).to(tl.int64)
     if CLAMP:

@@ -17,8 +17,8 @@ from safetensors.torch import load_file, save_file
 
 import recsys_kernels as rk
 from recsys_kernels import testing
-from recsys_kernels.backends import selection as _backends
-from recsys_kernels.ops.embedding_bag import autograd
+from recsys_kernels.backends import registry, selection
+from recsys_kernels.ops.embedding_bag.collection_autograd import embedding_bag_collection
 from recsys_kernels.ops.embedding_bag.reference import MAX, MEAN
 from recsys_kernels.testing import CollectionSample, assert_matches, expected_embedding_bag
 
@@ -69,7 +69,7 @@ def reference_gradients(sample: CollectionSample, grad: torch.Tensor) -> list[to
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_forward(implementation: str, dtype: torch.dtype) -> None:
-    run = _backends.implementation("embedding_bag_collection", torch.empty(0))
+    run = selection.implementation("embedding_bag_collection", torch.empty(0))
     for sample in testing.collection_samples(dtype):
         assert_matches(run(*sample.args), expected(sample))
 
@@ -81,10 +81,9 @@ def test_gradients(implementation: str, dtype: torch.dtype) -> None:
         weights = [w.detach().requires_grad_() for w in sample.weights]
         factors = sample.per_sample_weights
         factors = None if factors is None else factors.detach().requires_grad_()
-        _, scales, plan, indices, offsets, _, total_dim, out_dtype = sample.args
-        out = autograd.embedding_bag_collection(
-            weights, scales, plan, sample.features, indices, offsets, factors, total_dim, out_dtype
-        )
+        call = registry.operators["embedding_bag_collection"].unflat(sample.args)
+        tables, bags = call.tables._replace(weights=weights), call.bags._replace(per_sample_weights=factors)
+        out = embedding_bag_collection(tables, sample.features, bags, call.total_dim, call.dtype)
         grad = torch.randn(out.shape, generator=rng).to(out.dtype)
         actual = torch.autograd.grad(out, weights + ([] if factors is None else [factors]), grad)
         for number, (got, wanted) in enumerate(zip(actual, reference_gradients(sample, grad), strict=True)):

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from support import named
 
 import recsys_kernels as rk
+from recsys_kernels.backends.registry import native
 from recsys_kernels.ops.embedding_bag.reference import MODES
 from recsys_kernels.testing import assert_matches
 
@@ -199,6 +200,30 @@ def test_index_errors_are_caught_as_torchs_and_as_pythons(implementation: str) -
         for kind in (IndexError, RuntimeError):
             with named(number), pytest.raises(kind, match="index 6 at position 1 of indices is out of range"):
                 call()
+
+
+def test_compiled_graphs_raise_a_plain_index_error() -> None:
+    """A graph calls the native kernel without our Python, and C++ knows Python's own classes only."""
+    bag = rk.EmbeddingBag(6, 4)
+    compiled = torch.compile(bag, backend="aot_eager", fullgraph=True)
+    bad = torch.tensor([[1, 6]])
+    direct = functools.partial(torch.ops.recsys_kernels.embedding_bag, bag.weight, bad, None, None, 0, -1, False)
+    for call in (lambda: compiled(bad), direct):
+        with pytest.raises(IndexError, match="index 6 at position 1 of indices is out of range") as caught:
+            call()
+        assert isinstance(caught.value, RuntimeError) == (native.reason is not None)  # the reference is Python
+    with pytest.raises(RuntimeError, match="index 6 at position 1"):
+        bag(bad)
+
+
+def test_errors_of_a_backward_are_caught_as_torchs(implementation: str) -> None:
+    """Indices that were written to between forward and backward."""
+    bag, ids = rk.EmbeddingBag(6, 4, mode="sum"), torch.tensor([[1, 2]])
+    out = bag(ids)
+    ids.numpy()[0, 1] = 6  # torch does not count this write
+    with pytest.raises(RuntimeError, match="index 6 at position 1 of indices is out of range") as caught:
+        out.sum().backward()
+    assert isinstance(caught.value, IndexError)
 
 
 _SMALL = (torch.int8, torch.uint8, torch.int16, torch.bool)
