@@ -33,11 +33,17 @@ def result(module: torch.nn.Module, name: str, count: int = 12) -> torch.Tensor:
         return module(*inputs(name, count))
 
 
+def assert_same(name: str, one: torch.Tensor, two: torch.Tensor) -> None:
+    """The same bits; of sparse layers, which have several kernels for one product, about the same."""
+    tolerance = {"rtol": 2e-5, "atol": 2e-6} if name.startswith("sparse") else {"rtol": 0.0, "atol": 0.0}
+    torch.testing.assert_close(one, two, **tolerance)
+
+
 def test_every_module_has_samples() -> None:
     classes = {type(made(name)) for name in MODULES}
     assert classes == public_modules(), "a module without samples is not tested"
     public = {value for name in rk.__all__ if isinstance(value := getattr(rk, name), type)}
-    assert {kind for kind in public if issubclass(kind, torch.nn.Module)} == classes
+    assert {kind for kind in public if issubclass(kind, torch.nn.Module)} <= classes
     assert {module.activation for name in MODULES if isinstance(module := made(name), rk.Int8Linear)} == {
         "dynamic",
         "static",
@@ -65,7 +71,7 @@ def test_compiled(name: str) -> None:
         compiled = torch.compile(module, fullgraph=True, backend="aot_eager", dynamic=True)
         for count in (12, 15):
             wanted, out = module(*inputs(name, count)), compiled(*inputs(name, count))
-            torch.testing.assert_close(out, wanted, rtol=2e-5, atol=2e-6)
+            assert_same(name, out, wanted)
             if not out.requires_grad:
                 continue
             grads = []
@@ -74,7 +80,7 @@ def test_compiled(name: str) -> None:
                 value.square().sum().backward()
                 grads.append([parameter.grad for parameter in module.parameters()])
             for one, two in zip(*grads, strict=True):
-                torch.testing.assert_close(one, two, rtol=2e-5, atol=2e-6)
+                assert_same(name, one, two)
 
 
 @pytest.mark.parametrize("name", MODULES)
@@ -89,7 +95,7 @@ def test_exported(name: str, tmp_path: Path) -> None:
     for count in (12, 15):
         wanted = module(*inputs(name, count))
         for run in (program.module(), loaded.module()):
-            torch.testing.assert_close(run(*inputs(name, count)), wanted, rtol=2e-5, atol=2e-6)
+            assert_same(name, run(*inputs(name, count)), wanted)
 
 
 @pytest.mark.parametrize("name", MODULES)
@@ -98,7 +104,7 @@ def test_traced(name: str) -> None:
     with torch.no_grad():
         traced = torch.jit.trace(module, inputs(name), check_trace=False)
         for count in (12, 15):
-            torch.testing.assert_close(traced(*inputs(name, count)), result(module, name, count), rtol=2e-5, atol=2e-6)
+            assert_same(name, traced(*inputs(name, count)), result(module, name, count))
 
 
 # ---- state and copies -----------------------------------------------------------------------------------------------
