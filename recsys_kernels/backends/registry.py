@@ -220,6 +220,21 @@ def unflat(table: type[NamedTuple], args: tuple[Any, ...]) -> Any:
     return table(*fields)
 
 
+class ModuleSample(NamedTuple):
+    """A module as users make it, and calls of it.
+
+    Attributes:
+        name: says the class and the kind.
+        make: makes the module, with random weights.
+        inputs: from a number of rows, or of indices, 7 or more, to the arguments of a call. Only the length of the
+            first argument depends on the number.
+    """
+
+    name: str
+    make: Callable[[], torch.nn.Module]
+    inputs: Callable[[int], tuple[Any, ...]]
+
+
 class Facts(NamedTuple):
     """What a family adds to ``doctor``.
 
@@ -248,7 +263,8 @@ class Family:
         modules: the ``torch.nn.Module`` classes that users make, as ``".layer:Int8Linear"``.
         samples: a function without arguments that gives pairs of an operator's name and flat arguments: calls that
             opcheck and the conformance tests make.
-        module_samples: a function without arguments that gives pairs of a module and the arguments of a call.
+        module_samples: a function without arguments that gives a :class:`ModuleSample` of every module, in each of its
+            kinds: what the conformance tests run.
         facts: a function without arguments that gives :class:`Facts`.
         converters: modules that register how ``optimize`` replaces layers by those of this family.
         operators: by name; :meth:`define` adds to it.
