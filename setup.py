@@ -87,7 +87,7 @@ def toolkit_at(root: Path) -> Toolkit | None:
 
 
 def toolkit_roots() -> Iterator[Path]:
-    """Where a toolkit may be: pip's packages in the target environment, the PATH, the usual folders."""
+    """Yields folders that may hold a toolkit: pip's packages in the target environment, the PATH, the usual folders."""
     for folder in dict.fromkeys([sysconfig.get_paths()["purelib"], *sys.path]):
         yield from sorted(Path(folder).glob("nvidia/cu1[0-9]"), reverse=True)
     on_path = shutil.which("nvcc")

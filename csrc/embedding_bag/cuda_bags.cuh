@@ -59,7 +59,7 @@ struct Team {
 
   // The lane whose index is the group's row number `j`.
   __device__ __forceinline__ int source(int j) const { return lane - in_group + j; }
-  // Where the index of row number `j` stands behind the first of as many as the team has lanes: the groups
+  // Returns the position of the index of row number `j`, from the first index of the team's lanes. The groups
   // take turns, so that short bags keep all of them busy.
   __device__ __forceinline__ unsigned place(int j) const {
     return static_cast<unsigned>((j << log_split) + split);

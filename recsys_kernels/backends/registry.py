@@ -236,7 +236,7 @@ class ModuleSample(NamedTuple):
 
 
 class Facts(NamedTuple):
-    """What a family adds to ``doctor``.
+    """The lines and values that a family adds to ``doctor``.
 
     Attributes:
         values: entries of the dict that ``doctor`` returns.
@@ -487,7 +487,7 @@ class NativeLibrary:
             self._functions.rk_cuda_select_bounds_check(BOUNDS_CHECKS.index(mode))
 
     def take_fault(self, device: int) -> tuple[int, ...] | None:
-        """What the CUDA kernels of a device found since the last call; the caller has synchronized with them.
+        """The faults that CUDA kernels of a device found since the last call; the caller has synchronized with them.
 
         The six numbers mean what the family of the kernels says of them (see ``selection.register_faults``).
         """

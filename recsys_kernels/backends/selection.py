@@ -241,7 +241,7 @@ def backend(name: str) -> Iterator[None]:
 
 
 def bounds_mode() -> str:
-    """What GPU kernels do about wrong indices at present: one of BOUNDS_CHECKS."""
+    """The present treatment of wrong indices by GPU kernels: one of BOUNDS_CHECKS."""
     return _bounds_check
 
 

@@ -22,7 +22,7 @@ constexpr int few_tile = 4;     // rows of input that a group of lanes takes at 
 constexpr int lane_rows = 4;    // rows of the transposed input that a lane takes
 constexpr int least_group = 4;  // lanes
 
-// Where the kept weights are, and how they are stored.
+// The places of the kept weights and the form in which they are stored.
 struct Kept {
   const void *crow, *col;  // of 2:4 a byte for every eight columns, and no crow
   const char* values;
@@ -281,7 +281,8 @@ struct LaneSums {
     }
   }
 
-  // Of row `m` of four, whose zero point is at `zero`; the bits of an integer where it is one.
+  // Returns the result for row `m` of four, whose zero point is at `zero`. An integer is returned by its
+  // bits.
   __device__ __forceinline__ float result(int r, int m, const int32_t* zero) const {
     if constexpr (floats) {
       return sum[r][m];
@@ -453,7 +454,7 @@ __global__ void __launch_bounds__(sparse_lanes, Rows == 1 ? 4 : 3)
       const int64_t at = min(first_row + place + m, static_cast<int64_t>(a.m - 1));
 #pragma unroll
       for (int r = 0; r < Rows; ++r) {
-        // One more than there are columns: other banks.
+        // The stride is one more than the columns, so that rows start in different banks.
         results[(place + m) * (columns + 1) + group * Rows + r] = sums.result(r, m, a.row_zero + at);
       }
     }

@@ -95,8 +95,8 @@ struct SparseWeights {
   ElementType type;  // f32, f16, bf16 or i8
 };
 
-// The same by groups of 1 or 4 rows that share their cells: a word for every row of the group, the bits of
-// its weight.
+// Lists the same entries by groups of 1 or 4 rows that share their cells: one word for each row of the group,
+// with the bits of its weight.
 class SparseEntries {
  public:
   SparseEntries(const SparseWeights& w, bool exact) : group(w.rows % 4 == 0 ? 4 : 1), exact_(exact) {

@@ -115,7 +115,7 @@ class JobResult:
     seconds: dict[str, float]
 
     def title(self, name: str) -> str:
-        """What a reader sees for a model name."""
+        """The title that a reader sees for a model name."""
         return {BASELINE: BASELINE_TITLE, **{variant.name: variant.title for variant in VARIANTS}}[name]
 
     @property
