@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 
 import recsys_kernels as rk
-from recsys_kernels.backends import selection as _backends
+from recsys_kernels.backends import selection
 from recsys_kernels.backends.registry import ISA_LEVELS, native, operators
 from recsys_kernels.ops.embedding_bag.reference import MODES
 from recsys_kernels.testing import assert_matches
@@ -90,22 +90,22 @@ def test_errors_of_compiled_code_are_those_of_the_kernels() -> None:
 
 
 def test_backend_is_put_back() -> None:
-    assert _backends.chosen("embedding_bag", "cpu") == "cpu"
+    assert selection.chosen("embedding_bag", "cpu") == "cpu"
     with rk.backend("reference"):
-        assert _backends.chosen("embedding_bag", "cpu") == "reference"
+        assert selection.chosen("embedding_bag", "cpu") == "reference"
         with rk.backend("cpu"):
-            assert _backends.chosen("embedding_bag", "cpu") == "cpu"
-        assert _backends.chosen("embedding_bag", "cpu") == "reference"
+            assert selection.chosen("embedding_bag", "cpu") == "cpu"
+        assert selection.chosen("embedding_bag", "cpu") == "reference"
     with pytest.raises(ZeroDivisionError), rk.backend("reference"):
         raise ZeroDivisionError
-    assert _backends.chosen("embedding_bag", "cpu") == "cpu"
+    assert selection.chosen("embedding_bag", "cpu") == "cpu"
 
 
 def test_backend_holds_for_backward_in_other_threads() -> None:
     """autograd runs backward passes of CPU tensors on the calling thread, but not everybody calls from the first."""
     seen = []
     with rk.backend("reference"):
-        thread = threading.Thread(target=lambda: seen.append(_backends.chosen("embedding_bag", "cpu")))
+        thread = threading.Thread(target=lambda: seen.append(selection.chosen("embedding_bag", "cpu")))
         thread.start()
         thread.join()
     assert seen == ["reference"]
@@ -116,7 +116,7 @@ def test_backend_holds_for_backward_in_other_threads() -> None:
 def test_backend_that_cannot_run_says_why(name: str) -> None:
     with pytest.raises(RuntimeError, match=f"backend '{name}' cannot run here: .*(GPU|CUDA)"), rk.backend(name):
         pass
-    assert _backends.chosen("embedding_bag", "cpu") == "cpu"
+    assert selection.chosen("embedding_bag", "cpu") == "cpu"
 
 
 def test_unknown_backend() -> None:
@@ -163,9 +163,9 @@ _REPORT = """
 import torch
 torch.set_num_threads(1)
 import recsys_kernels as rk
-from recsys_kernels.backends import selection as _backends
+from recsys_kernels.backends import selection
 from recsys_kernels.backends.registry import native
-print(native.isa(), _backends.chosen("embedding_bag", "cpu"), native.reason, sep="|")
+print(native.isa(), selection.chosen("embedding_bag", "cpu"), native.reason, sep="|")
 """
 
 
@@ -246,12 +246,12 @@ import torch
 torch.set_num_threads(1)
 import recsys_kernels as rk
 assert rk.__file__.startswith(sys.argv[1]), rk.__file__
-from recsys_kernels.backends import selection as _backends
+from recsys_kernels.backends import selection
 from recsys_kernels import testing
 from recsys_kernels.backends.registry import native
 print("reason:", native.reason)
 assert native.reason is not None and native.isa() is None and native.isa_supported() is None
-assert _backends.chosen("embedding_bag", "cpu") == "reference"
+assert selection.chosen("embedding_bag", "cpu") == "reference"
 for sample in testing.embedding_bag_samples(torch.float32):
     testing.assert_matches(torch.ops.recsys_kernels.embedding_bag(*sample.args), testing.expected_embedding_bag(sample))
 bag = rk.EmbeddingBag(50, 9, mode="sum")
