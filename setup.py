@@ -66,7 +66,7 @@ class Toolkit(NamedTuple):
 
 
 def said_by(command: list[str]) -> str:
-    """What a program prints, or nothing when it can't be run."""
+    """The output of a program, or nothing when it can't be run."""
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout
     except (OSError, subprocess.CalledProcessError):
@@ -87,12 +87,12 @@ def toolkit_at(root: Path) -> Toolkit | None:
 
 
 def toolkit_roots() -> Iterator[Path]:
-    """Where a toolkit may be: pip's packages in the target environment, the PATH, the usual folders."""
+    """Yields folders that may hold a toolkit: pip's packages in the target environment, the PATH, the usual folders."""
     for folder in dict.fromkeys([sysconfig.get_paths()["purelib"], *sys.path]):
         yield from sorted(Path(folder).glob("nvidia/cu1[0-9]"), reverse=True)
     on_path = shutil.which("nvcc")
     if on_path:
-        # Not the folder of the file: it can be a script that calls the real one. What it would run names its root.
+        # The file can be a script that calls the real nvcc elsewhere. Its dry run names the toolkit's root.
         plan = subprocess.run([on_path, "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True).stderr
         top = re.search(r"^#\$ TOP=(.+)$", plan, re.MULTILINE)
         if top:
@@ -117,7 +117,7 @@ def kept_ptx(architectures: tuple[int, ...]) -> int:
 
 
 def nvcc_flags(architectures: tuple[int, ...]) -> list[str]:
-    """What every .cu file is compiled with, but for the folders of headers."""
+    """The options with which every .cu file is compiled, except for the folders of headers."""
     code = []
     for ptx, numbers in GPU_CODE.items():
         targets = [f"sm_{number}" for number in numbers if number in architectures]
@@ -174,7 +174,7 @@ def ninja_file(cxx: str, torch_dir: Path, target: Path, extra: list[str], cuda: 
     if sys.platform == "darwin":
         link = "-dynamiclib -undefined dynamic_lookup"
     else:
-        # Both of torch's libraries, used or not: through them a weak symbol of a CUDA torch is found, if there is one.
+        # Both of torch's libraries are linked, used or not: they lead the loader to a weak symbol of a CUDA torch.
         link = f"-shared {ninja_argument(f'-L{lib}')} -Wl,--no-as-needed -ltorch -ltorch_cpu -Wl,--exclude-libs,ALL"
     includes = " ".join([ninja_argument(f"-I{ROOT / 'csrc'}"), "-isystem", ninja_argument(str(torch_dir / "include"))])
     common = [f"-DRK_HIGHEST_ISA={len(levels()) - 1}"]
@@ -221,7 +221,7 @@ def ninja_file(cxx: str, torch_dir: Path, target: Path, extra: list[str], cuda: 
             lines.extend([f"build {out}: cxx {ninja_path(source)}", f"  flags = {flags}"])
         objects.append(out)
 
-    # First what takes longest.
+    # The sources that take longest come first.
     for source in sorted((ROOT / "csrc").rglob("*.cu")) if cuda else ():
         add(source)
     for source in sorted((ROOT / "csrc").rglob("*.cpp")):
@@ -286,7 +286,7 @@ class BuildNative(build_ext):
         target.parent.mkdir(parents=True, exist_ok=True)
         work = Path(self.build_temp).resolve() / ("sanitize" if self.sanitize else "native")
         work.mkdir(parents=True, exist_ok=True)
-        # Optimized, the instrumented kernels take 95 s to compile instead of 15.
+        # With optimization the instrumented kernels take 95 s to compile instead of 15.
         sanitizers = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-Og", "-g1"]
         extra = sanitizers if self.sanitize else []
         cuda = self.toolkit()
@@ -343,7 +343,7 @@ def files(*suffixes: str) -> list[str]:
 
 
 def build_requirements() -> list[str]:
-    """What pip has to download before it can build; says so, since pip itself shows nothing of it without ``-v``."""
+    """The packages that pip must download before it can build. Prints them, since pip shows them only with ``-v``."""
     if not builds_kernels() or torch_root() is not None:
         return []
     print(
@@ -361,10 +361,10 @@ def main() -> None:
         # The sources are named for the sdist; BuildNative compiles them in its own way.
         ext_modules=[Extension("recsys_kernels._C", sources=files(".cpp", ".cu"), depends=files(".h", ".cuh"))],
         cmdclass={"build_ext": BuildNative, "bdist_wheel": PlatformWheel},
-        # Only asked for when the target environment has no torch; brings one into the build.
+        # The build asks for torch only when the target environment has none.
         setup_requires=build_requirements(),
     )
 
 
-if __name__ == "__main__":  # tests import this file for its parts
+if __name__ == "__main__":  # the tests import this file to test its functions
     main()

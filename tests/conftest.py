@@ -1,4 +1,4 @@
-"""What the tests share: every implementation that this machine can run, and a check that all of them were built."""
+"""Fixtures that the tests share, for every implementation of this machine, and a check that all of them were built."""
 
 import importlib.util
 import os
@@ -13,7 +13,7 @@ import recsys_kernels as rk
 from recsys_kernels.backends.registry import native
 
 HERE = Path(__file__).parent
-# What takes longest comes first, so that no process is left with it in the end.
+# The slowest files come first, so that no process runs one alone at the end.
 FIRST = (
     "test_simt.py",
     "gpu/test_cuda_code.py",
@@ -26,11 +26,11 @@ IMPLEMENTATIONS = ("reference", *isa_levels())
 
 
 def pytest_configure() -> None:
-    # Not needed by the tests that run on a GPU's machine.
+    # The tests that run on a machine with a GPU do not need hypothesis.
     if importlib.util.find_spec("hypothesis") is not None:
         from hypothesis import settings
 
-        # The examples are the same in every run, so that a failure is somebody's and not chance's.
+        # The examples are the same in every run, so that a failure comes from a change and not from chance.
         settings.register_profile("default", max_examples=1050, deadline=None, derandomize=True, database=None)
         settings.register_profile("sanitize", max_examples=150, deadline=None, derandomize=True, database=None)
         settings.load_profile("default")
@@ -51,7 +51,7 @@ def _native_library_is_there() -> None:
 
 @pytest.fixture(params=isa_levels())
 def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Every instruction-set level, in use for the time of a test."""
+    """Sets each instruction-set level in turn for the time of a test."""
     before = native.isa()
     assert before is not None
     native.select_isa(request.param)
@@ -61,7 +61,7 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
 
 @pytest.fixture(params=IMPLEMENTATIONS)
 def implementation(request: pytest.FixtureRequest) -> Iterator[str]:
-    """The reference, and the native kernels at every instruction-set level, in use for the time of a test."""
+    """Selects the reference, then the native kernels at every instruction-set level, for the time of a test."""
     if request.param == "reference":
         with rk.backend("reference"):
             yield request.param
@@ -76,7 +76,7 @@ def implementation(request: pytest.FixtureRequest) -> Iterator[str]:
 
 @pytest.fixture
 def one_thread() -> Iterator[None]:
-    """For tests of small calls: the reference's many small steps wait for busy cores otherwise."""
+    """Runs a test of small calls on one thread: otherwise the reference's many small steps wait for busy cores."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 import recsys_kernels as rk
 from recsys_kernels import testing
-from recsys_kernels.backends import selection as _backends
+from recsys_kernels.backends import selection
 
 DTYPES = testing.FLOAT_DTYPES[:3]
 PATTERNS = testing.SPARSE_PATTERNS
@@ -25,11 +25,11 @@ FUNCTIONS: dict[str | None, Any] = {
 
 
 def pack(*args: Any) -> torch.Tensor:
-    return _backends.implementation("sparse_pack", args[0])(*args)
+    return selection.implementation("sparse_pack", args[0])(*args)
 
 
 def run_packed(*args: Any) -> torch.Tensor:
-    return _backends.implementation("sparse_packed", args[0])(*args)
+    return selection.implementation("sparse_packed", args[0])(*args)
 
 
 def float_layer(in_features: int = 41, out_features: int = 22, bias: bool = True, **options: Any) -> torch.nn.Linear:

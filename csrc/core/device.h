@@ -1,4 +1,4 @@
-// Where tensors are.
+// Checks of the devices of tensors.
 #pragma once
 
 #include <string>
@@ -27,7 +27,7 @@ inline void check_device(const Tensor& t, const Tensor& first, const char* name)
   }
 }
 
-// The same, with a message that names the first one.
+// Makes the same check, with a message that names the first tensor.
 inline void check_device(const Tensor& t, const Tensor& first, const char* name, const char* name_of_first) {
   if (!same_device(t, first)) {
     raise<std::runtime_error>(name, " must be on the device of ", name_of_first, " (", device_name(first),

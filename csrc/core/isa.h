@@ -1,5 +1,5 @@
-// Which instruction-set level the kernels run at. Detected once; may be lowered, never raised above the
-// machine.
+// The instruction-set level of the kernels. It is detected once; it may be lowered, but never raised above
+// the machine.
 #pragma once
 
 namespace rk {

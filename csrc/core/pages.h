@@ -15,7 +15,7 @@ inline void advise_huge_pages([[maybe_unused]] void* data, [[maybe_unused]] int6
   const uintptr_t address = reinterpret_cast<uintptr_t>(data);
   const uintptr_t begin = (address + page - 1) / page * page;
   const uintptr_t end = (address + static_cast<uintptr_t>(bytes)) / page * page;
-  // Where the system refuses, nothing is lost.
+  // If the system refuses, the program works all the same.
   if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
 #endif
 }

@@ -1,4 +1,4 @@
-// What the operators need to know of a tensor, checked once, with messages that name the argument.
+// The facts about a tensor that the operators need, checked once, with messages that name the argument.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>

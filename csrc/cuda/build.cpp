@@ -1,5 +1,5 @@
-// What the CUDA part of this library was built with and for. recsys_kernels/backends/registry.py compares it with the
-// machine.
+// The toolkit and the GPUs for which the CUDA part was built. recsys_kernels/backends/registry.py compares
+// them with the machine.
 #ifndef RK_CUDA_RELEASE  // no CUDA toolkit at build time
 #define RK_CUDA_RELEASE 0
 #define RK_CUDA_ARCHITECTURES

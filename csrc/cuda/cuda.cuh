@@ -11,8 +11,8 @@
 
 #include "simt.h"  // the emulation's threadIdx, __shfl_sync, atomicAdd, cudaGetLastError and so on
 
-// Where operators register: STABLE_TORCH_LIBRARY_IMPL(RK_LIBRARY, RK_DEVICE_KEY, m). The emulated ones have a
-// library of their own, and their tensors are on the CPU.
+// The library in which operators register: STABLE_TORCH_LIBRARY_IMPL(RK_LIBRARY, RK_DEVICE_KEY, m). The
+// emulated ones have a library of their own, and their tensors are on the CPU.
 #define RK_LIBRARY recsys_kernels_simt
 #define RK_DEVICE_KEY CPU
 

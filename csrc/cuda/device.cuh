@@ -1,4 +1,4 @@
-// What the GPU kernels share: numbers, loads by width, sums over groups of lanes.
+// Helpers that the GPU kernels share: numbers, loads by width, sums over groups of lanes.
 #pragma once
 
 #include <cstring>
@@ -22,7 +22,7 @@ __device__ __forceinline__ To bits_as(const From& from) {
   return to;
 }
 
-// The same value, but the compiler does not know that. A test of the value stays where it is; otherwise loops
+// Returns its argument unknown to the compiler. A test of the value stays in its place; otherwise loops
 // would be copied for each of its outcomes.
 __device__ __forceinline__ int opaque(int x) {
 #if !defined(RK_SIMT)
@@ -31,7 +31,8 @@ __device__ __forceinline__ int opaque(int x) {
   return x;
 }
 
-// The same for a pointer, which is then kept in registers and not computed anew for every use.
+// Returns its pointer unknown to the compiler, which then keeps the pointer in registers instead of computing
+// it anew.
 __device__ __forceinline__ const char* opaque(const char* p) {
 #if !defined(RK_SIMT)
   asm volatile("" : "+l"(p));
@@ -39,7 +40,7 @@ __device__ __forceinline__ const char* opaque(const char* p) {
   return p;
 }
 
-// The same pointer; the compiler then knows that it points to global memory.
+// Returns its pointer and tells the compiler that the pointer is into global memory.
 __device__ __forceinline__ char* in_global(char* p) {
 #if !defined(RK_SIMT)
   __builtin_assume(__isGlobal(p));

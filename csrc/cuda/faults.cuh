@@ -6,7 +6,7 @@
 
 namespace rk {
 
-// What kernels do with a wrong index. In no mode anything outside of the arguments is read.
+// The ways in which kernels treat a wrong index. No mode reads memory outside the arguments.
 enum class BoundsCheck : int32_t {
   raise,   // count it as absent and write it down
   clamp,   // take the nearest row
@@ -28,7 +28,7 @@ struct FaultRecord {
   int64_t fault[6];
 };
 
-// What a kernel needs to know. `record` is null unless the mode is raise.
+// The values that a kernel needs to check bounds. `record` is null unless the mode is raise.
 struct Bounds {
   FaultRecord* record;
   BoundsCheck mode;

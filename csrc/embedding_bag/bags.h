@@ -227,7 +227,8 @@ class Lookahead {
   alignas(64) const uint8_t* pair_[capacity];
 };
 
-// What the stored elements of the row at `pos` are multiplied with; adds to `sum` what all its elements get.
+// Returns the factor for the stored elements of the row at `pos`; adds the row's weighted scale and bias to
+// `sum`.
 template <ElementType T>
 inline float row_factor(const Lookahead& ahead, const Bags& b, int64_t pos, simd::ScaleBias& sum) {
   const bool weighted = b.weights != nullptr;

@@ -56,7 +56,7 @@ __global__ void __launch_bounds__(block_lanes) mean_kernel(const __grid_constant
     Range range{0, 0};
     if (bag < b.num_bags) range = bag_range(b, bag, false, a.bounds);
     uint32_t count = 0;
-    // What is left is counted down: positions of a team that is done could go round beyond 2^32.
+    // The loop counts the remaining rows down: the position of a finished team could wrap around at 2^32.
     uint32_t position = range.begin + static_cast<uint32_t>(team.in_group);
     for (uint32_t left = range.end - range.begin; any_lane(left > 0);
          left = less(left, team.team), position += static_cast<uint32_t>(team.team)) {

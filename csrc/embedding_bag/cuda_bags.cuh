@@ -37,7 +37,7 @@ __host__ __device__ constexpr int log_group(uint32_t row_bytes, int share_bytes)
   return log;
 }
 
-// Which lanes of a warp do what. 2^log_split groups of 2^log_group lanes make the team of a bag: each group
+// The division of a warp's lanes. 2^log_split groups of 2^log_group lanes make the team of a bag: each group
 // adds up rows of its own, and the groups' sums are added last.
 struct Team {
   int lane;      // of the warp
@@ -59,7 +59,7 @@ struct Team {
 
   // The lane whose index is the group's row number `j`.
   __device__ __forceinline__ int source(int j) const { return lane - in_group + j; }
-  // Where the index of row number `j` stands behind the first of as many as the team has lanes: the groups
+  // Returns the position of the index of row number `j`, from the first index of the team's lanes. The groups
   // take turns, so that short bags keep all of them busy.
   __device__ __forceinline__ unsigned place(int j) const {
     return static_cast<unsigned>((j << log_split) + split);
@@ -119,7 +119,7 @@ __device__ __forceinline__ Range bag_range(const Bags& b, int64_t bag, bool zero
   return {static_cast<uint32_t>(begin), static_cast<uint32_t>(end)};
 }
 
-// What a wrong index belongs to, for the message.
+// The feature that a wrong index belongs to, for the message.
 struct Origin {
   int32_t feature;  // -1: a single table
   int32_t table;

@@ -13,7 +13,7 @@ namespace rk {
 
 constexpr int tables_in_launch = 64;
 
-// What a launch of the pooling kernels reads, within the 4 KB that arguments may take.
+// The arguments of a launch of the pooling kernels, within the 4 KB that arguments may take.
 struct PoolArguments {
   DeviceTable tables[tables_in_launch];
   Bags bags;  // of all features: num_bags is batch * features
@@ -36,7 +36,7 @@ struct PoolArguments {
 
 static_assert(sizeof(PoolArguments) <= 4096, "what a kernel may take");
 
-// What one feature reads and writes.
+// The inputs and outputs of one feature.
 struct Feature {
   ElementType type;
   int32_t dim;
@@ -172,7 +172,7 @@ struct Pooler {
     });
   }
 
-  // What the group's row number `j` is multiplied with. What lies behind the group is another bag's, and may
+  // Returns the factor of the group's row number `j`. Rows behind the group belong to another bag, and may
   // be infinite.
   __device__ __forceinline__ Sum scale_of(int j, const Looked<Sum>& own) const {
     const Sum scale = __shfl_sync(all_lanes, own.scale, team.source(j));
@@ -204,7 +204,7 @@ struct Pooler {
     }
   }
 
-  // Where the first of the team's lanes with `found` has its index, behind the team's first.
+  // Returns the position, from the team's first index, of the first index whose lane has `found`.
   __device__ __forceinline__ unsigned first_place(bool found) const {
     unsigned at = found ? team.place(team.in_group) : unsigned{warp_lanes};
     for (int lanes = 1; lanes < team.team; lanes <<= 1) {
@@ -346,7 +346,7 @@ struct Pooler {
   }
 };
 
-// What a warp does for a feature.
+// Pools the bags of one feature in a warp.
 template <Does D, typename Share>
 __device__ __forceinline__ void pool_tiles(const PoolArguments& a, const DeviceTable& table,
                                            const Feature& feature, const Share& share) {

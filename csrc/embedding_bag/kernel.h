@@ -41,7 +41,8 @@ struct Bags {
   Pooling pooling;
 };
 
-// Where bag `bag` begins and bag `bag - 1` ends. Static: an inline function would be a weak symbol.
+// Returns where bag `bag` begins and bag `bag - 1` ends. It is static, as an inline function would be a weak
+// symbol.
 static inline int64_t offset_at(const Bags& b, int64_t bag) {
   if (b.offsets == nullptr) return bag * b.bag_length;
   if (bag == b.num_bags && !b.has_last_offset) return b.num_indices;

@@ -95,7 +95,7 @@ struct Place {
   int64_t bag;
 };
 
-// Where the work reaches `target` lines; `start` holds the lines before each job.
+// Finds the place where the work reaches `target` lines; `start` holds the lines before each job.
 Place place_at(const std::vector<Job>& jobs, const std::vector<int64_t>& start, int64_t target) {
   const size_t j =
       static_cast<size_t>(std::upper_bound(start.begin(), start.end(), target) - start.begin()) - 1;

@@ -156,8 +156,8 @@ struct Sharing {
   int log_split;  // log2 of the groups that share a bag
   bool one_row;   // bags have one row at most, mostly, so that a group takes several
 
-  // As many bags as fill a GPU take a group each, or less. With fewer, groups share bags as long as each has
-  // four rows to read at once.
+  // If the bags fill a GPU, each bag takes one group or less. With fewer bags, groups share a bag as long as
+  // each group has four rows to read at once.
   Sharing(int64_t bags, int64_t indices, int log_group) : log_split(0), one_row(false) {
     if (bags << log_group >= many_lanes) {
       one_row = indices <= bags;
@@ -274,7 +274,7 @@ std::tuple<Tensor, Tensor> embedding_bag_max(const rk::EmbeddingBagMax& o) {
 
 // ---- many tables ----
 
-// What the plan says of the tables is known to the device only: features that do not fit are found there.
+// Only the device knows the plan's values for the tables, so the kernels find features that do not fit.
 std::vector<DeviceTable> collection_tables(const std::vector<Tensor>& weights,
                                            const std::vector<Tensor>& scale_bias, const Tensor& first,
                                            ElementType out_type, std::vector<Tensor>& rows) {
@@ -473,7 +473,7 @@ Tensor embedding_bag_backward(const rk::EmbeddingBagBackward& o) {
   k.keys = keys.data_ptr();
   k.bag_of = static_cast<uint32_t*>(bag_of.data_ptr());
   with_sum(source.type, [&](auto sum) {
-    // Also without indices: it checks the offsets.
+    // The kernel runs even without indices, since it checks the offsets.
     RK_LAUNCH(rk::keys_kernel<decltype(sum)>, grid_of(blocks_for(std::max<int64_t>(count, 1), 32), 1, 1),
               dim3(rk::block_lanes), 0, device.stream, k);
   });

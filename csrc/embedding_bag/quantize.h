@@ -63,7 +63,7 @@ void quantize_row(const float* __restrict x, int64_t dim, RowRange range, int bi
                   uint8_t* scale_bias) {
   const float levels = bits == 8 ? 255.0f : 15.0f;
   uint16_t half[2];
-  // Where a row has zeros of both signs, the least of them may be either one. Adding zero removes the sign.
+  // If a row has zeros of both signs, its minimum may be either zero. Adding zero removes the sign.
   half[1] = round_half_towards(range.low + 0.0f, -1);
   const float bias = simd::f16_to_float(half[1]);
   half[0] = round_half_towards(((range.high + 0.0f) - bias) / levels, +1);

@@ -44,8 +44,8 @@ struct LinearDevice {
   }
 };
 
-// The same matrix, or a copy if its rows have gaps between their elements, or are far apart: kernels count in
-// 32 bits within a tile.
+// Returns the matrix, or a copy if its rows have gaps between their elements or are far apart: kernels count
+// in 32 bits within a tile.
 inline Tensor near_columns(const Tensor& t) {
   constexpr int64_t far = int64_t{1} << 25;
   const bool near = (t.stride(1) == 1 || t.size(1) <= 1) && t.stride(0) < far;

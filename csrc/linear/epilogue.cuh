@@ -1,4 +1,4 @@
-// What becomes of a product of a linear layer on GPUs: bias, activation function, result.
+// The steps after a product of a linear layer on GPUs: bias, activation function, result.
 #pragma once
 
 #include "cuda/floats.cuh"
@@ -22,7 +22,7 @@ __device__ __forceinline__ float activated(float y, Epilogue epilogue) {
   }
 }
 
-// What becomes of a product, and where it goes.
+// The steps after a product, and the place of the result.
 struct Finish {
   const void* bias;  // null: none
   ElementType bias_type;

@@ -35,7 +35,7 @@ inline Tensor contiguous_of(const Tensor& t) { return t.is_contiguous() ? t : to
 #define RK_LAYER(X) \
   X(OptionalTensor, bias) X(OptionalTensor, input_qparams) X(int64_t, scheme) X(int64_t, activation)
 
-// What RK_LAYER says, checked but for what is in the tensors, which may be on a GPU.
+// The operands of RK_LAYER. Everything is checked except the tensors' values, which may be on a GPU.
 struct LayerArguments {
   OptionalTensor bias, qparams;
   Scheme scheme;

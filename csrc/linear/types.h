@@ -1,4 +1,4 @@
-// What the linear operators say of activations and results: raw pointers and numbers; nothing of torch.
+// Types for the activations and results of the linear operators: raw pointers and numbers, without torch.
 #pragma once
 
 #include <cstdint>

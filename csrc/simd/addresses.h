@@ -30,7 +30,7 @@ inline bool row_addresses(const Index* indices, uint64_t num_rows, int64_t exclu
   for (int k = 0; k < 8; ++k) {
     const int64_t index = indices[k];
     good &= static_cast<uint64_t>(index) < num_rows && index != excluded;
-    // As integers: the address of a row that does not exist is no pointer.
+    // The address is computed with integers: C++ allows no pointer to a row that does not exist.
     out[k] = reinterpret_cast<const uint8_t*>(reinterpret_cast<uintptr_t>(rows) +
                                               static_cast<uintptr_t>(index) * static_cast<uintptr_t>(stride));
   }

@@ -106,7 +106,7 @@ inline void store_f16(void* p, vf x, int n) {
 inline void store_bf16(void* p, vf x, int n) {
   uint16_t h[lanes];
 #if defined(__AVX512F__)
-  // As float_to_bf16.
+  // The rounding is that of float_to_bf16.
   const vi u = bits_i(x), high = _mm512_srli_epi32(u, 16);
   const vi odd = _mm512_and_si512(high, _mm512_set1_epi32(1));
   const vi rounded = _mm512_srli_epi32(add_i(u, add_i(odd, _mm512_set1_epi32(0x7fff))), 16);
@@ -160,7 +160,7 @@ inline void store_f32(float* p, vf x, int n) {
 
 // ---- four numbers ----
 
-// As words, or as floats. Whatever their type, 16 bytes may be read.
+// Loads four words or four floats. For every type, 16 bytes must be readable.
 #if defined(__AVX2__)
 inline Quad quad_words(const void* p) { return quad(_mm_loadu_si128(static_cast<const __m128i*>(p))); }
 inline Quad quad_f16(const void* p) {

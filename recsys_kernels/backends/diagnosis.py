@@ -1,4 +1,4 @@
-"""What this machine has, and what each operator will run on."""
+"""The ``doctor``: lists the abilities of this machine and the backend of each operator."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def doctor() -> dict[str, Any]:
         layer runs as a dense one on the CPU, with up to 8 rows of input and with more (0.0: never). For int8 products
         this is the share of fours of columns that are all zero, as four columns are multiplied together.
     """
-    from .. import __version__  # which is there once the package has been imported
+    from .. import __version__  # the module exists once the package has been imported
 
     release = native.cuda_release()
     facts: dict[str, Any] = {

@@ -87,7 +87,7 @@ def schema_of(name: str, table: type[NamedTuple], returns: str) -> str:
 
 @cache
 def _layout(table: type[NamedTuple]) -> tuple[tuple[type[NamedTuple] | None, int], ...]:
-    """Of every field of a table: the nested table or None, and how many flat arguments the field stands for."""
+    """Returns for every field of a table the nested table or None, and how many flat arguments the field stands for."""
     hints = typing.get_type_hints(table, include_extras=True).values()
     return tuple((hint, len(operand_types(hint))) if _is_table(hint) else (None, 1) for hint in hints)
 
@@ -149,7 +149,7 @@ class Operator:
 
     @cached_property
     def schema(self) -> str:
-        """As ``torch.library.Library.define`` takes it."""
+        """The schema, as ``torch.library.Library.define`` takes it."""
         return schema_of(self.name, self.operands, self.returns)
 
     @cached_property
@@ -220,8 +220,23 @@ def unflat(table: type[NamedTuple], args: tuple[Any, ...]) -> Any:
     return table(*fields)
 
 
+class ModuleSample(NamedTuple):
+    """A module as users make it, and calls of it.
+
+    Attributes:
+        name: says the class and the kind.
+        make: makes the module, with random weights.
+        inputs: from a number of rows, or of indices, 7 or more, to the arguments of a call. Only the length of the
+            first argument depends on the number.
+    """
+
+    name: str
+    make: Callable[[], torch.nn.Module]
+    inputs: Callable[[int], tuple[Any, ...]]
+
+
 class Facts(NamedTuple):
-    """What a family adds to ``doctor``.
+    """The lines and values that a family adds to ``doctor``.
 
     Attributes:
         values: entries of the dict that ``doctor`` returns.
@@ -248,7 +263,8 @@ class Family:
         modules: the ``torch.nn.Module`` classes that users make, as ``".layer:Int8Linear"``.
         samples: a function without arguments that gives pairs of an operator's name and flat arguments: calls that
             opcheck and the conformance tests make.
-        module_samples: a function without arguments that gives pairs of a module and the arguments of a call.
+        module_samples: a function without arguments that gives a :class:`ModuleSample` of every module, in each of its
+            kinds: what the conformance tests run.
         facts: a function without arguments that gives :class:`Facts`.
         converters: modules that register how ``optimize`` replaces layers by those of this family.
         operators: by name; :meth:`define` adds to it.
@@ -265,7 +281,7 @@ class Family:
     operators: dict[str, Operator] = field(default_factory=dict)
 
     def resolve(self, name: str) -> Any:
-        """What one of the names above stands for, imported."""
+        """Imports the object that one of the names above stands for."""
         module, _, attribute = name.partition(":")
         found = import_module(module, self.package)
         return getattr(found, attribute) if attribute else found
@@ -349,7 +365,7 @@ def _truncated(path: Path) -> bool:
     with path.open("rb") as file:
         header = file.read(64)
     if len(header) < 64 or not header.startswith(b"\x7fELF\x02\x01"):
-        return False  # not such a file: the loader says what is wrong with it
+        return False  # the file is no such ELF file: the loader says what is wrong with it
     (offset,) = struct.unpack_from("<q", header, 0x28)
     size, count = struct.unpack_from("<HH", header, 0x3A)
     return bool(offset + size * count > path.stat().st_size)
@@ -372,7 +388,7 @@ def _why_not_built(here: Path) -> str:
 
 
 def driver_release() -> tuple[int, int] | None:
-    """The newest CUDA release that this machine's GPU driver serves, or None without a driver. Wakes no GPU."""
+    """The newest CUDA release that this machine's GPU driver serves, or None without a driver. It wakes no GPU."""
     try:
         driver = ctypes.CDLL("libcuda.so.1")
     except OSError:
@@ -471,7 +487,7 @@ class NativeLibrary:
             self._functions.rk_cuda_select_bounds_check(BOUNDS_CHECKS.index(mode))
 
     def take_fault(self, device: int) -> tuple[int, ...] | None:
-        """What the CUDA kernels of a device found since the last call; the caller has synchronized with them.
+        """The faults that CUDA kernels of a device found since the last call; the caller has synchronized with them.
 
         The six numbers mean what the family of the kernels says of them (see ``selection.register_faults``).
         """

@@ -23,7 +23,7 @@ _DEVICES = {"reference": None, "cpu": "cpu", "triton": "cuda", "cuda": "cuda"}
 _forced: str | None = None
 _bounds_check = "raise"
 _fault_error: Callable[[tuple[int, ...]], Exception] | None = None
-_cuda_operators: set[str] = set()  # whose CUDA tensors the library's own kernels serve
+_cuda_operators: set[str] = set()  # names of the operators whose CUDA tensors the library's own kernels serve
 
 
 def register_faults(error: Callable[[tuple[int, ...]], Exception]) -> None:
@@ -57,7 +57,7 @@ def _leave_unserved_gpus() -> None:
 
 
 def _serve_without_library(name: str, built: bool) -> None:
-    """CUDA tensors get Triton's kernel, or the reference; `built`: in the place of a kernel that the library has."""
+    """Gives CUDA tensors Triton's kernel or the reference; with `built` it replaces a kernel that the library has."""
     operator = operators[name]
     if operator.has_triton and _triton_reason() is None:
         kernel = _when_called(operator)
@@ -66,7 +66,7 @@ def _serve_without_library(name: str, built: bool) -> None:
     else:
         return
     with warnings.catch_warnings():
-        # torch says that this takes a kernel's place, which is what it is for.
+        # torch warns that the registration replaces a kernel; replacing the kernel is the intention.
         warnings.simplefilter("ignore")
         library.impl(name, kernel, "CUDA")
 
@@ -96,7 +96,7 @@ def _release(version: tuple[int, int]) -> str:
 
 
 def _cuda_reason() -> str | None:
-    """Why the CUDA C++ kernels serve no tensor of this torch, or None. Asks the driver for no more than its version."""
+    """Why the CUDA C++ kernels serve no tensor of this torch, or None. Asks the driver for its version only."""
     built = native.cuda_release()
     if native.reason is not None:
         return f"the native library is missing: {native.reason}"
@@ -146,7 +146,7 @@ def why_not(backend: str) -> str | None:
 
 
 def implementation(name: str, tensor: torch.Tensor) -> Callable[..., Any]:
-    """The implementation of an operator for tensors where ``tensor`` is: the dispatcher, or the backend asked for."""
+    """The implementation of an operator for the device of ``tensor``: the dispatcher, or the chosen backend."""
     if _forced is None:
         return dispatched[name]
     device = tensor.device
@@ -171,7 +171,7 @@ def _has_own(name: str, backend: str) -> bool:
 
 
 def without_wrapper(operator: Any) -> Callable[..., Any]:
-    """What an operator of the dispatcher calls, without torch's Python function around it (0.25 us a call)."""
+    """The function that an operator of the dispatcher calls. torch's Python wrapper would add 0.25 us a call."""
     return getattr(operator, "_op", operator)
 
 
@@ -196,7 +196,7 @@ def chosen(name: str, device_type: str) -> str:
 
 
 def check(backend: str) -> None:
-    """ValueError for a backend that does not exist, RuntimeError for one that cannot run here."""
+    """Raises ValueError for a backend that does not exist, and RuntimeError for a backend that cannot run here."""
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, but is {backend!r}")
     reason = why_not(backend)
@@ -221,7 +221,7 @@ def force(name: str | None) -> None:
 def backend(name: str) -> Iterator[None]:
     """Runs every operator on one backend for the time of a ``with`` block.
 
-    Holds for the whole process, like ``torch.set_num_threads``. The environment variable
+    The choice holds for the whole process, like ``torch.set_num_threads``. The environment variable
     ``RECSYS_KERNELS_BACKEND`` does the same for the life of a process.
 
     Args:
@@ -241,7 +241,7 @@ def backend(name: str) -> Iterator[None]:
 
 
 def bounds_mode() -> str:
-    """What GPU kernels do about wrong indices at present: one of BOUNDS_CHECKS."""
+    """The present treatment of wrong indices by GPU kernels: one of BOUNDS_CHECKS."""
     return _bounds_check
 
 
@@ -249,8 +249,8 @@ def bounds_mode() -> str:
 def bounds_check(mode: str) -> Iterator[None]:
     """Chooses what operators on a GPU do about wrong indices and offsets, for the time of a ``with`` block.
 
-    No mode reads or writes memory that is not an argument's. Holds for the whole process, and for the gradient's
-    operators if they, too, run within the block. On the CPU what is wrong always raises.
+    No mode reads or writes memory that is not an argument's. It holds for the whole process, and for the gradient's
+    operators if they, too, run within the block. On the CPU a wrong index always raises.
 
     Args:
         mode: ``"raise"`` (the default): a wrong index is an error. Triton's operators wait for their kernel and raise

@@ -1,6 +1,6 @@
 """Data sets for ranking models: MovieLens in its published layouts, and Criteo click logs.
 
-The readers (`recsys_kernels.data.load`) need the extra `demo`; what a served model needs is light.
+The readers (`recsys_kernels.data.load`) need the extra `demo`; a served model needs none of its packages.
 """
 
 from .errors import DataError

@@ -79,7 +79,7 @@ def _collect(
         dense.append(frame[INTEGERS].to_numpy(np.float32))
         for name in CATEGORIES:
             known = numbers[name]
-            # Only a chunk's distinct values pass through Python.
+            # Python handles only the distinct values of a chunk.
             chunk = [known.setdefault(str(value), len(known)) for value in frame[name].cat.categories]
             place = np.array(chunk, np.int32)
             codes[name].append(place[frame[name].cat.codes.to_numpy()])

@@ -13,7 +13,7 @@ UNKNOWN = 0  # row of every table for ids that training never saw
 
 
 class Batch(NamedTuple):
-    """What a model reads.
+    """The inputs of a model, and the labels.
 
     dense: float32 [B, number of dense features]; indices: int64 [N]; offsets: int64 [F * B + 1],
     feature-major (all bags of the first feature, then of the second ...); labels: float32 [B].
@@ -45,7 +45,7 @@ class Vocabulary:
         return np.fromiter((self.row(token) for token in tokens), np.int64)
 
 
-# Standardized values beyond this are cut also where no range is known: further out float32 products overflow.
+# Standardized values beyond this limit are cut even if no range is known: larger values overflow float32 products.
 _FARTHEST = 1e6
 # The range of a dense feature leaves out this share of the training rows at each end.
 _TAIL = 0.005
@@ -90,11 +90,11 @@ class DenseFeature:
         low, high = (float(end) for end in np.quantile(values, (_TAIL, 1 - _TAIL)))
         values = np.clip(values, low, high)
         mean, std = float(values.mean()), float(values.std())
-        constant = std <= 1e-9 * max(1.0, abs(mean))  # what is left are rounding errors
+        constant = std <= 1e-9 * max(1.0, abs(mean))  # such a small deviation is rounding error
         return replace(self, mean=mean, std=1.0 if constant else std, low=low, high=high)
 
     def to_json(self) -> dict[str, Any]:
-        """Plain JSON values; what is not known is left out."""
+        """Plain JSON values; unknown values are left out."""
         optional = {"low": self.low, "high": self.high, "minimum": self.minimum}
         known = {name: value for name, value in optional.items() if value is not None}
         return {"name": self.name, "log": self.log, "mean": self.mean, "std": self.std, **known}
@@ -107,7 +107,7 @@ class DenseFeature:
 
 @dataclass
 class Schema:
-    """How raw fields become a `Batch`: everything a server needs besides the weights.
+    """The rules by which raw fields become a `Batch`: everything that a server needs besides the weights.
 
     Attributes:
         dense: the dense features in order.
@@ -196,7 +196,7 @@ class Bags:
             return self.values[rows], np.ones(len(rows), np.int64)
         lengths = self.lengths[rows].astype(np.int64)
         ends = np.cumsum(lengths)
-        # Position inside the bag plus the bag's start, without a Python loop.
+        # An index is the position inside the bag plus the bag's start; no Python loop is needed.
         shift = np.repeat(self.starts[rows] - (ends - lengths), lengths)
         return self.values[np.arange(len(shift)) + shift], lengths
 

@@ -119,7 +119,7 @@ def _dense_fields(log: RatingLog, train: slice) -> dict[str, np.ndarray]:
     item_count, item_sum = past_counts(log.items, times, residual)
     user_mean = user_sum / (user_count + PRIOR)
     item_mean = item_sum / (item_count + PRIOR)
-    # What the user's ratings say beyond the items' own level: a strict rater of good films is still strict.
+    # This feature compares the user's ratings with the items' own level: a strict rater of good films is still strict.
     beyond = residual - item_mean
     _, user_beyond = past_counts(log.users, times, beyond)
     fields = {
@@ -127,7 +127,7 @@ def _dense_fields(log: RatingLog, train: slice) -> dict[str, np.ndarray]:
         "user_count": user_count,
         "user_bias": user_beyond / (user_count + PRIOR),
         "user_days": (times - first_time(log.users, times)) / _DAY,
-        # Not the item's mean rating: with it the model hardly needs its tables (with all of them zeroed the test AUC on
+        # The item's mean rating is left out. With it the model hardly needs its tables (with all zeroed the test AUC on
         # MovieLens 100k fell from 0.765 to 0.763; without it from 0.757 to 0.708), and compressing them shows nothing.
         "item_count": item_count,
     }
@@ -138,7 +138,7 @@ def _dense_fields(log: RatingLog, train: slice) -> dict[str, np.ndarray]:
         fields["genre_bias"] = _genre_bias(log, beyond)
     if log.year is not None:
         fields["decade_bias"] = _decade_bias(log, log.year, beyond)
-        # Only the item's release, no knowledge of the future: seconds since 1970 to years.
+        # The item's age comes from its release year only, not from the future: seconds since 1970 become years.
         fields["item_age"] = 1970 + times / _YEAR - log.year[log.items]
     if log.age is not None:
         fields["user_age"] = log.age[log.users]

@@ -1,4 +1,4 @@
-"""What was known before a moment: running statistics and previous items, never from the future.
+"""Facts known before a moment: running statistics and previous items, never values from the future.
 
 "Before" is strict: events with the same timestamp do not see each other, since MovieLens users rate a
 page of films at once and the order inside a second is arbitrary.

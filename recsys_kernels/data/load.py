@@ -53,7 +53,7 @@ _AS_TEXT = (
 
 
 def _read_folder(path: Path) -> RatingLog:
-    """The ratings in a folder; what else may lie there is named."""
+    """The ratings in a folder. The error for an unknown folder names the files in it."""
     if is_movielens(path):
         return read_movielens(path)
     # Hidden files are leftovers of tools. The first few names tell what a folder holds.
@@ -63,13 +63,13 @@ def _read_folder(path: Path) -> RatingLog:
             raise DataError(f"{path}: holds Parquet files ({file.name}), which are not read here; {_AS_TEXT}")
     if logs := [file for file in files if _is_criteo(file)]:
         raise DataError(f"{path}: is a folder with a Criteo log; name the file itself: --data {logs[0]}")
-    return read_movielens(path)  # which says what it looked for
+    return read_movielens(path)  # the reader's error says which files it looked for
 
 
 def _is_criteo(path: Path) -> bool:
     try:
         return is_criteo(path)
-    except DataError:  # not text, or empty
+    except DataError:  # the file is empty or is not text
         return False
 
 
@@ -78,5 +78,5 @@ def is_parquet(path: Path) -> bool:
     try:
         with open(path, "rb") as file:
             return file.read(4) == b"PAR1"
-    except OSError:  # whoever reads the file says what is wrong
+    except OSError:  # the reader of the file reports the error
         return False

@@ -168,6 +168,6 @@ def check_range(path: Path, name: str, values: np.ndarray, low: float, high: flo
 
 def line_number(path: Path, number: int) -> int:
     """The line on which the `number`-th line that is not blank stands, both counted from 1."""
-    with open_text(path, "latin-1") as file:  # any byte is text, and blanks are the same in UTF-8
+    with open_text(path, "latin-1") as file:  # latin-1 decodes every byte, and blank lines look the same as in UTF-8
         filled = (line for line, text in enumerate(file, 1) if text.strip(" \r\n"))
         return next(itertools.islice(filled, number - 1, None), number)

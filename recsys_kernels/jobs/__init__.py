@@ -1,1 +1,1 @@
-"""What the command line runs."""
+"""The jobs that the command line runs."""

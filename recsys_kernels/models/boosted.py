@@ -15,7 +15,7 @@ from threadpoolctl import threadpool_limits
 from recsys_kernels.data.examples import UNKNOWN, Dataset
 
 MAX_ROWS = 250_000  # training rows, the latest: more take minutes
-FOLDS, PRIOR = 5, 5.0  # of the encoding of ids; the prior counts as so many labels
+FOLDS, PRIOR = 5, 5.0  # the prior of the encoding of ids counts as so many labels
 ROUNDS, RATE, LEAVES = 250, 0.06, 15
 _FEW = 64  # a bag of at most so many different tokens becomes one column a token
 _CHUNK = 1_000_000
@@ -23,7 +23,7 @@ _CHUNK = 1_000_000
 
 @dataclass(frozen=True)
 class Boosted:
-    """What the trees gave.
+    """The result of the trees.
 
     Attributes:
         scores: probabilities of the test rows, float64 [test rows].

@@ -19,7 +19,7 @@ from recsys_kernels.ops.embedding_bag import EmbeddingBagCollection, EmbeddingBa
 from recsys_kernels.ops.linear.int8 import Int8Linear, Int8MLP
 from recsys_kernels.ops.linear.sparse import SparseLinear, SparseMLP
 
-# Form of the MLPs -> how `Int8Linear` treats activations. Pruned MLPs: form -> how `SparseLinear` does.
+# Each form of the MLPs -> how `Int8Linear` treats activations; for pruned MLPs, how `SparseLinear` treats them.
 MLP_FORMS = {"float32": None, "int8": "dynamic", "int8-static": "static", "int8-weight-only": "weight_only"}
 SPARSE_FORMS = {"sparse": None, "int8+sparse": "dynamic", "int8-static+sparse": "static"}
 
@@ -167,7 +167,7 @@ def _table_configs(config: DLRMConfig, bits: int | None = None) -> list[Embeddin
 
 
 class Head(nn.Module):
-    """What follows the lookup: bottom MLP, pairwise dot products, top MLP.
+    """The part of the model after the lookup: bottom MLP, pairwise dot products, top MLP.
 
     `forward(dense [B, num_dense], pooled [B, F * dim])` returns logits [B].
     """

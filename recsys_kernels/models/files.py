@@ -106,7 +106,7 @@ def save_model(model: DLRM, schema: Schema, folder: Path, *, key: bytes | None =
             fit the model; the key is too short.
     """
     check_key(key)
-    # What `rk.optimize` and other code changed is not in `model.config`.
+    # `model.config` does not hold the changes that `rk.optimize` and other code made.
     form = _mlp_form(model)
     pattern = _mlp_pattern(model) if form in SPARSE_FORMS else None
     widths = model.hidden_widths()
@@ -129,11 +129,11 @@ def _write_weights(model: DLRM, path: Path) -> None:
     safetensors = _safetensors()
     try:
         safetensors.torch.save_file(state, path)
-    except safetensors.SafetensorError as error:  # an I/O error of its Rust writer, which carries no errno of its own
+    except safetensors.SafetensorError as error:  # safetensors' Rust writer reports an I/O error without an errno
         found = re.search(r"os error (\d+)", str(error))
         code = int(found[1]) if found else errno.EIO
         raise OSError(code, os.strerror(code), str(path)) from error
-    path.chmod(0o666 & ~_umask())  # safetensors writes for the owner alone
+    path.chmod(0o666 & ~_umask())  # safetensors makes a file that only its owner can read
 
 
 def _form(model: DLRM) -> str:
@@ -201,7 +201,7 @@ def load_model(folder: str | os.PathLike[str], *, key: bytes | None = None) -> R
 
     Raises:
         ModelFileError: a file was cut short, altered, written by a newer version, does not fit the others, cannot be
-            read, or is not signed with `key`. A `ValueError`. Of a file that is missing it is a `FileNotFoundError`,
+            read, or is not signed with `key`. A `ValueError`. For a missing file the error is a `FileNotFoundError`,
             too.
         ModuleNotFoundError: safetensors is not installed.
         TypeError, ValueError: `key` is not bytes, or too short.
@@ -237,7 +237,7 @@ def _check_values(ranking: RankingModel, path: Path) -> None:
     """Refuses weights that give no scores: NaN, infinite or so large that sums of their products overflow."""
     for name, tensor in ranking.model.state_dict().items():
         if tensor.is_floating_point() and tensor.numel():
-            largest = max(-float(tensor.min()), float(tensor.max()))  # of a tensor with NaN both are NaN
+            largest = max(-float(tensor.min()), float(tensor.max()))  # both are NaN if the tensor holds a NaN
             if not largest <= MAX_WEIGHT:
                 raise ModelFileError(f"{path}: {name} holds NaN or a magnitude above {MAX_WEIGHT:g}")
     for table, bag in ranking.model.embeddings.embedding_bags.items():
@@ -247,7 +247,7 @@ def _check_values(ranking: RankingModel, path: Path) -> None:
                 raise ModelFileError(f"{path}: rows of table {table!r} reach a magnitude above {MAX_WEIGHT:g}")
     try:
         scores = ranking.predict([{}])
-    except (RuntimeError, ValueError, IndexError) as error:  # such as a static layer without a range
+    except (RuntimeError, ValueError, IndexError) as error:  # for example, a static layer has no range
         raise ModelFileError(f"{path}: the model cannot score an example ({error})") from error
     if not bool(scores.isfinite().all()):
         raise ModelFileError(f"{path}: the model gives scores that are not finite")
@@ -279,7 +279,7 @@ def check_out(folder: Path, ours: frozenset[str]) -> None:
 
 
 def _place(folder: Path) -> Path:
-    """Where a folder really is: what a link leads to is replaced, not the link."""
+    """The real place of a folder: the target of a link is replaced, not the link."""
     return Path(os.path.realpath(folder))
 
 

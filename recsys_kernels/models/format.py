@@ -29,10 +29,10 @@ WEIGHTS, CONFIG, VOCABULARIES = "model.safetensors", "model.json", "vocabularies
 MAX_CONFIG_BYTES = 2 << 20
 MAX_HEADER_BYTES = 4 << 20
 MAX_FEATURES = 1024  # dense ones, categorical ones and tables, each
-MAX_LAYERS = 64  # of an MLP
-MAX_WIDTH = 1 << 16  # of a layer and of an embedding row
+MAX_LAYERS = 64  # layers of an MLP
+MAX_WIDTH = 1 << 16  # width of a layer and of an embedding row
 MAX_TEXT = 1024  # characters of a name
-MAX_TOKEN_BYTES = 1024  # of a vocabulary's token in its file, on average
+MAX_TOKEN_BYTES = 1024  # bytes of a vocabulary's token in its file, on average
 MAX_WEIGHT = 2.0**20  # magnitude of a weight or a scale: sums of products of such weights stay far from infinity
 
 # How a pruned layer is stored -> rows and columns of a block; 2:4 has none.
@@ -424,7 +424,7 @@ def check_weights(path: Path, config: DLRMConfig) -> int:
 
 
 def _span(path: Path, name: str, entry: Any, dtype: str, shape: tuple[int | None, ...]) -> tuple[int, int]:
-    """Where a tensor begins and ends in the data of the weights' file, in bytes."""
+    """The first byte of a tensor in the data of the weights' file, and the byte after its last one."""
     check = _Check(path)
     check.keys(f"tensor {name!r:.120}", entry, {"dtype", "shape", "data_offsets"})
     found = [check.whole(f"a size of {name!r:.120}", n, 0, 2**48) for n in check.items("a shape", entry["shape"], 3)]

@@ -54,5 +54,5 @@ class PlainDLRM(nn.Module):
 
 
 def model_input(model: nn.Module, batch: Batch) -> tuple[Any, ...]:
-    """What `model`, a `DLRM` or a `PlainDLRM`, reads of a batch."""
+    """The part of a batch that `model`, a `DLRM` or a `PlainDLRM`, reads."""
     return model.prepare(batch) if isinstance(model, PlainDLRM) else batch[:3]

@@ -72,7 +72,7 @@ def _number(feature: DenseFeature, value: Any) -> float:
 
 
 def _tokens(name: str, value: Any, vocabulary: Vocabulary) -> str | list[str]:
-    if hasattr(value, "tolist"):  # numpy, torch and pandas: Python's own numbers, or lists of them
+    if hasattr(value, "tolist"):  # values of numpy, torch and pandas become Python's own numbers, or lists of them
         value = value.tolist()
     if isinstance(value, Iterable) and not isinstance(value, (str, bytes, Mapping)):
         return [_token(name, item, vocabulary) for item in value]
@@ -85,9 +85,9 @@ def _token(name: str, value: Any, vocabulary: Vocabulary) -> str:
     if not isinstance(value, str) and isinstance(value, (bytes, Iterable)):
         raise TypeError(f"feature {name!r} takes an id or a list of ids, not {_kind(value)} ({value!r:.60})")
     if value is None or (isinstance(value, float) and value != value):
-        return ""  # what encoding takes for a missing token
+        return ""  # the encoding treats this value as a missing token
     if isinstance(value, float) and vocabulary.row(value) == UNKNOWN:
-        if not value.is_integer():  # infinity is none, either
+        if not value.is_integer():  # infinity is not a whole number, either
             raise ValueError(f"feature {name!r} takes ids, and {value} is none: a text or a whole number")
         value = int(value)  # a column of ids with gaps is one of floats in pandas
     return str(value)

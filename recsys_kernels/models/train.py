@@ -47,7 +47,7 @@ class TrainSettings:
 
 @dataclass(frozen=True)
 class Epoch:
-    """What one pass gave: mean training loss, validation AUC and log loss."""
+    """The result of one pass: mean training loss, validation AUC and log loss."""
 
     loss: float
     auc: float

@@ -16,7 +16,7 @@ import torch
 
 import recsys_kernels as rk
 from recsys_kernels.backends import registry as _native
-from recsys_kernels.backends import selection as _backends
+from recsys_kernels.backends import selection
 from recsys_kernels.backends.registry import BOUNDS_CHECKS, native, operators
 from recsys_kernels.ops.embedding_bag import autograd
 from recsys_kernels.ops.embedding_bag import collection as collection_module
@@ -24,7 +24,7 @@ from recsys_kernels.ops.embedding_bag.faults import Fault
 
 PACKAGE = Path(rk.__file__).parent
 ON_GPU: Any = SimpleNamespace(device=torch.device("cuda:0"))
-TRITON = _backends._triton_reason() is None
+TRITON = selection._triton_reason() is None
 
 
 def run_python(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -62,7 +62,7 @@ class Machine:
         self.patch.setattr(torch.cuda, "get_device_name", lambda device: f"GPU number {device}")
 
     def driver(self, release: tuple[int, int] | None) -> None:
-        self.patch.setattr(_backends, "driver_release", lambda: release)
+        self.patch.setattr(selection, "driver_release", lambda: release)
 
 
 @pytest.fixture
@@ -71,41 +71,41 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
 
 
 def test_cuda_can_run(machine: Machine) -> None:
-    assert _backends.why_not("cuda") is None
+    assert selection.why_not("cuda") is None
 
 
 def test_library_without_cuda_kernels(machine: Machine) -> None:
     machine.build(None)
-    assert _backends.why_not("cuda") == (
+    assert selection.why_not("cuda") == (
         "not built: no CUDA toolkit (nvcc) was found when recsys_kernels was installed"
     )
 
 
 def test_no_library(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(native, "reason", "it is Sunday")
-    assert _backends.why_not("cuda") == "the native library is missing: it is Sunday"
+    assert selection.why_not("cuda") == "the native library is missing: it is Sunday"
 
 
 def test_torch_for_other_devices(machine: Machine) -> None:
     machine.torch(None)
-    assert _backends.why_not("cuda") == "this torch is built without CUDA"
+    assert selection.why_not("cuda") == "this torch is built without CUDA"
     machine.torch(None, hip="7.1")
-    assert _backends.why_not("cuda") == "this torch is for AMD GPUs"
+    assert selection.why_not("cuda") == "this torch is for AMD GPUs"
 
 
 def test_no_gpu(machine: Machine) -> None:
     machine.gpus()
-    assert _backends.why_not("cuda") == "torch sees no GPU"
+    assert selection.why_not("cuda") == "torch sees no GPU"
 
 
 def test_gpus_that_are_too_old(machine: Machine) -> None:
     machine.gpus((7, 5), (6, 1))
-    assert _backends.why_not("cuda") == (
+    assert selection.why_not("cuda") == (
         "the kernels are built for sm_75 and newer, and GPU 1 (GPU number 1) is sm_61; "
         "CUDA_VISIBLE_DEVICES can leave it out"
     )
     machine.gpus((7, 5), (9, 0))
-    assert _backends.why_not("cuda") is None
+    assert selection.why_not("cuda") is None
 
 
 @pytest.mark.parametrize(
@@ -132,16 +132,16 @@ def test_driver_that_is_too_old(machine: Machine) -> None:
     """A torch for CUDA 12 runs on a driver that kernels built with CUDA 13 cannot be loaded by."""
     machine.torch("12.6")
     machine.driver((12, 4))
-    assert _backends.why_not("cuda") == "the GPU's driver serves CUDA 12.4, and the kernels are built with 13.0"
+    assert selection.why_not("cuda") == "the GPU's driver serves CUDA 12.4, and the kernels are built with 13.0"
     machine.driver((13, 0))
-    assert _backends.why_not("cuda") is None
+    assert selection.why_not("cuda") is None
     machine.driver(None)
     machine.gpus()
-    assert _backends.why_not("cuda") == "torch sees no GPU"
+    assert selection.why_not("cuda") == "torch sees no GPU"
     machine.gpus((9, 0))
     machine.driver((12, 4))
     machine.build((12, 9))
-    assert _backends.why_not("cuda") is None
+    assert selection.why_not("cuda") is None
 
 
 @pytest.mark.parametrize(
@@ -175,22 +175,22 @@ if {without_triton!r}:
     find_spec = importlib.util.find_spec
     importlib.util.find_spec = lambda name, *rest: None if name == "triton" else find_spec(name, *rest)
 import recsys_kernels as rk
-from recsys_kernels.backends import selection as _backends
+from recsys_kernels.backends import selection
 if {capability!r}:
     torch.cuda.is_available, torch.cuda.device_count = lambda: True, lambda: 1
     torch.cuda.get_device_capability, torch.cuda.get_device_name = lambda device: {capability!r}, lambda device: "old"
     for call, _ in torch.cuda._queued_calls:
         if call.__module__.startswith("recsys_kernels"):
             call()
-    if _backends.chosen("embedding_bag", "cuda") != "cuda":
-        assert "GPU 0 (old) is sm_" in _backends.why_not("cuda")
+    if selection.chosen("embedding_bag", "cuda") != "cuda":
+        assert "GPU 0 (old) is sm_" in selection.why_not("cuda")
 from recsys_kernels.backends.registry import operators
 for name in sorted(operators):
     table = torch._C._dispatch_dump("recsys_kernels::" + name)
     found = re.search("^CUDA: (.*)$", table, re.MULTILINE)
     in_python = found and re.search("(selection|registry)[.]py", found[1])
     kernel = "none" if found is None else "python" if in_python else "library"
-    print(name, _backends.chosen(name, "cuda"), kernel)
+    print(name, selection.chosen(name, "cuda"), kernel)
 """
 
 
@@ -253,23 +253,23 @@ def test_reference_serves_where_nothing_else_can(words: dict[str, Any]) -> None:
 
 
 def test_backends_that_are_asked_for(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_backends, "_cuda_operators", {"embedding_bag"})
-    monkeypatch.setattr(_backends, "_triton_reason", lambda: None)
+    monkeypatch.setattr(selection, "_cuda_operators", {"embedding_bag"})
+    monkeypatch.setattr(selection, "_triton_reason", lambda: None)
     kernel = torch.ops.recsys_kernels.embedding_bag.default
 
     def implementation(name: str) -> Any:
-        return _backends.implementation(name, ON_GPU)
+        return selection.implementation(name, ON_GPU)
 
-    assert _backends.chosen("embedding_bag", "cuda") == "cuda"
-    assert _backends.chosen("embedding_bag_max", "cuda") == "triton"
-    assert _backends.chosen("quantize_rowwise", "cuda") == "reference"
+    assert selection.chosen("embedding_bag", "cuda") == "cuda"
+    assert selection.chosen("embedding_bag_max", "cuda") == "triton"
+    assert selection.chosen("quantize_rowwise", "cuda") == "reference"
     assert implementation("embedding_bag") is kernel
     with rk.backend("cuda"):
-        assert _backends.chosen("embedding_bag", "cuda") == "cuda"
+        assert selection.chosen("embedding_bag", "cuda") == "cuda"
         assert implementation("embedding_bag") is kernel
         # What the library lacks must not end at Triton, which the dispatcher would pick.
         for name in ("embedding_bag_max", "quantize_rowwise"):
-            assert _backends.chosen(name, "cuda") == "reference"
+            assert selection.chosen(name, "cuda") == "reference"
             assert implementation(name) is operators[name].reference
         with pytest.raises(RuntimeError, match="backend 'cuda' was asked for, but the tensors are on cpu"):
             rk.functional.embedding_bag(torch.zeros(1, 1, dtype=torch.int64), torch.ones(2, 3))
@@ -279,17 +279,17 @@ def test_backends_that_are_asked_for(machine: Machine, monkeypatch: pytest.Monke
 
 @pytest.mark.skipif(not TRITON, reason="Triton is not installed")
 def test_triton_can_be_asked_for_where_the_library_serves(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_backends, "_cuda_operators", {"embedding_bag"})
+    monkeypatch.setattr(selection, "_cuda_operators", {"embedding_bag"})
     with rk.backend("triton"):
-        assert _backends.chosen("embedding_bag", "cuda") == "triton"
-        assert _backends.implementation("embedding_bag", ON_GPU) is operators["embedding_bag"].triton
-        assert _backends.implementation("quantize_rowwise", ON_GPU) is operators["quantize_rowwise"].reference
+        assert selection.chosen("embedding_bag", "cuda") == "triton"
+        assert selection.implementation("embedding_bag", ON_GPU) is operators["embedding_bag"].triton
+        assert selection.implementation("quantize_rowwise", ON_GPU) is operators["quantize_rowwise"].reference
 
 
 def test_doctor_agrees(machine: Machine, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     with_triton = {name for name, operator in operators.items() if operator.has_triton}
-    monkeypatch.setattr(_backends, "_cuda_operators", with_triton)
-    monkeypatch.setattr(_backends, "_triton_reason", lambda: None)
+    monkeypatch.setattr(selection, "_cuda_operators", with_triton)
+    monkeypatch.setattr(selection, "_triton_reason", lambda: None)
     facts = rk.doctor()
     assert facts["cuda"] == {"release": "13.0", "architectures": (75, 80, 90, 120)}
     assert facts["backends"]["cuda"] is None
@@ -302,7 +302,7 @@ def test_doctor_agrees(machine: Machine, monkeypatch: pytest.MonkeyPatch, capsys
     with rk.backend("cuda"):
         assert rk.doctor()["operators"]["embedding_bag"]["cuda"] == "cuda"
     machine.build(None)
-    monkeypatch.setattr(_backends, "_cuda_operators", set())
+    monkeypatch.setattr(selection, "_cuda_operators", set())
     capsys.readouterr()
     facts = rk.doctor()
     assert facts["cuda"] is None
@@ -324,15 +324,15 @@ def selected(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def test_mode_is_put_back(selected: list[str]) -> None:
-    assert _backends.bounds_mode() == "raise"
+    assert selection.bounds_mode() == "raise"
     with rk.bounds_check("clamp"):
-        assert _backends.bounds_mode() == "clamp"
+        assert selection.bounds_mode() == "clamp"
         with rk.bounds_check("ignore"):
-            assert _backends.bounds_mode() == "ignore"
-        assert _backends.bounds_mode() == "clamp"
+            assert selection.bounds_mode() == "ignore"
+        assert selection.bounds_mode() == "clamp"
     with pytest.raises(ZeroDivisionError), rk.bounds_check("clamp"):
         raise ZeroDivisionError
-    assert _backends.bounds_mode() == "raise"
+    assert selection.bounds_mode() == "raise"
     assert selected == ["clamp", "ignore", "clamp", "raise", "clamp", "raise"]
 
 

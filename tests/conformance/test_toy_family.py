@@ -55,6 +55,36 @@ def test_doctor_names_the_family(folder: Path) -> None:
     assert re.search(r"^int8_linear +cpu ", printed, re.MULTILINE)
 
 
+def test_conformance_tests_run_on_the_family(folder: Path) -> None:
+    suites = [str(path) for path in sorted(Path(__file__).parent.glob("test_conformance_*.py"))]
+    assert len(suites) == 2
+    options = ["-q", "-n0", "-p", "no:cacheprovider", "-k", "pair_sum or every_operator_has_samples", *suites]
+    printed = run(folder, f"import pytest, sys\nsys.exit(pytest.main({options!r}))")
+    passed = int(re.search(r"(\d+) passed", printed)[1])  # type: ignore[index]
+    assert passed >= 20
+    assert "failed" not in printed
+    assert "skipped" not in printed
+
+
+def test_a_wrong_family_fails_the_conformance_tests(folder: Path) -> None:
+    """The suite would not pass just anything."""
+    suites = [str(path) for path in sorted(Path(__file__).parent.glob("test_conformance_*.py"))]
+    options = ["-q", "-n0", "-p", "no:cacheprovider", "-k", "pair_sum", *suites]
+    script = f"""
+import pytest, sys
+import pair_sum.reference
+def wrong(weight, pairs):
+    return weight[pairs[:, 0].clamp(0, len(weight) - 1)].double()
+pair_sum.reference.pair_sum = wrong
+code = pytest.main({options!r})
+print("code", int(code))
+"""
+    printed = run(folder, script)
+    assert printed.splitlines()[-1] == "code 1"
+    assert "test_fake_kernels_give_the_shape_and_type_of_the_real_ones" in printed
+    assert "test_wrong_input" in printed
+
+
 def test_the_benchmark_measures_the_family(folder: Path) -> None:
     arguments = ["--quick", "--thp", "off", "--case", "pair-sum", "--out", str(folder / "report")]
     printed = run(folder, f"import pair_sum_bench\nfrom bench import report\nassert report.main({arguments!r}) == 0")

@@ -32,6 +32,7 @@ from sparse_layers import SparseCase, SparseWorkload, sparse_cases  # noqa: E402
 import recsys_kernels as rk  # noqa: E402
 from bench.ops.embedding_bag.cases import BITS  # noqa: E402
 from bench.ops.embedding_bag.cases import EmbeddingBagCase as Case  # noqa: E402
+from recsys_kernels.backends import selection  # noqa: E402
 from recsys_kernels.testing import assert_matches  # noqa: E402
 
 TABLE_BYTES = 1 << 30
@@ -109,7 +110,7 @@ class Workload:
         ours, plain = (self._backward if self.case.kind != "forward" else self._lookups)()
         found = [Side(OURS, ours, lambda: rk.backend("cuda"))]
         absent: dict[str, str] = {}
-        reason = rk._backends.why_not("triton")
+        reason = selection.why_not("triton")
         if reason is None:
             found.append(Side("recsys_kernels, Triton", ours, _triton))
         else:
@@ -139,8 +140,8 @@ class Workload:
         quantized_table = (rows, scales, 0, case.dim, bits)
 
         def quantized(indices: Tensor) -> Any:
-            lookup = rk._backends.implementation("quantized_embedding_bag", indices)
-            dtype = rk._backends.dtype_argument(torch.float32)
+            lookup = selection.implementation("quantized_embedding_bag", indices)
+            dtype = selection.dtype_argument(torch.float32)
             return lookup(*quantized_table, indices, offsets, None, 0, -1, True, dtype)
 
         # torch has no quantized lookup on GPUs: what its users take instead are half rows.
@@ -211,7 +212,7 @@ def _sides_of_layers(work: LayerWorkload | SparseWorkload) -> tuple[list[Side], 
     """Ours first; and those that cannot run here, with the reason."""
     peers, absent = work.peers()
     found = [Side(OURS, work.ours, lambda: rk.backend("cuda"))]
-    reason = rk._backends.why_not("triton")
+    reason = selection.why_not("triton")
     if reason is None:
         found.append(Side("recsys_kernels, Triton", work.ours, _triton))
     else:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 import recsys_kernels as rk
-from recsys_kernels.backends import selection as _backends
+from recsys_kernels.backends import selection
 
 
 def moved(value: Any, device: torch.device) -> Any:
@@ -28,7 +28,7 @@ class OnDevice:
 
     def __getattr__(self, name: str) -> Any:
         def run(*args: Any) -> Any:
-            implementation = _backends.implementation(name, torch.empty(0, device=self.device))
+            implementation = selection.implementation(name, torch.empty(0, device=self.device))
             out = implementation(*moved(args, self.device))
             rk.check_bounds(self.device)
             if isinstance(out, tuple):

@@ -23,7 +23,7 @@ from on_device import OnDevice, moved  # noqa: E402
 from sparse_gpu_cases import WRONG_STRUCTURES, layer  # noqa: E402
 
 import recsys_kernels as rk  # noqa: E402
-from recsys_kernels.backends import selection as _backends  # noqa: E402
+from recsys_kernels.backends import selection  # noqa: E402
 from recsys_kernels.backends.registry import BOUNDS_CHECKS  # noqa: E402
 from recsys_kernels.ops.embedding_bag.reference import MAX  # noqa: E402
 from recsys_kernels.ops.linear.activation import (  # noqa: E402
@@ -100,7 +100,7 @@ def wrong_input(device: torch.device, lookups_only: bool, modes: tuple[str, ...]
             if lookups_only and "backward" in name:
                 continue
             with rk.bounds_check(mode):
-                _backends.implementation(name, torch.empty(0, device=device))(*moved(args, device))
+                selection.implementation(name, torch.empty(0, device=device))(*moved(args, device))
                 done += 1
             try:
                 rk.check_bounds(device)

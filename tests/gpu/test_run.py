@@ -20,7 +20,7 @@ import pytest
 import torch
 
 import recsys_kernels as rk
-from recsys_kernels.backends import selection as _backends
+from recsys_kernels.backends import selection
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
@@ -346,7 +346,7 @@ def test_benchmarks_measure(monkeypatch: pytest.MonkeyPatch) -> None:
     benchmark = load("benchmark")
     backend: Callable[[str], Any] = rk.backend
     monkeypatch.setattr(rk, "backend", lambda name: backend("cpu" if name == "cuda" else name))
-    monkeypatch.setattr(_backends, "why_not", lambda name: "there is no GPU" if name == "triton" else None)
+    monkeypatch.setattr(selection, "why_not", lambda name: "there is no GPU" if name == "triton" else None)
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(benchmark, "SAMPLE_SECONDS", 1e-4)
     device, seen = torch.device("cpu"), set()
@@ -378,7 +378,7 @@ def test_benchmarks_measure_layers(monkeypatch: pytest.MonkeyPatch) -> None:
     benchmark = load("benchmark")
     backend: Callable[[str], Any] = rk.backend
     monkeypatch.setattr(rk, "backend", lambda name: backend("cpu" if name == "cuda" else name))
-    monkeypatch.setattr(_backends, "why_not", lambda name: "there is no GPU" if name == "triton" else None)
+    monkeypatch.setattr(selection, "why_not", lambda name: "there is no GPU" if name == "triton" else None)
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(benchmark, "SAMPLE_SECONDS", 1e-4)
     product = "torch._int_mm, the product alone"
@@ -403,7 +403,7 @@ def test_benchmarks_measure_sparse_layers(monkeypatch: pytest.MonkeyPatch) -> No
     benchmark = load("benchmark")
     backend: Callable[[str], Any] = rk.backend
     monkeypatch.setattr(rk, "backend", lambda name: backend("cpu" if name == "cuda" else name))
-    monkeypatch.setattr(_backends, "why_not", lambda name: "there is no GPU" if name == "triton" else None)
+    monkeypatch.setattr(selection, "why_not", lambda name: "there is no GPU" if name == "triton" else None)
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(benchmark, "SAMPLE_SECONDS", 1e-4)
     kinds = set()

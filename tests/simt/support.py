@@ -25,7 +25,7 @@ import pytest
 import torch
 from cuda_support import ROOT, build_script, require_toolkit
 
-from recsys_kernels.backends import selection as _backends
+from recsys_kernels.backends import selection
 from recsys_kernels.backends.registry import BOUNDS_CHECKS, native, operators
 from recsys_kernels.ops.embedding_bag.faults import Fault, fault_error
 
@@ -219,7 +219,7 @@ class Emulation:
         Raises:
             AssertionError: nothing did, so that nothing was tested.
         """
-        original = _backends.implementation
+        original = selection.implementation
         before = self._calls
 
         def implementation(name: str, tensor: torch.Tensor) -> Callable[..., Any]:
@@ -229,7 +229,7 @@ class Emulation:
             return self.operator(name)  # type: ignore[no-any-return]
 
         with (
-            mock.patch.object(_backends, "implementation", implementation),
+            mock.patch.object(selection, "implementation", implementation),
             mock.patch.object(native, "select_bounds_check", self._select_bounds_check),
             mock.patch.object(native, "take_fault", self.take_fault),
         ):

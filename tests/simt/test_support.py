@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from recsys_kernels.backends import selection as _backends
+from recsys_kernels.backends import selection
 from recsys_kernels.backends.registry import operators
 
 from . import support
@@ -165,7 +165,7 @@ def test_threads_of_the_system_may_call_at_once(block_sums: torch._ops.OpOverloa
 
 def test_every_file_of_an_operator_is_compiled() -> None:
     folders = {path.parent.name for path in kernel_sources() if path.name == "op_cuda.cu"}
-    assert folders == {path.parent.name for path in Path(_backends.__file__).parents[1].glob("csrc/**/*_kernel.cuh")}
+    assert folders == {path.parent.name for path in Path(selection.__file__).parents[1].glob("csrc/**/*_kernel.cuh")}
 
 
 def test_emulation_holds_operators_of_this_package(kernels: Emulation) -> None:
@@ -178,11 +178,11 @@ def test_emulation_holds_operators_of_this_package(kernels: Emulation) -> None:
 
 def test_operators_are_routed_only_while_it_is_active(kernels: Emulation) -> None:
     weight = torch.zeros(2, 3)
-    before = _backends.implementation("embedding_bag", weight)
+    before = selection.implementation("embedding_bag", weight)
     with kernels.active():
-        assert _backends.implementation("embedding_bag", weight) is kernels.operator("embedding_bag")
-        assert _backends.implementation("embedding_bag", weight.to("meta")) is before
-    assert _backends.implementation("embedding_bag", weight) is before
+        assert selection.implementation("embedding_bag", weight) is kernels.operator("embedding_bag")
+        assert selection.implementation("embedding_bag", weight.to("meta")) is before
+    assert selection.implementation("embedding_bag", weight) is before
 
 
 def test_emulation_that_nobody_used_is_an_error(kernels: Emulation) -> None:

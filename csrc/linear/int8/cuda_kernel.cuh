@@ -55,7 +55,7 @@ template <int Rows, int Columns>
 struct WarpTile {
   int32_t sum[Rows][Columns][4];
   int32_t weights[Columns];
-  // Where this lane reads next: its first row, and others 8 further each; its columns.
+  // The places that this lane reads next: its first row, the rows 8 further each, and its columns.
   const int8_t *a, *b;
   int32_t column[Columns];
   int rows;  // that exist
@@ -113,7 +113,8 @@ struct WarpTile {
     }
 #pragma unroll
     for (int c = 0; c < Columns; ++c) {
-      // One column after the other: bytes of all of them at once would be more than there are registers for.
+      // The loop takes one column after the other, since the bytes of all columns do not fit into the
+      // registers.
       if constexpr (!Whole) load_bytes(of_columns[c], b + column[c], opaque(left));
 #pragma unroll
       for (int i = 0; i < Words; ++i) {

@@ -23,7 +23,7 @@ constexpr int most_rows = 4;
 // The bytes of four quantized activations.
 constexpr int64_t bytes_for_four = simd::splits_bytes ? 8 : 4;
 
-// Where products are of 16 bits, weights are widened once for many rows: each has then two products and two
+// If products have 16 bits, weights are widened once for many rows: each row then has two products and two
 // sums for 4 of k, and no shifts, which leaves registers for taller tiles.
 #if defined(__AVX2__) && !defined(__AVX512VNNI__)
 #define RK_INT8_WIDENS 1
@@ -44,7 +44,7 @@ struct Tile {
   int64_t out_stride;
   int64_t column;
   const int16_t* wide;  // the tile's weights as widen() leaves them, or null
-  // Where a layer with static activations follows, the output goes there instead, quantized for it.
+  // If a layer with static activations follows, the output is quantized for that layer and goes to it.
   const Layer* next;
   uint8_t* next_bytes;
   RowScale* next_rows;

@@ -36,7 +36,7 @@ const Int8LinearKernels& kernels() { return rk::Kernels<Int8LinearKernels>::curr
 
 constexpr int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
 
-// Where the parts of a packed layer stand, in bytes from its start.
+// The places of the parts of a packed layer, in bytes from its start.
 struct Parts {
   int64_t padded_n, padded_k, groups, scales, bias, sums, weights, end;
 

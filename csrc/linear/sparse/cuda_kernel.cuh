@@ -22,7 +22,7 @@ constexpr int few_tile = 4;     // rows of input that a group of lanes takes at 
 constexpr int lane_rows = 4;    // rows of the transposed input that a lane takes
 constexpr int least_group = 4;  // lanes
 
-// Where the kept weights are, and how they are stored.
+// The places of the kept weights and the form in which they are stored.
 struct Kept {
   const void *crow, *col;  // of 2:4 a byte for every eight columns, and no crow
   const char* values;
@@ -79,7 +79,7 @@ struct Kept {
   }
 };
 
-// What is multiplied: floats, bytes one column at a time, bytes of four columns that lie together.
+// The factors of a product: floats, bytes of one column at a time, or bytes of four neighbouring columns.
 enum class Product { floats, bytes, fours };
 
 // A tile of the rows of weights that lie in one row of blocks, and its units. A unit is one column, or four
@@ -188,7 +188,7 @@ struct UnitRow {
   }
 };
 
-// What the kernels take beside the weights.
+// The inputs of the kernels beside the weights.
 struct SparseInput {
   const char* x;   // few: [m][k] floats or bytes less 128; many: transposed, [k] or [k / 4 words][x_stride]
   int64_t stride;  // bytes
@@ -209,7 +209,7 @@ struct SparseInput {
       y = __fmul_rn(static_cast<float>(bits_as<int32_t>(y)), scale);
     } else {
       if (scales != nullptr) y *= load_constant<float>(scales + column);
-      // Also where nothing is kept that could spread it.
+      // A NaN scale makes the result NaN even if the row keeps no weight that would spread the NaN.
       if (row_scale != nullptr && row_scale[row] != row_scale[row]) y = NAN;
     }
     finish(row, column, y);
@@ -238,7 +238,8 @@ struct LaneSums {
     Bits v[count][Rows], x[count][4];
     int column[count];
     bool there[count];
-    // What is not there is read from a place that is, and then counts as zero: nothing waits for a decision.
+    // A missing element is read from a valid place and then counts as zero, so that no load waits for a
+    // branch.
     if constexpr (floats) {
       int64_t at[count];
 #pragma unroll
@@ -280,7 +281,8 @@ struct LaneSums {
     }
   }
 
-  // Of row `m` of four, whose zero point is at `zero`; the bits of an integer where it is one.
+  // Returns the result for row `m` of four, whose zero point is at `zero`. An integer is returned by its
+  // bits.
   __device__ __forceinline__ float result(int r, int m, const int32_t* zero) const {
     if constexpr (floats) {
       return sum[r][m];
@@ -452,7 +454,7 @@ __global__ void __launch_bounds__(sparse_lanes, Rows == 1 ? 4 : 3)
       const int64_t at = min(first_row + place + m, static_cast<int64_t>(a.m - 1));
 #pragma unroll
       for (int r = 0; r < Rows; ++r) {
-        // One more than there are columns: other banks.
+        // The stride is one more than the columns, so that rows start in different banks.
         results[(place + m) * (columns + 1) + group * Rows + r] = sums.result(r, m, a.row_zero + at);
       }
     }

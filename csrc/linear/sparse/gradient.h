@@ -62,7 +62,7 @@ inline int64_t gradient_of_row(const SparseStructure& s, const float* x, const f
   return b;
 }
 
-// The same for four rows and blocks of one column. The first n rows are in the matrix.
+// Does the same work for four rows and blocks of one column. The first n rows are in the matrix.
 template <int V>
 inline int64_t gradient_of_four(const SparseStructure& s, const float* x, const float* g, int64_t row,
                                 int64_t begin, int64_t end, int64_t limit, int n, float* out) {

@@ -125,7 +125,7 @@ inline void finish(const SparseLayer& layer, vf (&y)[R], const Matrix& out, int6
   store_rows(layer, y, out, row, rows, column);
 }
 
-// The same for sums of bytes, of rows with the scales x.
+// Finishes sums of bytes in the same way; the rows of activations have the scales x.
 template <int R>
 inline void finish_bytes(const SparseLayer& layer, const vi (&sum)[R], const Matrix& out, int64_t row,
                          int rows, int64_t column, const RowScale* x) {
@@ -231,7 +231,7 @@ void multiply_slabs(const SparseLayer& layer, const int32_t* x, int64_t stride, 
       int n = *steps++;
       const int32_t* of_chunk = x + *order++ * chunk_cells;
       if (n == 0) {
-        // Those that are left are empty too.
+        // The remaining chunks are empty, too.
         steps += chunks - c - 1, order += chunks - c - 1;
         break;
       }
@@ -259,8 +259,8 @@ void multiply_slabs(const SparseLayer& layer, const int32_t* x, int64_t stride, 
   }
 }
 
-// The same for one row that holds NaN or infinity: without the places of a step that hold no weight, whose
-// zero would make NaN of them.
+// Multiplies one row that holds NaN or infinity. It leaves out the places of a step that hold no weight,
+// whose zero would make NaN of them.
 template <ElementType T>
 void multiply_slabs_apart(const SparseLayer& layer, const int32_t* x, const Matrix& out, int64_t row,
                           int64_t first, int64_t last) {
@@ -446,7 +446,7 @@ void multiply_rows(const SparseLayer& layer, const SparseStream& s, bool first, 
   }
 }
 
-// The same where four rows share their cells.
+// Does the same work for layers in which four rows share their cells.
 template <ElementType T, int V, int W>
 void multiply_four(const SparseLayer& layer, const SparseStream& s, bool first, const int32_t* x,
                    int32_t* y) {
@@ -486,7 +486,7 @@ void multiply_four(const SparseLayer& layer, const SparseStream& s, bool first, 
   }
 }
 
-// What fits into the registers: 4 x 4 sums with 32 of them, else 4 x 2.
+// The sums must fit into the registers: 32 registers hold 4 x 4 sums, fewer hold 4 x 2.
 constexpr int vectors_of_four = lanes == 16 ? 4 : 2;
 
 template <ElementType T, int W>

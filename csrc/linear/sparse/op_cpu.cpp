@@ -123,7 +123,7 @@ class Operands {
     for (int64_t row = 0; row + 1 < static_cast<int64_t>(s.crow.size()); ++row) {
       for (int64_t b = s.crow[row]; b < s.crow[row + 1]; ++b) {
         for (int64_t r = 0; r < s.rows; ++r) {
-          // What lies past the end is no weight.
+          // Elements past the end are no weights.
           const float* scales = scales_.data() + std::min(s.n - 1, row * s.rows + r) * groups;
           for (int64_t c = 0, column = s.col[b] * s.columns; c < s.columns; ++c, ++column)
             *to++ = static_cast<float>(*values++) * scales[std::min(s.k - 1, column) / group_];
@@ -252,7 +252,7 @@ std::vector<Panel> panels_of(const SparseLayer& layer, int64_t m, int64_t thread
 }
 
 void run_many(const SparseLayer& layer, const Matrix& in, const Matrix& out, int64_t m) {
-  // What the bands up to each one cost.
+  // The cost of all bands before each band.
   std::vector<int64_t> costs{0};
   int64_t y_rows = 0;
   for (int64_t b = 0; b < layer.bands; ++b) {

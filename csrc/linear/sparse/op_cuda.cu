@@ -62,7 +62,7 @@ using rk::Tensor;
 using Device = rk::LinearDevice;
 using Rows = rk::InputRows;
 
-// Where kept weights are, as far as shapes and types tell.
+// The places of kept weights, checked as far as shapes and types allow.
 class Structure {
  public:
   Structure(const Tensor& crow, const Tensor& col, int64_t n, int64_t k, int64_t rows, int64_t columns)
@@ -198,7 +198,7 @@ class Layer : public rk::SparseArguments {
   Structure structure;
 };
 
-// As many lanes as there is work for, a power of two.
+// Returns the number of lanes for the work, a power of two.
 int32_t lanes_for(int64_t work, int32_t least) {
   int32_t lanes = least;
   while (lanes < rk::warp_lanes && lanes < work) lanes *= 2;

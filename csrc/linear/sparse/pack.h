@@ -95,8 +95,8 @@ struct SparseWeights {
   ElementType type;  // f32, f16, bf16 or i8
 };
 
-// The same by groups of 1 or 4 rows that share their cells: a word for every row of the group, the bits of
-// its weight.
+// Lists the same entries by groups of 1 or 4 rows that share their cells: one word for each row of the group,
+// with the bits of its weight.
 class SparseEntries {
  public:
   SparseEntries(const SparseWeights& w, bool exact) : group(w.rows % 4 == 0 ? 4 : 1), exact_(exact) {
@@ -157,7 +157,7 @@ class SparseEntries {
   bool exact_;
 };
 
-// Where the kernels find cells and weights: `place` says for every cell of a group which entry it becomes.
+// Stores cells and weights where the kernels read them: `place` gives the entry of every cell of a group.
 template <typename Word, int G, typename Place>
 void store_entries(const SparseEntries& e, uint32_t cells_mask, uint8_t* cell, uint8_t* value,
                    const Place& place) {

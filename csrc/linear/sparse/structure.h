@@ -1,4 +1,4 @@
-// Where the kept weights of a layer are, checked.
+// The checked places of the kept weights of a layer.
 #pragma once
 
 #include <cstdint>

@@ -27,7 +27,7 @@ class PrunedLayer:
         name: where it is in the model (the first place, if there are several).
         shape: of its weight, [out_features, in_features].
         before, after: sparsity: share of the weights in use that are zero.
-        reason: why it was not pruned; empty if it was.
+        reason: why the layer was not pruned; empty if it was pruned.
     """
 
     name: str
@@ -94,7 +94,7 @@ class Target:
     Attributes:
         name: where it is in the model.
         module: the layer.
-        reason: why it can't be pruned; None if it can.
+        reason: why the layer can't be pruned; None if it can be pruned.
     """
 
     name: str
@@ -108,20 +108,20 @@ class Target:
 
     @property
     def mask(self) -> torch.Tensor | None:
-        """Its mask, if it has one."""
+        """The mask of the layer, or None."""
         found = mask_of(self.module)
         return None if found is None else found.mask
 
     @property
     def zeros(self) -> float:
-        """The share of zeros in the weight that it uses."""
+        """The share of zeros in the weight that the layer uses."""
         if self.reason is not None and not _has_values(self.module):
             return 0.0
         weight = self.module.weight.detach()
         return 1.0 - torch.count_nonzero(weight).item() / weight.numel()
 
     def put_mask(self, mask: torch.Tensor) -> None:
-        """Gives the layer a mask; one that it has is overwritten in place, which compiled code sees."""
+        """Gives the layer a mask. An existing mask is overwritten in place, so that compiled code sees the change."""
         found = mask_of(self.module)
         if found is None:
             _register(self.module, PruningMask(mask))
@@ -132,8 +132,8 @@ class Target:
 def _register(module: Any, mask: PruningMask) -> None:
     """Parametrizes the weight of a layer with a mask.
 
-    torch does that with ``set_`` on the parameter, which gets a new node in autograd's graph, and a
-    DistributedDataParallel around the model waits for the old one. So the parameter sits out.
+    torch calls ``set_`` on the parameter. The parameter then gets a new node in autograd's graph, and a
+    DistributedDataParallel around the model waits for the old node. So the parameter is taken out during the call.
     """
     parameter = module._parameters["weight"]
     module._parameters["weight"] = torch.nn.Parameter(parameter.detach(), parameter.requires_grad)
@@ -182,7 +182,7 @@ def _entries(layers: Choice | Iterable[Choice]) -> list[Any]:
 
 
 def chosen_modules(model: torch.nn.Module, layers: Choice | Iterable[Choice] | None) -> set[int] | None:
-    """ids of modules, those inside of a chosen one included; None: all."""
+    """The ids of the chosen modules and of all modules inside them; None stands for all modules."""
     if layers is None:
         return None
     if not (isinstance(layers, (str, Iterable)) or callable(layers)):
@@ -206,13 +206,13 @@ def _matches(model: torch.nn.Module, entry: Any) -> list[torch.nn.Module]:
     if isinstance(entry, type) and issubclass(entry, torch.nn.Module):
         return [module for _, module in modules if isinstance(module, entry)]
     if callable(entry) and not isinstance(entry, type):
-        # Only of linear layers: one that holds for a name alone would otherwise take whatever is around them.
+        # Only linear layers are asked about: a function of the name alone would also choose the modules around them.
         return [module for name, module in modules if isinstance(module, torch.nn.Linear) and entry(name, module)]
     raise TypeError(f"layers takes names, patterns, module classes and functions, not {entry!r}")
 
 
 def is_named(model: torch.nn.Module, layers: Choice | Iterable[Choice] | None, module: torch.nn.Module) -> bool:
-    """Whether it was chosen by its own name."""
+    """Whether the layer was chosen by its own name."""
     exact = [] if layers is None else [entry for entry in _entries(layers) if isinstance(entry, str)]
     return any(name in exact and one is module for name, one in model.named_modules(remove_duplicate=False))
 

@@ -86,10 +86,10 @@ def prune(
 def remove_masks(model: torch.nn.Module, *, keep_zeros: bool = True) -> tuple[str, ...]:
     """Takes the masks off, so that a pruned model is a plain one again, with the parameters that it had.
 
-    Nothing holds the zeros then: a further step of an optimizer moves them.
+    The zeros are not held any more: a further step of an optimizer moves them.
 
     Args:
-        model: a model that was pruned. One with a DistributedDataParallel around it is best given with that: it has
+        model: a model that was pruned. Pass a DistributedDataParallel itself, not the model inside it: it has
             to be told that there are no masks (buffers) to send any more, or to be made anew.
         keep_zeros: whether dropped weights become zeros for good; else they get back what is behind the mask.
 
@@ -101,17 +101,18 @@ def remove_masks(model: torch.nn.Module, *, keep_zeros: bool = True) -> tuple[st
         mask = mask_of(module)
         assert mask is not None
         if keep_zeros:
-            # In place: the parameter's memory may be shared with an optimizer's or another process.
+            # The write is in place, since an optimizer or another process may share the parameter's memory.
             with torch.no_grad():
                 unmasked(module).masked_fill_(~mask.mask, 0.0)
-        # Copies share the class that a parametrization made; torch would take the weight away from theirs as well.
+        # Copies share the class that a parametrization made; torch would take the weight away from the copies as well.
         shared = type(module)
         members = {name: value for name, value in vars(shared).items() if name not in ("__dict__", "__weakref__")}
         module.__class__ = type(shared.__name__, shared.__bases__, members)
         parametrize.remove_parametrizations(module, "weight", leave_parametrized=False)
     for module in model.modules():
         if isinstance(module, DistributedDataParallel) and next(module.module.buffers(), None) is None:
-            module.modules_buffers = []  # else it fails where it looks for them again, and finds none
+            # Without this, DistributedDataParallel looks for the buffers and fails because they are gone.
+            module.modules_buffers = []
     return tuple(found)
 
 
@@ -119,7 +120,7 @@ def remove_masks(model: torch.nn.Module, *, keep_zeros: bool = True) -> tuple[st
 
 
 def check_scope(scope: str, pattern: Pattern) -> None:
-    """Raises ValueError for a scope that there is not, or not with the pattern."""
+    """Raises ValueError if the scope does not exist or does not go with the pattern."""
     if scope not in SCOPES:
         raise ValueError(f"scope must be {' or '.join(map(repr, SCOPES))}, but is {scope!r}")
     if scope == "global" and pattern.of:
@@ -226,10 +227,10 @@ def choose_masks(
 
 
 def _masks_of_group(scores: Mapping[str, torch.Tensor], share: float, pattern: Pattern) -> dict[str, torch.Tensor]:
-    """Drops a share of the units of all layers together, but never all of one."""
+    """Drops a share of the units of all layers together, but never all units of one layer."""
     units = {name: unit_scores(values, pattern) for name, values in scores.items()}
     flat = [values.flatten() for values in units.values()]
-    # Exactly the unit that would go last: of equal ones the last.
+    # The unit that is kept is exactly the one that would be dropped last; among equal scores it is the last unit.
     flat = [_with_infinity(values, len(values) - 1 - int(values.flip(0).argmax())) for values in flat]
     dtype = max((values.dtype for values in flat), key=lambda dtype: dtype.itemsize)
     pooled = torch.cat([values.to(flat[0].device, dtype) for values in flat])
@@ -248,7 +249,7 @@ def _with_infinity(values: torch.Tensor, at: int) -> torch.Tensor:
 
 
 def apply_masks(targets: Sequence[Target], masks: Mapping[str, torch.Tensor], pattern: Pattern) -> PruneReport:
-    """Gives layers their masks; the report is of all that were chosen."""
+    """Gives layers their masks and returns the report of all chosen layers."""
     lines = []
     for target in targets:
         before = target.zeros

@@ -21,7 +21,7 @@ from .masks import check_finite
 
 SCORES = ("magnitude", "first_order")
 
-# Functions of each value by itself: they do the same to the neurons that are left.
+# These modules are functions of each value by itself: they do the same to the neurons that are left.
 _ELEMENTWISE = frozenset(
     getattr(torch.nn, name)
     for name in (
@@ -97,7 +97,7 @@ class _Link:
 
 
 class _Neurons(LinearConverter):
-    """Linear layers: a :class:`RewritePlan` finds out whose weights other code uses."""
+    """Finds the linear layers; a :class:`RewritePlan` tells which of their weights other code reads."""
 
     def reason_to_keep(self, module: Any, choice: str, parents: Sequence[torch.nn.Module]) -> str | None:
         if any(getattr(module, hooks) for hooks in _HOOKS):
@@ -123,8 +123,8 @@ def prune_neurons(
     ``Softmax`` and the like compute over all neurons, so that fewer would change the others: layers before them are
     left alone. The copy usually has to be trained on.
 
-    Of inputs [batch, positions, features] a ``BatchNorm1d`` takes the positions for its channels, not the neurons.
-    Where there are as many of both, only a call shows that: give ``sample_inputs`` if a model has such inputs.
+    For inputs [batch, positions, features] the channels of a ``BatchNorm1d`` are the positions, not the neurons.
+    If a layer has as many neurons as positions, only a call shows that: give ``sample_inputs`` for such a model.
 
     Example:
         >>> small, report = rk.prune_neurons(model, 0.25, sample_inputs=x)         # doctest: +SKIP
@@ -205,7 +205,7 @@ def _links(plan: RewritePlan) -> dict[int, _Link]:
 
 
 def _is_plain(module: torch.nn.Module, plan: RewritePlan) -> bool:
-    """Whether it is a Sequential that does nothing but call its modules, one after the other."""
+    """Whether a module is a Sequential that only calls its modules, one after the other."""
     free = type(module) is torch.nn.Sequential and id(module) not in plan.taken_apart and "forward" not in vars(module)
     return free and not any(getattr(module, hooks) for hooks in _HOOKS)
 

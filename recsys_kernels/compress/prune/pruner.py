@@ -88,7 +88,7 @@ class CubicSchedule:
 
 @dataclass(frozen=True)
 class OneShot:
-    """All at once.
+    """A schedule that prunes once, at a single step.
 
     Attributes:
         at: the step, counted in calls of :meth:`Pruner.step`; 0 is when the Pruner is made.
@@ -202,8 +202,8 @@ class Pruner:
         self._scores: dict[str, torch.Tensor | None] = {}
         if scores != "magnitude":
             self._scores = dict.fromkeys([target.name for target in self._targets])
-        self._start: dict[str, float] = {}  # what there was to begin with, once masks have moved
-        self._end: float | None = None  # the sparsity, once finished
+        self._start: dict[str, float] = {}  # the sparsity at the start, known once masks have moved
+        self._end: float | None = None  # the sparsity at the end, known after finish()
         if schedule.moves(0):
             self._move()
         for target in self._targets:
@@ -247,7 +247,7 @@ class Pruner:
         return 1.0 - kept / sum(target.parameter.numel() for target in self._targets)
 
     def step(self) -> bool:
-        """To be called after every step of the optimizer, before its ``zero_grad``.
+        """Advances the schedule. Call it after every step of the optimizer, before ``zero_grad``.
 
         Returns:
             Whether the masks were chosen anew.
@@ -296,7 +296,7 @@ class Pruner:
             target.put_mask(masks[target.name])
 
     def _share(self, target: float, start: float) -> float:
-        """The sparsity of a layer now; one that is to be left dense is not the schedule's."""
+        """The sparsity of a layer now; the schedule does not apply to a layer that stays dense."""
         if not target:
             return 0.0
         if isinstance(self._schedule, CubicSchedule):
@@ -306,7 +306,7 @@ class Pruner:
     def _present(self) -> dict[str, float]:
         """The share of zeros of each layer, or of those that have one threshold, but no more than its target."""
         zeros = {target.name: target.zeros for target in self._targets}
-        # Nothing but zeros is how some layers start to learn: nobody has pruned them.
+        # Some layers start to learn from zeros only: nobody has pruned these layers.
         zeros = {name: share if share < 1.0 else 0.0 for name, share in zeros.items()}
         if self._scope == "global":
             sizes = {t.name: t.parameter.numel() for t in self._targets if t.name not in self._own}
@@ -319,7 +319,7 @@ class Pruner:
         if self._kind == "magnitude":
             return dict(values)
         if self.steps == 0:
-            # No gradients yet, and nothing to drop but what is zero already.
+            # There are no gradients yet, and the only weights to drop are zero already.
             return {t.name: values[t.name] if t.mask is None else values[t.name] * t.mask for t in self._targets}
         ranked = {}
         for name, found in self._scores.items():
@@ -335,7 +335,7 @@ class Pruner:
         return ranked
 
     def finish(self) -> PruneReport:
-        """Takes the masks off: plain layers with the parameters that they had, and zeros where masks have dropped.
+        """Takes the masks off. Plain layers remain, with the parameters that they had and zeros for dropped weights.
 
         Such a model is what ``SparseLinear.from_dense(linear, sparsity=None)`` packs. Nothing holds the zeros any more:
         one more step of an optimizer moves them (momentum and Adam's averages do so by themselves, without a gradient).
@@ -388,7 +388,7 @@ class Pruner:
         return {"steps": self.steps, "scores": dict(self._scores), "start": dict(self._start), "settings": settings}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Goes on where another Pruner of the same model was; the masks come with the model's ``state_dict``.
+        """Continues from the state of another Pruner of the same model; the masks come with the model's ``state_dict``.
 
         Raises:
             ValueError: not a state of a Pruner with these arguments (what differs is named), or one whose values are of
@@ -437,7 +437,7 @@ def _described(schedule: Schedule) -> dict[str, Any]:
 def _mapping(
     state_dict: Mapping[str, Any], part: str, names: Iterable[str] | None = None, *, empty: bool = False
 ) -> Mapping[str, Any]:
-    """A part of a state, which must have an entry by each of the names."""
+    """Checks a part of a state, which must have one entry for each of the names."""
     given = state_dict[part]
     if not isinstance(given, Mapping):
         raise ValueError(f"state_dict[{part!r}] must be a dict, but is {given!r:.80}")

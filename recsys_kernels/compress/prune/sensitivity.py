@@ -56,7 +56,7 @@ class Sensitivity:
         for name in self.metrics:
             best = 0.0
             for sparsity, drop in zip(self.sparsities, self.drops(name), strict=True):
-                if not drop <= max_drop:  # NaN is not
+                if not drop <= max_drop:  # `drop > max_drop` would accept a drop of NaN
                     break
                 best = sparsity
             found[name] = best
@@ -130,7 +130,7 @@ def sensitivity(
         raise ValueError(f"sparsities must be at least one number above 0 and below 1, but are {given}")
     targets = [target for target in find_layers(model, layers) if target.reason is None]
     for target in targets:
-        scores_of(target, "magnitude")  # a weight that is not finite shows before anything is measured
+        scores_of(target, "magnitude")  # this raises for a weight that is not finite before anything is measured
     bar = _bar([target.name for target in targets], len(wanted), progress)
     try:
         baseline = _measure(model, evaluate, bar)
@@ -155,7 +155,7 @@ def _scores(target: Target) -> torch.Tensor:
 
 @contextmanager
 def _dropped(target: Target, mask: torch.Tensor) -> Iterator[None]:
-    """Without some weights of a layer, for a while."""
+    """Sets some weights of a layer to zero for the time of a ``with`` block."""
     weight = target.parameter
     before = weight.detach().clone()
     with torch.no_grad():
@@ -188,7 +188,7 @@ class _Bar(Protocol):
 
 
 class _Lines:
-    """A line for each layer that is done."""
+    """Prints a line for each layer that is done."""
 
     def __init__(self, layers: Sequence[str], measurements: int, shown: bool) -> None:
         self.layers, self.measurements, self.shown = layers, measurements, shown
@@ -209,7 +209,7 @@ def _bar(layers: Sequence[str], measurements: int, progress: bool | None) -> _Ba
     """Shows how far a scan is with a number of measurements for each layer."""
     try:
         from tqdm.auto import tqdm  # type: ignore[import-untyped]
-    except ModuleNotFoundError:  # a bar is not worth a requirement
+    except ModuleNotFoundError:  # a progress bar does not justify a required package
         return _Lines(layers, measurements, sys.stderr.isatty() if progress is None else progress)
     disable = None if progress is None else not progress
     bar: _Bar = tqdm(total=1 + len(layers) * measurements, desc=_TITLE, unit="run", disable=disable)

@@ -120,7 +120,7 @@ def watch(
         ValueError: no batches; NaN or infinity.
     """
     modes = [(module, module.training) for module in model.modules()]
-    number = -1  # of the batch that runs
+    number = -1  # the number of the batch that runs
 
     def hook(name: str, note: Callable[[torch.Tensor], None]) -> Any:
         def see(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -153,7 +153,7 @@ def _restore(modes: Iterable[tuple[torch.nn.Module, bool]]) -> None:
 def _with_bar(batches: Iterable[Any], progress: bool | None) -> Iterable[Any]:
     try:
         from tqdm.auto import tqdm  # type: ignore[import-untyped]
-    except ModuleNotFoundError:  # a bar is not worth a requirement
+    except ModuleNotFoundError:  # a progress bar does not justify a required package
         return batches
     return tqdm(batches, desc="calibrating", unit="batch", disable=None if progress is None else not progress)
 
@@ -173,7 +173,7 @@ class Observer:
         self._reach = 0.0  # the end of the histogram, a power of two; 0 until a value is not 0
 
     def add(self, rows: torch.Tensor) -> None:
-        """Takes note of finite float32 values."""
+        """Adds finite float32 values to the range and the histogram."""
         low, high = (end.item() for end in rows.aminmax())
         self.seen = True
         self.low, self.high = min(self.low, low), max(self.high, high)
@@ -183,13 +183,13 @@ class Observer:
         if self._reach == 0.0:
             self._counts[_BINS // 2] += rows.numel()
             return
-        # In two steps, as the reach of the largest values has no place in float32.
+        # The division is in two steps, since float32 cannot hold the reach of the largest values.
         half = 2.0 ** (math.frexp(self._reach)[1] // 2)
         for block in rows.reshape(-1).split(_BLOCK):
             self._counts += torch.histc(block / half / (self._reach / half), _BINS, -1.0, 1.0).cpu()
 
     def _stretch(self, largest: float) -> None:
-        """Makes the histogram reach a value, two bins becoming one at a time."""
+        """Widens the histogram until it reaches a value; each step merges two bins into one."""
         if largest == 0.0:
             return
         wanted = 2.0 ** math.ceil(math.log2(largest))

@@ -15,7 +15,7 @@ from ..converters.converter import LayerDecision
 from ..rewrite.plan import RewritePlan, Skip
 from .calibrate import plan_of, watch
 
-# Exponents beyond would take values towards the ends of float16.
+# Larger exponents would move values towards the limits of float16.
 _MOST = 8
 
 

@@ -99,7 +99,7 @@ def grown_batches(pools: Mapping[int, Sequence[Batch]], rows: int, seed: int) ->
 
     def ids(count: int) -> torch.Tensor:
         rank = np.exp(random.random(count) * np.log(rows)).astype(np.int64) % rows
-        return torch.from_numpy(rank * stride % rows)  # popular rows lie all over the table
+        return torch.from_numpy(rank * stride % rows)  # popular rows must lie all over the table
 
     return {size: [b._replace(indices=ids(len(b.indices))) for b in pool] for size, pool in pools.items()}
 
@@ -202,7 +202,7 @@ def _alternate(
 
 @contextmanager
 def _no_collector() -> Iterator[None]:
-    """No garbage collection while calls are timed."""
+    """Stops garbage collection while calls are timed."""
     gc.collect()
     gc.disable()
     try:

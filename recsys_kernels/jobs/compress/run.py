@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from recsys_kernels import __version__
-from recsys_kernels.backends import selection as _backends
+from recsys_kernels.backends import selection
 from recsys_kernels.backends.registry import native
 from recsys_kernels.data.examples import Dataset
 from recsys_kernels.data.load import load_dataset
@@ -31,7 +31,7 @@ from .variants import BASELINE, BASELINE_TITLE, METHOD, PATTERN, VARIANTS, Mater
 TOLERANCE = 0.001  # AUC that a compressed model may lose
 SMALL_TEST = 3000  # test rows below which changes of AUC are hardly more than noise
 PRUNED_TOLERANCE = 0.002  # AUC that a pruned one may lose to be recommended among its like
-# What the ranges of static layers are found on.
+# Training examples on which the ranges of static layers are found.
 CALIBRATION_BATCHES, CALIBRATION_ROWS = 32, 512
 # Learning rate of the quantization-aware training, one epoch, as a share of that of the training.
 TUNING_RATE = 0.025
@@ -44,7 +44,7 @@ PRUNING_MOVES = 50  # masks move at most this often
 
 @dataclass(frozen=True)
 class JobSettings:
-    """What to run.
+    """The settings of a run.
 
     Attributes:
         data: data set, see `load_dataset`; MovieLens 100k by default.
@@ -71,7 +71,7 @@ class JobSettings:
 
 @dataclass
 class JobResult:
-    """What a run gave.
+    """The result of a run.
 
     Attributes:
         data: the examples.
@@ -115,7 +115,7 @@ class JobResult:
     seconds: dict[str, float]
 
     def title(self, name: str) -> str:
-        """What a reader sees for a model name."""
+        """The title that a reader sees for a model name."""
         return {BASELINE: BASELINE_TITLE, **{variant.name: variant.title for variant in VARIANTS}}[name]
 
     @property
@@ -152,7 +152,7 @@ def _run(settings: JobSettings, clock: _Clock, on_step: Callable[[int, int], Non
     data = load_dataset(settings.data, cache=settings.cache, limit=settings.limit)
     torch.manual_seed(settings.training.seed)
     config = DLRMConfig.for_schema(data.schema, settings.dim)
-    # Built before the training: tables that do not fit are told at once, not minutes later.
+    # The tables are built before the training: tables that do not fit are reported at once, not minutes later.
     grown = _grown_cost(config, data, settings, clock) if settings.rows else {}
     clock.stage("training")
     torch.manual_seed(settings.training.seed)
@@ -192,7 +192,7 @@ def _run(settings: JobSettings, clock: _Clock, on_step: Callable[[int, int], Non
 
 
 class _Scores:
-    """What every model makes of one part of the data.
+    """The predictions of every model for one part of the data.
 
     Attributes:
         labels: [rows].
@@ -324,7 +324,7 @@ def _variant_json(result: JobResult, name: str) -> dict[str, Any]:
 
 
 def machine() -> dict[str, str]:
-    """What the numbers were taken on."""
+    """The machine and the versions on which the numbers were measured."""
     name = platform.processor() or platform.machine()
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
@@ -337,7 +337,7 @@ def machine() -> dict[str, str]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "recsys_kernels": __version__,
-        "backend": _backends.chosen("embedding_bag_collection", "cpu"),
+        "backend": selection.chosen("embedding_bag_collection", "cpu"),
         "isa": native.isa() or "none",
     }
 
@@ -354,7 +354,8 @@ def _grown_cost(config: DLRMConfig, data: Dataset, settings: JobSettings, clock:
 def _choose(change: dict[str, Estimate], cost: dict[str, Cost], tolerance: float, pruned: bool = False) -> str | None:
     """The smallest variant that surely loses no more than a tolerance.
 
-    By validation AUC: the test must not choose what it judges. Where few rows leave it open, the variant is not taken.
+    The choice goes by validation AUC: the test must not choose what it judges. If too few rows decide
+    nothing, the variant is not chosen.
     """
     names = [variant.name for variant in VARIANTS if variant.pruned or not pruned]
     kept = [name for name in names if change[name].surely_above(-tolerance)]

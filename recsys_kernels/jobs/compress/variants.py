@@ -19,13 +19,14 @@ from ...compress.quantize.calibrate import Range, observe
 
 # How static ranges are found, see `rk.calibrate`.
 METHOD = "mse"
-# What is dropped of pruned MLPs. Blocks: one column index serves four weights, so that int8 ones get smaller, too.
+# The share and the pattern of pruned MLPs. In a block one column index serves four weights, so that int8 layers get
+# smaller, too.
 SPARSITY, PATTERN = 0.8, "block4x1"
 
 
 @dataclass(frozen=True)
 class Material:
-    """What variants are made with, beside the trained model.
+    """The inputs from which variants are made, beside the trained model.
 
     Attributes:
         inputs: arguments of calls of the model, to find the ranges of static layers on.

@@ -137,6 +137,9 @@ def embedding_bag(
             rest = (offsets, max_norm, norm_type, scale_grad_by_freq, mode, sparse, per_sample_weights)
             return handle_torch_function(embedding_bag, tensors, input, weight, *rest, include_last_offset, padding_idx)
         if max_norm is not None or scale_grad_by_freq:
+            if input.is_meta != weight.is_meta:  # torch gives memory that nobody filled
+                names = ("input", "weight") if input.is_meta else ("weight", "input")
+                raise RuntimeError(f"{names[0]} is on the meta device, which holds no values, but {names[1]} is not")
             rest = (offsets, max_norm, norm_type, scale_grad_by_freq, mode, sparse, per_sample_weights)
             return _torch_embedding_bag(input, weight, *rest, include_last_offset, padding_idx)
         ids, bounds, samples = input, offsets, per_sample_weights

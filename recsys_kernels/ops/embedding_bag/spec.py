@@ -31,6 +31,7 @@ FAMILY = registry.register(
             ".collection:EmbeddingBagCollection",
         ),
         samples=".samples:operator_samples",
+        module_samples=".module_samples:module_samples",
         facts=".facts:facts",
         converters=("recsys_kernels.compress.converters.embedding_tables",),
     )

@@ -12,7 +12,7 @@ from support import REFERENCE
 from test_bad_input import NAMES, calls
 
 import recsys_kernels as rk
-from recsys_kernels.backends import selection as _backends
+from recsys_kernels.backends import selection
 from recsys_kernels.testing import assert_matches
 
 OFFSETS = torch.tensor([0, 2, 5, 5, 8])
@@ -79,7 +79,7 @@ def run(name: str, indices: torch.Tensor, device: torch.device) -> torch.Tensor:
         if isinstance(arg, torch.Tensor) else arg
         for arg in calls(indices, OFFSETS)[name]
     ]  # fmt: skip
-    out = _backends.implementation(name, indices.to(device))(*args)
+    out = selection.implementation(name, indices.to(device))(*args)
     return out[0] if isinstance(out, tuple) else out
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import recsys_kernels as rk
-from recsys_kernels.backends import selection as _backends
+from recsys_kernels.backends import selection
 
 
 @pytest.fixture(autouse=True)
@@ -43,7 +43,7 @@ def test_quantized_tables_beyond_32_bits(gpu: torch.device, bits: int, rows: int
     table[used] = (values * (17 if bits == 4 else 1)).to(torch.uint8).unsqueeze(1)
     scales[used] = torch.stack([2.0 * values, values], 1).half()
     indices = used[torch.tensor([[3, 2], [0, 3], [1, 0]], device=gpu)]
-    run = _backends.implementation("quantized_embedding_bag", indices)
+    run = selection.implementation("quantized_embedding_bag", indices)
     out = run(table, scales, 0, 64, bits, indices, None, None, 0, -1, False, torch.float32)
     rk.check_bounds()
     row = [3.0, 10.0, 21.0, 36.0]  # scale * q + bias
@@ -91,7 +91,7 @@ def test_gradient_is_the_same_at_every_run(gpu: torch.device, hot: float) -> Non
     wanted = torch.zeros(rows, dim, dtype=torch.float64)
     wanted.index_add_(0, indices, grad.double().repeat_interleave(20, 0))
     on_gpu = (grad.to(gpu), indices.reshape(-1, 20).to(gpu), None, None, 0, -1, False, rows)
-    run = _backends.implementation("embedding_bag_backward", on_gpu[0])
+    run = selection.implementation("embedding_bag_backward", on_gpu[0])
     first = run(*on_gpu)
     for _ in range(5):
         assert torch.equal(run(*on_gpu), first)

@@ -248,10 +248,10 @@ def test_max_of_infinities_and_nan_is_that_of_torch(implementation: str) -> None
 
 
 def test_argmax_names_rows(implementation: str) -> None:
-    from recsys_kernels.backends import selection as _backends
+    from recsys_kernels.backends import selection
 
     weight = torch.tensor([[3.0, 1.0], [2.0, 9.0], [4.0, 0.0]])
-    run = _backends.implementation("embedding_bag_max", weight)
+    run = selection.implementation("embedding_bag_max", weight)
     out, argmax = run(weight, torch.tensor([0, 1, 2, 2]), torch.tensor([0, 2, 2]), -1, False, True)
     assert out.tolist() == [[3.0, 9.0], [0.0, 0.0], [4.0, 0.0]]
     assert argmax.tolist() == [[0, 1], [-1, -1], [2, 2]]

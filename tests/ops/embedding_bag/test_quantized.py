@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 import recsys_kernels as rk
 from recsys_kernels import testing
-from recsys_kernels.backends import selection as _backends
+from recsys_kernels.backends import selection
 from recsys_kernels.ops.embedding_bag import memory
 from recsys_kernels.ops.embedding_bag.reference import MODES
 from recsys_kernels.testing import WIDTHS, BagSample, assert_matches, expected_embedding_bag
@@ -580,7 +580,7 @@ def test_reference_serves_every_call_of_the_module() -> None:
     bags = torch.randint(0, 10, (3, 2))
     wanted = module(bags)
     with rk.backend("reference"):
-        assert _backends.chosen("quantized_embedding_bag", "cpu") == "reference"
+        assert selection.chosen("quantized_embedding_bag", "cpu") == "reference"
         assert_matches(module(bags), wanted)
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from ....backends import selection
 from ..activation import (
@@ -18,8 +17,22 @@ from ..activation import (
     epilogue_number,
     scheme_number,
 )
-from ..gradients import before_activation, needs_again, needs_output
+from ..gradients import (
+    autocast_type,
+    before_activation,
+    check_tensor,
+    is_transformed,
+    needs_again,
+    needs_output,
+    register_autocast,
+    register_rows,
+    straight_through,
+)
 from .spec import Int8Layer
+
+register_rows("int8_linear")
+register_rows("int8_chain")
+register_autocast("int8_chain")
 
 
 def dequantize(weight: torch.Tensor, weight_scale: torch.Tensor, group: int) -> torch.Tensor:
@@ -76,12 +89,13 @@ class _Int8Linear(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         input, weight, weight_scale, bias, input_qparams, out = ctx.saved_tensors
 
         def again() -> torch.Tensor:
             layer = Int8Layer(weight, weight_scale, ctx.group, bias, input_qparams, ctx.scheme, NONE)
+            if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # for a second derivative
+                return transformed(input, layer, torch.float32)
             return selection.implementation("int8_linear", input)(input, *layer, torch.float32)
 
         grad = before_activation(grad, ctx.activation, out, again)
@@ -97,6 +111,21 @@ class _Int8Linear(torch.autograd.Function):
         return grad_input, None, None, None, grad_scale, None, grad_bias, None, None, None
 
 
+def transformed(input: torch.Tensor, layer: Int8Layer, dtype: torch.dtype) -> torch.Tensor:
+    """:func:`run_layer` with derivatives of every kind and order, slower."""
+    plain = layer._replace(
+        weight_scale=layer.weight_scale.detach(),
+        bias=None if layer.bias is None else layer.bias.detach(),
+        activation=NONE,
+    )
+
+    def exact(rows: torch.Tensor) -> torch.Tensor:
+        return selection.implementation("int8_linear", rows)(rows, *plain, torch.float32)
+
+    weight = dequantize(layer.weight, layer.weight_scale, layer.group)
+    return straight_through(input, weight, layer.bias, layer.activation, dtype, exact)
+
+
 def run_layer(
     input: torch.Tensor, layer: Int8Layer, dtype: torch.dtype, packed: torch.Tensor | None = None
 ) -> torch.Tensor:
@@ -105,6 +134,8 @@ def run_layer(
     Args:
         packed: the same layer from ``int8_pack``, where its kernels run; else None.
     """
+    if not torch.compiler.is_compiling() and is_transformed():
+        return transformed(input, layer, dtype)
     bias = layer.bias
     trained = input.requires_grad or layer.weight_scale.requires_grad or (bias is not None and bias.requires_grad)
     if trained and torch.is_grad_enabled():
@@ -140,7 +171,7 @@ def int8_linear(
         input_qparams: float32 [2], scale and zero point (an integer from 0 to 255), for ``"static"``.
         epilogue: None, ``"relu"``, ``"gelu"``, ``"sigmoid"`` or ``"silu"``: applied to the result.
         group: 32, 64 or 128 columns that share a scale, or 0 for all of them.
-        dtype: of the result; default: that of ``input``.
+        dtype: of the result; default: that of autocast where it is on, else that of ``input``.
 
     Returns:
         [..., N]. A row of ``input`` with NaN or infinity gives a row of NaN, and touches no other
@@ -151,6 +182,7 @@ def int8_linear(
         RuntimeError: shapes or types that do not fit together, named; a scale of the input that is not positive (on a
             GPU, which nobody waits for, such a scale or zero point gives NaN).
     """
+    check_tensor(input)
     if weight_scale.requires_grad and torch.is_grad_enabled() and activation != "weight_only":
         raise RuntimeError("int8_linear: weight_scale has no gradient but with activation='weight_only'; detach() it")
     if weight.dim() == 2:
@@ -162,4 +194,4 @@ def int8_linear(
         bias = bias.float()
     numbers = scheme_number(activation), epilogue_number(epilogue)
     layer = Int8Layer(weight, weight_scale, group, bias, input_qparams, *numbers)
-    return run_layer(input, layer, input.dtype if dtype is None else dtype)
+    return run_layer(input, layer, autocast_type(input, input.dtype) if dtype is None else dtype)

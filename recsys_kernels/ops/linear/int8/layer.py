@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
+from torch.autograd import forward_ad
 
 from ....backends import selection
 from ..activation import (
@@ -17,6 +18,7 @@ from ..activation import (
     input_qparams,
     scheme_number,
 )
+from ..gradients import autocast_type, check_tensor, is_transformed
 from ..layer import (
     MODULES,
     FixedTypes,
@@ -355,16 +357,26 @@ class Int8Linear(FixedTypes):
         """[..., in_features] of float32, float16 or bfloat16 to [..., out_features].
 
         Raises:
+            TypeError: no tensor.
             RuntimeError: a wrong shape, type or device; a static layer that has no range yet.
         """
-        if not torch.compiler.is_compiling():
-            # The same as below without what cannot apply: a request of one row takes 3 us.
-            prepared, dtype = self._prepared, self.dtype
-            if prepared is not None and self.is_fresh(prepared) and input.dim() == 2:
-                needs_grad = torch.is_grad_enabled() and (input.requires_grad or self.is_trained())
-                if not needs_grad and selection.implementation("int8_chain", input) is CHAIN:
-                    return RUN_CHAIN(input, prepared.value, self.out_features, NUMBERS.get(dtype, dtype))
-        return self.run(input, self.dtype)
+        try:
+            if not torch.compiler.is_compiling():
+                # The same as below without what cannot apply: a request of one row takes 3 us.
+                prepared, dtype = self._prepared, self.dtype
+                if (
+                    prepared is not None
+                    and self.is_fresh(prepared)
+                    and input.dim() == 2
+                    and forward_ad._current_level < 0
+                ):
+                    needs_grad = torch.is_grad_enabled() and (input.requires_grad or self.is_trained())
+                    if not needs_grad and selection.implementation("int8_chain", input) is CHAIN:
+                        return RUN_CHAIN(input, prepared.value, self.out_features, NUMBERS.get(dtype, dtype))
+            return self.run(input, autocast_type(input, self.dtype))
+        except AttributeError:  # found here, as it takes no time where the input is a tensor
+            check_tensor(input)
+            raise
 
     def run(self, input: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """:meth:`forward` with another type of the output."""
@@ -375,6 +387,8 @@ class Int8Linear(FixedTypes):
             if runs_compiled(self.weight) and not needs_grad:
                 return run_compiled([self], input, dtype)
             return op.run_layer(input, self.operands(), dtype)
+        if is_transformed():
+            return op.transformed(input, self.operands(), dtype)
         packed = self._current_pack()
         if packed is not None and not needs_grad:
             return op.chain(input, packed, self.out_features, dtype)

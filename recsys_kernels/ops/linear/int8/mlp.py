@@ -6,8 +6,10 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.autograd import forward_ad
 
 from ....backends import selection
+from ..gradients import autocast_type, check_tensor, is_transformed
 from ..prepared import Prepared, count_writes
 from ..sequence import LinearSequence, check_widths
 from . import autograd as op
@@ -171,9 +173,11 @@ class Int8MLP(LinearSequence):
 
         Hooks of the layers are not called where all of them run in one call.
         """
+        check_tensor(input)
         layers = self._layers()
         last = layers[-1]
-        needs_grad = torch.is_grad_enabled() and _has_grad(input, layers)
+        # Tangents are computed as gradients are: layer by layer.
+        needs_grad = (torch.is_grad_enabled() and _has_grad(input, layers)) or forward_ad._current_level >= 0
         if not torch.compiler.is_compiling() and not needs_grad:
             # As in Int8Linear.forward: first without what cannot apply.
             packed = self._packed
@@ -185,8 +189,8 @@ class Int8MLP(LinearSequence):
         if not needs_grad:
             if torch.compiler.is_compiling():
                 if runs_compiled(last.weight):
-                    return run_compiled(layers, input, last.dtype)
-            elif runs_packed(last.weight):
+                    return run_compiled(layers, input, autocast_type(input, last.dtype))
+            elif runs_packed(last.weight) and not is_transformed():
                 return op.chain(input, self._current_pack(layers), last.out_features, last.dtype)
         for layer in layers[:-1]:
             input = layer.run(input, torch.float32)

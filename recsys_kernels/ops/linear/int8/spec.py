@@ -27,6 +27,7 @@ FAMILY = registry.register(
         shown={"int8_linear": ("int8_linear",)},
         modules=(".layer:Int8Linear", ".mlp:Int8MLP"),
         samples=".samples:operator_samples",
+        module_samples=".module_samples:module_samples",
         converters=("recsys_kernels.compress.converters.int8_linear",),
     )
 )

@@ -11,7 +11,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from ....backends import selection
 from ..activation import (
@@ -21,10 +20,24 @@ from ..activation import (
     epilogue_number,
     scheme_number,
 )
-from ..gradients import before_activation, needs_again, needs_output
+from ..gradients import (
+    autocast_type,
+    before_activation,
+    check_tensor,
+    is_transformed,
+    needs_again,
+    needs_output,
+    register_autocast,
+    register_rows,
+    straight_through,
+)
 from . import reference
 from .spec import SparseLayer, block_shape
 from .structure import Structure, transpose_structure
+
+register_rows("sparse_linear")
+register_rows("sparse_packed")
+register_autocast("sparse_packed")
 
 
 def _input_gradient(grad: torch.Tensor, layer: SparseLayer, structure: Structure | None) -> torch.Tensor:
@@ -85,14 +98,18 @@ class _SparseLinear(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         input, values, crow, col, weight_scale, bias, input_qparams, out = ctx.saved_tensors
         out_features, in_features = ctx.sizes
         structure = (values, crow, col, out_features, in_features)
         layer = SparseLayer(*structure, weight_scale, bias, input_qparams, ctx.scheme, NONE)
 
+        # For a second derivative.
+        twice = torch.is_grad_enabled() and not torch.compiler.is_compiling()
+
         def again() -> torch.Tensor:
+            if twice:
+                return transformed(input, layer, torch.float32)
             return selection.implementation("sparse_linear", input)(input, *layer, torch.float32)
 
         grad = before_activation(grad, ctx.activation, out, again)
@@ -101,15 +118,51 @@ class _SparseLinear(torch.autograd.Function):
         rows = grad.reshape(shape.numel(), out_features)
         grad_input = grad_values = grad_bias = None
         if ctx.needs_input_grad[0]:
-            grad_input = _input_gradient(rows, layer, ctx.structure)
+            grad_input = rows @ dense_weight(layer) if twice else _input_gradient(rows, layer, ctx.structure)
             grad_input = grad_input.to(ctx.dtype).reshape(*shape, in_features)
-        if ctx.needs_input_grad[4]:
+        if ctx.needs_input_grad[4] and twice:
+            at, inside = _places(layer)
+            everywhere = rows.t() @ input.float().reshape(shape.numel(), in_features)
+            grad_values = torch.where(inside, everywhere.reshape(-1)[at], 0.0).to(values.dtype)
+        elif ctx.needs_input_grad[4]:
             run = selection.implementation("sparse_weight_gradient", rows)
             flat = input.reshape(shape.numel(), in_features)
             grad_values = run(rows, flat, crow, col, *block_shape(values), values.dtype).reshape(values.shape)
         if ctx.needs_input_grad[10]:
             grad_bias = rows.sum(0).to(ctx.bias_dtype)
         return (grad_input, None, None, None, grad_values, *[None] * 5, grad_bias, *[None] * 3)
+
+
+def _places(layer: SparseLayer) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of every value its place in a flat [N * K], and whether it is a weight: blocks may reach over the end."""
+    n, k = layer.out_features, layer.in_features
+    rows, columns = reference.places(layer.values.detach(), layer.crow_indices, layer.col_indices)
+    inside = ((rows < n) & (columns < k)).expand(layer.values.shape)
+    return (rows.clamp(0, n - 1) * k + columns.clamp(0, k - 1)).expand(layer.values.shape), inside
+
+
+def dense_weight(layer: SparseLayer) -> torch.Tensor:
+    """What the weights stand for, float32 [N, K], differentiable in the values."""
+    n, k, scale = layer.out_features, layer.in_features, layer.weight_scale
+    at, inside = _places(layer)
+    values = torch.where(inside, layer.values.float(), 0.0).reshape(-1)
+    dense = values.new_zeros(n * k).index_add(0, at.reshape(-1), values).reshape(n, k)
+    if scale is None:
+        return dense
+    group = reference.scale_group(n, k, scale.shape)
+    scales = scale.repeat_interleave(group, 1)[:, :k] if group else scale.reshape(n, 1)
+    return dense * scales
+
+
+def transformed(input: torch.Tensor, layer: SparseLayer, dtype: torch.dtype) -> torch.Tensor:
+    """:func:`run_layer` with derivatives of every kind and order, through dense weights: slower."""
+    plain = layer._replace(bias=None if layer.bias is None else layer.bias.detach(), activation=NONE)
+
+    def exact(rows: torch.Tensor) -> torch.Tensor:
+        return selection.implementation("sparse_linear", rows)(rows, *plain, torch.float32)
+
+    rounds = None if layer.weight_scale is None else exact
+    return straight_through(input, dense_weight(layer), layer.bias, layer.activation, dtype, rounds)
 
 
 def run_layer(
@@ -125,6 +178,8 @@ def run_layer(
         prepared: gives the result from what was made of the layer before; None: the operator.
         structure: of the layer, where it is kept from one call to the next; else None.
     """
+    if not torch.compiler.is_compiling() and is_transformed():
+        return transformed(input, layer, dtype)
     bias = layer.bias
     trained = input.requires_grad or layer.values.requires_grad or (bias is not None and bias.requires_grad)
     if trained and torch.is_grad_enabled():
@@ -190,7 +245,7 @@ def sparse_linear(
             row), ``"static"`` (by ``input_qparams``) or ``"weight_only"`` (in float). None with float values.
         input_qparams: float32 [2], scale and zero point (an integer from 0 to 255), for ``"static"``.
         epilogue: None, ``"relu"``, ``"gelu"``, ``"sigmoid"`` or ``"silu"``: applied to the result.
-        dtype: of the result; default: that of ``input``.
+        dtype: of the result; default: that of autocast where it is on, else that of ``input``.
 
     Returns:
         [..., N]. NaN and infinity of the input reach what is computed from them through kept weights; int8 products
@@ -202,6 +257,7 @@ def sparse_linear(
         RuntimeError: shapes, types or a structure that do not fit together, named, with the position (on a GPU, which
             nobody waits for, structures and scales are not looked into).
     """
+    check_tensor(input)
     if in_features is None:
         if input.dim() == 0:
             raise RuntimeError("input must have at least 1 dimension, but has 0")
@@ -213,4 +269,4 @@ def sparse_linear(
     numbers = scheme_number(activation), epilogue_number(epilogue)
     structure = (values, crow_indices, col_indices, out_features, in_features)
     layer = SparseLayer(*structure, weight_scale, bias, input_qparams, *numbers)
-    return run_layer(input, layer, input.dtype if dtype is None else dtype)
+    return run_layer(input, layer, autocast_type(input, input.dtype) if dtype is None else dtype)

@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any, TypeVar
 
 import torch
+from torch.autograd import forward_ad
 
 from ....backends import selection
 from ..activation import (
@@ -17,6 +18,7 @@ from ..activation import (
     input_qparams,
     scheme_number,
 )
+from ..gradients import autocast_type, check_tensor, is_transformed
 from ..layer import (
     MODULES,
     FixedTypes,
@@ -447,24 +449,35 @@ class SparseLinear(FixedTypes):
         """[..., in_features] of float32, float16 or bfloat16 to [..., out_features].
 
         Raises:
+            TypeError: no tensor.
             RuntimeError: a wrong shape, type or device; a static layer that has no range yet.
         """
-        if not torch.compiler.is_compiling():
-            # The same as below without what cannot apply.
-            prepared = self._prepared
-            if prepared is not None and input.dim() == 2 and self.is_fresh(prepared) and not self.needs_grad(input):
-                packs = prepared.value
-                many = input.shape[0] > crossover.FEW_ROWS
-                pack = packs.pack(many, input)
-                if pack is not None:
-                    dense = packs.runs_dense[many]
-                    chosen = selection.implementation("int8_chain" if dense else "sparse_packed", input)
-                    if chosen is PACKED or chosen is DENSE:
-                        run = RUN_DENSE if dense else RUN_PACKED
-                        return run(input, pack, self.out_features, selection.dtype_argument(self.dtype))
-                elif isinstance(packs, Packs) and packs.runs_dense[many] and runs_packed(self.values):
-                    return packs.run(input, self.operands(), self.dtype)
-        return self.run(input, self.dtype)
+        try:
+            if not torch.compiler.is_compiling():
+                # The same as below without what cannot apply.
+                prepared = self._prepared
+                if (
+                    prepared is not None
+                    and input.dim() == 2
+                    and self.is_fresh(prepared)
+                    and not self.needs_grad(input)
+                    and forward_ad._current_level < 0
+                ):
+                    packs = prepared.value
+                    many = input.shape[0] > crossover.FEW_ROWS
+                    pack = packs.pack(many, input)
+                    if pack is not None:
+                        dense = packs.runs_dense[many]
+                        chosen = selection.implementation("int8_chain" if dense else "sparse_packed", input)
+                        if chosen is PACKED or chosen is DENSE:
+                            run = RUN_DENSE if dense else RUN_PACKED
+                            return run(input, pack, self.out_features, selection.dtype_argument(self.dtype))
+                    elif isinstance(packs, Packs) and packs.runs_dense[many] and runs_packed(self.values):
+                        return packs.run(input, self.operands(), self.dtype)
+            return self.run(input, autocast_type(input, self.dtype))
+        except AttributeError:  # found here, as it takes no time where the input is a tensor
+            check_tensor(input)
+            raise
 
     def run(self, input: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """:meth:`forward` with another type of the output."""
@@ -478,6 +491,8 @@ class SparseLinear(FixedTypes):
                 return selection.implementation("sparse_layer", input)(input, *layer, dtype)
             return op.run_layer(input, layer, dtype)
         self._check_range()
+        if is_transformed():
+            return op.transformed(input, layer, dtype)
         prepared: Callable[[torch.Tensor], torch.Tensor] | None = None
         structure = self._current_structure() if needs_grad else None
         trains = needs_grad and self.values.requires_grad

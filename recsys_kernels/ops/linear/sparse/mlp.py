@@ -6,8 +6,10 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
+from torch.autograd import forward_ad
 
 from ....backends import selection
+from ..gradients import check_tensor, is_transformed
 from ..prepared import Prepared
 from ..sequence import LinearSequence, check_widths
 from .crossover import FEW_ROWS
@@ -62,7 +64,8 @@ class SparseMLP(LinearSequence):
 
         Hooks of the layers are called.
         """
-        if torch.compiler.is_compiling():
+        check_tensor(input)
+        if torch.compiler.is_compiling() or forward_ad._current_level >= 0:
             return super().forward(input)
         known = self._known
         if (
@@ -76,6 +79,8 @@ class SparseMLP(LinearSequence):
             for run, pack, width, dtype in steps:
                 input = run(input, pack, width, dtype)
             return input
+        if is_transformed() or torch.is_autocast_enabled("cpu"):
+            return super().forward(input)  # what runs then is no example for other calls
         if input.dim() == 2 and self._runs_packed() and not (torch.is_grad_enabled() and self._has_grad(input)):
             return self._run_and_note(input)
         return super().forward(input)

@@ -89,7 +89,8 @@ class Packs:
         if scale is None:
             floats, float_bias = input.float(), None if bias is None else bias.float()
             if torch.is_autocast_enabled("cpu"):
-                # As sparse ones, dense layers take the types that they get.
+                # As sparse layers, dense ones compute in float32 and give the type of autocast.
+                dtype = torch.get_autocast_dtype("cpu")
                 with torch.autocast("cpu", enabled=False):
                     return activate(F.linear(floats, dense, float_bias), activation).to(dtype)
             return activate(F.linear(floats, dense, float_bias), activation).to(dtype)

@@ -29,6 +29,7 @@ FAMILY = registry.register(
         shown={"sparse_linear": ("sparse_linear", "sparse_weight_gradient")},
         modules=(".layer:SparseLinear", ".mlp:SparseMLP"),
         samples=".samples:operator_samples",
+        module_samples=".module_samples:module_samples",
         facts=".facts:facts",
         converters=("recsys_kernels.compress.converters.sparse_linear",),
     )

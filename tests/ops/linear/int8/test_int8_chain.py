@@ -15,7 +15,7 @@ import torch
 from support import named
 
 from recsys_kernels import testing
-from recsys_kernels.backends import selection as _backends
+from recsys_kernels.backends import selection
 from recsys_kernels.testing import Int8Sample, assert_matches, expected_int8_linear
 
 TESTS = Path(__file__).parents[3]
@@ -27,7 +27,7 @@ NONE, RELU, GELU, SIGMOID, SILU = range(5)
 
 
 def operator(name: str, *args: Any) -> torch.Tensor:
-    return _backends.implementation(name, args[0])(*args)
+    return selection.implementation(name, args[0])(*args)
 
 
 def pack(*layer: Any) -> torch.Tensor:

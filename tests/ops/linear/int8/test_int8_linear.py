@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from support import named
 
 from recsys_kernels import testing
-from recsys_kernels.backends import selection as _backends
+from recsys_kernels.backends import selection
 from recsys_kernels.testing import Int8Sample, assert_matches, expected_int8_linear
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -26,15 +26,15 @@ EPILOGUES = (NONE, RELU, GELU, SIGMOID, SILU)
 
 
 def linear(*args: Any) -> torch.Tensor:
-    return _backends.implementation("int8_linear", args[0])(*args)
+    return selection.implementation("int8_linear", args[0])(*args)
 
 
 def pack(*args: Any) -> torch.Tensor:
-    return _backends.implementation("int8_pack", args[0])(*args)
+    return selection.implementation("int8_pack", args[0])(*args)
 
 
 def chain(*args: Any) -> torch.Tensor:
-    return _backends.implementation("int8_chain", args[0])(*args)
+    return selection.implementation("int8_chain", args[0])(*args)
 
 
 def draw(seed: int) -> torch.Generator:

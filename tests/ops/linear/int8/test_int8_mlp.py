@@ -107,8 +107,7 @@ def test_only_what_is_needed_gets_a_gradient() -> None:
     assert not unbiased(x).requires_grad
     assert unbiased(y).requires_grad
     (grad,) = torch.autograd.grad(module(y).square().sum(), y, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        grad.sum().backward()
+    assert torch.autograd.grad(grad.sum(), y)[0].abs().max() > 0
 
 
 def test_gradients_go_the_same_way_with_and_without_recording() -> None:

@@ -17,7 +17,7 @@ from sparse_support import DTYPES, PATTERNS, RANGE, SCHEMES, dense_of, float_lay
 from support import named
 
 import recsys_kernels as rk
-from recsys_kernels.backends import selection as _backends
+from recsys_kernels.backends import selection
 from recsys_kernels.compress.sizes import stored_bytes
 from recsys_kernels.ops.linear.activation import (
     DYNAMIC,
@@ -36,7 +36,7 @@ NUMBERS = {"dynamic": DYNAMIC, "static": STATIC, "weight_only": WEIGHT_ONLY}
 
 
 def linear(*args: Any) -> torch.Tensor:
-    return _backends.implementation("sparse_linear", args[0])(*args)
+    return selection.implementation("sparse_linear", args[0])(*args)
 
 
 def grouped(
@@ -187,7 +187,7 @@ def test_wrong_scales_are_refused(implementation: str, name: str) -> None:
     words = "weight_scale must have 22 values" + (", or 22 x 3 or 22 x 2 of groups" if width == 65 else ", but has")
     with pytest.raises(RuntimeError, match=words):
         pytest.fail(f"accepted: {linear(*sample.args)}")
-    pack = _backends.implementation("sparse_pack", sample.input)
+    pack = selection.implementation("sparse_pack", sample.input)
     with pytest.raises(RuntimeError, match=words):
         pytest.fail(f"accepted: {pack(*sample.layer, 1)}")
     state = grouped(linear=float_layer(width, 22)).state_dict()

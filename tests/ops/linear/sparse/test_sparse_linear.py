@@ -17,7 +17,7 @@ from sparse_support import DTYPES, FUNCTIONS, PATTERNS, pack, run_packed
 from support import named
 
 from recsys_kernels import functional, testing
-from recsys_kernels.backends import selection as _backends
+from recsys_kernels.backends import selection
 from recsys_kernels.backends.registry import operators
 from recsys_kernels.ops.linear.sparse import autograd as op
 from recsys_kernels.ops.linear.sparse.spec import SparseLayer
@@ -30,11 +30,11 @@ NONE, RELU, GELU, SIGMOID, SILU = range(5)
 
 
 def linear(*args: Any) -> torch.Tensor:
-    return _backends.implementation("sparse_linear", args[0])(*args)
+    return selection.implementation("sparse_linear", args[0])(*args)
 
 
 def weight_gradient(*args: Any) -> torch.Tensor:
-    return _backends.implementation("sparse_weight_gradient", args[0])(*args)
+    return selection.implementation("sparse_weight_gradient", args[0])(*args)
 
 
 def draw(seed: int) -> torch.Generator:
@@ -188,7 +188,7 @@ def test_int8_products_are_those_of_the_dense_operator(implementation: str) -> N
     for sample, _ in samples(torch.float32):
         if sample.scheme == WEIGHT_ONLY or sample.dtype != torch.float32 or sample.weight_scale.dim() == 2:  # type: ignore[union-attr]
             continue
-        dense = _backends.implementation("int8_linear", sample.input)
+        dense = selection.implementation("int8_linear", sample.input)
         parts = (sample.weight_scale.unsqueeze(1), 0, sample.bias, sample.input_qparams, sample.scheme, NONE)  # type: ignore[union-attr]
         with named(sample):
             layer = (*sample.layer[:-1], NONE)

@@ -24,14 +24,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import recsys_kernels as rk
 from recsys_kernels import testing
-from recsys_kernels.backends import selection as _backends
+from recsys_kernels.backends import selection
 from recsys_kernels.testing import assert_matches
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def repack(*args: Any) -> torch.Tensor:
-    return _backends.implementation("sparse_repack", args[1])(*args)
+    return selection.implementation("sparse_repack", args[1])(*args)
 
 
 @pytest.mark.parametrize("epilogue", FUNCTIONS)
