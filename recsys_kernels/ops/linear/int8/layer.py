@@ -343,7 +343,7 @@ class Int8Linear(FixedTypes):
         """Forgets the packed copy, so that the next call makes a new one.
 
         Needed after writes to single weights through a tensor's ``data`` or through numpy, which leave no trace: a call
-        compares the first KiB of the weights only.
+        compares the first KiB of weights, bias, scales and range only.
         """
         self._prepared = None
 

@@ -385,15 +385,14 @@ class SparseLinear(FixedTypes):
             (parameters if self.activation is None else buffers)["values"],  # type: ignore[arg-type]
             parameters["bias"],
             buffers["weight_scale"],
+            buffers["input_qparams"],
             buffers["crow_indices"],
             buffers["col_indices"],
-            buffers["input_qparams"],
         ) and (not self._trains or prepared.has_values(trained(self)))
 
     def _prepare(self, value: T) -> Prepared[T]:
         """What was made of the layer, with what tells whether the layer has changed since."""
-        structure = self.crow_indices, self.col_indices, self.input_qparams
-        tensors = (self.values, self.bias, self.weight_scale, *structure)
+        tensors = self.values, self.bias, self.weight_scale, self.input_qparams, self.crow_indices, self.col_indices
         return Prepared(value, tensors, trained(self) if self._trains else None)
 
     def operands(self) -> SparseLayer:
@@ -436,7 +435,7 @@ class SparseLinear(FixedTypes):
         """Forgets the packed copy, so that the next call makes a new one.
 
         Needed after writes to single weights through a tensor's ``data`` or through numpy, which leave no trace: a call
-        compares the first KiB of the values only.
+        compares the first KiB of values, bias, scales and range only.
         """
         self._forget()
 
