@@ -33,6 +33,13 @@ def result(module: torch.nn.Module, name: str, count: int = 12) -> torch.Tensor:
         return module(*inputs(name, count))
 
 
+def parameters(module: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {key: parameter.detach() for key, parameter in module.named_parameters() if parameter.requires_grad}
+
+
+TRAINED = [name for name in LINEAR if parameters(made(name))]
+
+
 def assert_same(name: str, one: torch.Tensor, two: torch.Tensor) -> None:
     """The same bits; of sparse layers, which have several kernels for one product, about the same."""
     tolerance = {"rtol": 2e-5, "atol": 2e-6} if name.startswith("sparse") else {"rtol": 0.0, "atol": 0.0}
@@ -98,13 +105,35 @@ def test_exported(name: str, tmp_path: Path) -> None:
             assert_same(name, run(*inputs(name, count)), wanted)
 
 
-@pytest.mark.parametrize("name", MODULES)
-def test_traced(name: str) -> None:
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("name", LINEAR)
+def test_traced(name: str, tmp_path: Path) -> None:
+    """By ``torch.jit.trace``, checked by torch, from a file; with a gradient where the layer is traced in training."""
+    module = made(name)
+    for training in (True, False):
+        module.train(training)
+        result(module, name)  # what was made of the layer must not become a constant
+        traced = torch.jit.trace(module, inputs(name))
+        torch.jit.save(traced, tmp_path / "module.pt")
+        loaded = torch.jit.load(tmp_path / "module.pt")
+        for run in (traced, loaded):
+            wanted = result(module, name, 15)
+            torch.testing.assert_close(run(*inputs(name, 15)).detach(), wanted, rtol=2e-5, atol=2e-6)
+        if training and name in TRAINED:
+            module(*inputs(name)).square().sum().backward()
+            traced_grads = torch.autograd.grad(loaded(*inputs(name)).square().sum(), list(loaded.parameters()))
+            sizes = [sorted(float(grad.norm()) for grad in traced_grads)]
+            sizes.append(sorted(float(parameter.grad.norm()) for parameter in module.parameters()))
+            torch.testing.assert_close(*sizes, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_traced_tables(name: str) -> None:
     module = made(name)
     with torch.no_grad():
         traced = torch.jit.trace(module, inputs(name), check_trace=False)
         for count in (12, 15):
-            assert_same(name, traced(*inputs(name, count)), result(module, name, count))
+            assert same(traced(*inputs(name, count)), result(module, name, count))
 
 
 # ---- state and copies -----------------------------------------------------------------------------------------------
@@ -281,13 +310,6 @@ def test_wrong_input(name: str) -> None:
 
 
 # ---- functorch ------------------------------------------------------------------------------------------------------
-
-
-def parameters(module: torch.nn.Module) -> dict[str, torch.Tensor]:
-    return {key: parameter.detach() for key, parameter in module.named_parameters() if parameter.requires_grad}
-
-
-TRAINED = [name for name in LINEAR if parameters(made(name))]
 
 
 def test_most_modules_are_trained() -> None:

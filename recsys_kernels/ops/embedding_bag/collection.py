@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, cast
 import torch
 
 from . import drop_in
+from .autograd import transforms_active
 from .bag import EmbeddingBag
 from .collection_autograd import embedding_bag_collection
 from .faults import IndexOutOfRangeError
@@ -153,8 +154,9 @@ class EmbeddingBagCollection(torch.nn.Module):
                 column += dim
         self._features = tuple(features)
         device = self._bags()[0].weight.device
-        self._plan = torch.tensor([list(f) for f in features], dtype=torch.int64, device=device)
-        self._empty = torch.empty(0, dtype=torch.float16, device=device)
+        with torch._C._DisableFuncTorch():  # a tensor that is made in a torch.func transform ends with it
+            self._plan = torch.tensor([list(f) for f in features], dtype=torch.int64, device=device)
+            self._empty = torch.empty(0, dtype=torch.float16, device=device)
         self._known: _Operands | None = None
 
     def _bags(self) -> list[EmbeddingBag | QuantizedEmbeddingBag]:
@@ -261,7 +263,9 @@ class EmbeddingBagCollection(torch.nn.Module):
         known = self._known
         if known is None or not all(self._is_known(known)):
             self._refresh_plan()
-            self._known = known = self._gather()
+            known = self._gather()
+            # The tables of a torch.func transform end with it, and could not be copied.
+            self._known = None if transforms_active() else known
         return known
 
     def _gather(self) -> _Operands:

@@ -72,6 +72,11 @@ def is_transformed() -> bool:
     return forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
 
 
+def is_traced() -> bool:
+    """Whether ``torch.jit.trace`` runs the call: what was made of a layer before must not become a constant."""
+    return torch._C._get_tracing_state() is not None
+
+
 def straight_through(
     input: torch.Tensor,
     weight: torch.Tensor,

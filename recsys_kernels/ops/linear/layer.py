@@ -44,3 +44,8 @@ class FixedTypes(torch.nn.Module):
 
     def refresh(self) -> None:
         """Forgets what was made of the tensors; a module that keeps nothing has nothing to forget."""
+
+    def _slow_forward(self, *input: Any, **kwargs: Any) -> Any:
+        # torch.jit.trace comes here. A packed copy would become a constant of the graph.
+        self.refresh()
+        return super()._slow_forward(*input, **kwargs)

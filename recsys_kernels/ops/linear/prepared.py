@@ -3,9 +3,9 @@
 A packed copy is made of tensors that anybody can replace or write to. Torch counts most writes (``Tensor._version``),
 but not all: ``tensor.data = other`` is seen by the address, and fused optimizers write to parameters without counting,
 so that the values of trained parameters are compared. Writes through ``tensor.data`` or ``tensor.numpy()`` leave no
-trace but the values. To compare all of them would take as long as the product itself, so that only the first KiB of the
-weights is compared (0.1 us): a write to all weights is seen, a write to single weights behind the first KiB is not, and
-needs the layer's ``refresh()``.
+trace but the values. To compare all of them would take as long as the product itself, so that only the first KiB of
+weights, bias, scales and range is compared (0.1 us each): a write to a whole tensor is seen, a write to single numbers
+behind the first KiB is not, and needs the layer's ``refresh()``.
 """
 
 from __future__ import annotations
@@ -41,6 +41,12 @@ def _memory(tensor: torch.Tensor) -> ctypes.Array[ctypes.c_char] | None:
 
 # A subclass, as a fake tensor, may have no memory.
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
+
+
+def _first_bytes(tensor: torch.Tensor | None) -> tuple[ctypes.Array[ctypes.c_char] | None, bytes | None]:
+    """The memory of the first bytes of a tensor, and what stands there now."""
+    memory = None if tensor is None else _memory(tensor)
+    return memory, None if memory is None else memory.raw
 
 
 def count_writes(module: torch.nn.Module) -> None:
@@ -80,7 +86,7 @@ class Prepared(Generic[T]):
     Args:
         value: what was made.
         tensors: the tensors, the weights first; None for one that the layer does not have. None of them is an inference
-            tensor, which does not count what is written to it.
+            tensor, which does not count what is written to it. The first bytes of the first four are compared.
         trained: the layer's parameters, where an optimizer may write to them.
     """
 
@@ -92,10 +98,8 @@ class Prepared(Generic[T]):
         self.value = value
         self.trained = None if trained is None else tuple(tensor.detach().clone() for tensor in trained)
         padded = (*tensors, *[None] * (6 - len(tensors)))
-        first = padded[0]
-        memory = None if first is None else _memory(first)
         known = [part for tensor in padded for part in (tensor, *_mark(tensor))]
-        self._seen: tuple[Any, ...] = (*known, memory, None if memory is None else memory.raw)
+        self._seen: tuple[Any, ...] = (*known, *(part for tensor in padded[:4] for part in _first_bytes(tensor)))
 
     def is_fresh(
         self,
@@ -111,7 +115,8 @@ class Prepared(Generic[T]):
         The trained parameters are compared by :meth:`has_values`.
         """
         # One comparison after the other: a request of one row takes 3 us in all.
-        ta, va, pa, tb, vb, pb, tc, vc, pc, td, vd, _, te, ve, _, tf, vf, _, memory, bits = self._seen
+        ta, va, pa, tb, vb, pb, tc, vc, pc, td, vd, pd, te, ve, pe, tf, vf, pf, *first_bytes = self._seen
+        memory_a, bits_a, memory_b, bits_b, memory_c, bits_c, memory_d, bits_d = first_bytes
         return (
             a is ta
             and b is tb
@@ -123,11 +128,14 @@ class Prepared(Generic[T]):
             and a.data_ptr() == pa
             and (b is None or (b._version == vb and b.data_ptr() == pb))
             and (c is None or (c._version == vc and c.data_ptr() == pc))
-            and (d is None or d._version == vd)
-            and (e is None or e._version == ve)
-            and (f is None or f._version == vf)
+            and (d is None or (d._version == vd and d.data_ptr() == pd))
+            and (e is None or (e._version == ve and e.data_ptr() == pe))
+            and (f is None or (f._version == vf and f.data_ptr() == pf))
             # After the addresses: the memory is only there while its tensor has its address.
-            and (memory is None or memory.raw == bits)
+            and (memory_a is None or memory_a.raw == bits_a)
+            and (memory_b is None or memory_b.raw == bits_b)
+            and (memory_c is None or memory_c.raw == bits_c)
+            and (memory_d is None or memory_d.raw == bits_d)
         )
 
     def has_values(self, trained: Sequence[torch.Tensor]) -> bool:
@@ -146,6 +154,7 @@ class _Entry(Generic[T]):
         self.value, self._numbers = value, numbers
         self._tensors = tuple(None if tensor is None else TensorWeakRef(tensor) for tensor in tensors)
         self._marks = tuple(map(_mark, tensors))
+        self._first_bytes = tuple(map(_first_bytes, tensors))
         # Fused optimizers write to parameters without counting it.
         self._trained = tuple(t.detach().clone() if t is not None and t.requires_grad else None for t in tensors)
 
@@ -153,12 +162,13 @@ class _Entry(Generic[T]):
         """Whether the value was made of these, and none was written to since."""
         if numbers != self._numbers or len(tensors) != len(self._tensors):
             return False
-        for tensor, known, mark, values in zip(tensors, self._tensors, self._marks, self._trained, strict=True):
+        seen = zip(tensors, self._tensors, self._marks, self._trained, self._first_bytes, strict=True)
+        for tensor, known, mark, values, (memory, bits) in seen:
             if tensor is None or known is None:
                 if tensor is not known:
                     return False
                 continue
-            if known() is not tensor or _mark(tensor) != mark:
+            if known() is not tensor or _mark(tensor) != mark or (memory is not None and memory.raw != bits):
                 return False
             if tensor.requires_grad and (values is None or not same_bits(tensor, values)):
                 return False

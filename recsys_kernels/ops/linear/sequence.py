@@ -46,3 +46,8 @@ class LinearSequence(torch.nn.Sequential):
         super()._apply(fn, recurse)
         self._forget()
         return self
+
+    def _slow_forward(self, *input: Any, **kwargs: Any) -> Any:
+        # torch.jit.trace comes here. A packed copy would become a constant of the graph.
+        self.refresh()
+        return super()._slow_forward(*input, **kwargs)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -286,3 +287,13 @@ def test_small_index_types_compile() -> None:
     compiled = torch.compile(rk.functional.embedding_bag, fullgraph=True, backend="aot_eager")
     weight = WEIGHT.float()
     assert_matches(compiled(IDS.to(torch.int8), weight, OFFSETS), F.embedding_bag(IDS, weight, OFFSETS))
+
+
+def test_a_collection_is_copied_after_a_transform() -> None:
+    """The collection keeps no table of a transform, which cannot be copied once the transform has ended."""
+    collection = rk.EmbeddingBagCollection([rk.EmbeddingBagConfig("a", 10, 8)])
+    name, weight = next(iter(collection.named_parameters()))
+    args = torch.tensor([1, 2]), torch.tensor([0, 1, 2])
+    torch.func.jacrev(lambda table: torch.func.functional_call(collection, {name: table}, args))(weight.detach())
+    copied = copy.deepcopy(collection)
+    torch.testing.assert_close(copied(*args), collection(*args))

@@ -100,6 +100,39 @@ def test_assigned_data_of_other_tensors_is_seen(name: str, part: str) -> None:
     torch.testing.assert_close(module(rows()), wanted_of(module, rows()), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("write", WRITES)
+@pytest.mark.parametrize("part", ["bias", "weight_scale", "input_qparams"])
+@pytest.mark.parametrize("name", ["int8", "sparse int8"])
+def test_uncounted_writes_to_other_tensors(name: str, part: str, write: Callable[[torch.Tensor], None]) -> None:
+    module: Any = rk.Int8Linear.from_float(float_layer(), "static", input_range=(-2.0, 1.0))
+    if name.startswith("sparse"):
+        module = sparse().quantize("static", input_range=(-2.0, 1.0))
+    module(rows())
+    module(rows())
+    tensor = getattr(module, part)
+    if part != "input_qparams":
+        write(tensor)
+    elif write is assign_data:
+        tensor.data = torch.tensor([0.25, 2.0])
+    else:  # a range cannot be negative
+        tensor.numpy()[...] = (0.25, 2.0)
+    for count in (5, 1):
+        wanted = wanted_of(module, rows(count))
+        torch.testing.assert_close(module(rows(count)), wanted, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("write", WRITES)
+@pytest.mark.parametrize("name", MAKE)
+def test_compiled_code_sees_uncounted_writes(name: str, write: Callable[[torch.Tensor], None]) -> None:
+    module = MAKE[name]()
+    compiled = torch.compile(module, backend="eager")
+    before = compiled(rows()).clone()
+    write(weights(module))
+    wanted = wanted_of(module, rows())
+    assert not torch.allclose(before, wanted)
+    torch.testing.assert_close(compiled(rows()), wanted, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("name", MAKE)
 def test_refresh_after_a_write_that_leaves_no_trace(name: str) -> None:
     """One weight behind the first KiB, through numpy."""

@@ -18,7 +18,7 @@ from ..activation import (
     input_qparams,
     scheme_number,
 )
-from ..gradients import autocast_type, check_tensor, is_transformed
+from ..gradients import autocast_type, check_tensor, is_traced, is_transformed
 from ..layer import (
     MODULES,
     FixedTypes,
@@ -84,6 +84,9 @@ class Int8Linear(FixedTypes):
     buffer; the parameter ``bias`` float32 [out_features]; ``input_qparams`` float32 [2], scale and zero point of the
     activations (``"static"`` only). On the CPU the kernels read a packed copy, which is made at the first call and
     again when one of these was replaced or written to (but see :meth:`refresh`).
+
+    ``torch.jit.trace`` of a layer in training mode gives a graph with gradients, in torch's own operators; of a layer
+    in evaluation mode a graph that calls one operator and has none.
 
     The gradients of input and bias go through the dequantized weights; ``"weight_only"`` layers also have the gradient
     of ``weight_scale``. :meth:`qat` trains the weights themselves. ``.half()``, ``.bfloat16()`` and ``.to(dtype)``
@@ -340,7 +343,7 @@ class Int8Linear(FixedTypes):
         """Forgets the packed copy, so that the next call makes a new one.
 
         Needed after writes to single weights through a tensor's ``data`` or through numpy, which leave no trace: a call
-        compares the first KiB of the weights only.
+        compares the first KiB of weights, bias, scales and range only.
         """
         self._prepared = None
 
@@ -387,7 +390,9 @@ class Int8Linear(FixedTypes):
             if runs_compiled(self.weight) and not needs_grad:
                 return run_compiled([self], input, dtype)
             return op.run_layer(input, self.operands(), dtype)
-        if is_transformed():
+        if is_traced() and not (self.training and self.is_trained()):
+            return selection.implementation("int8_linear", input)(input, *self.operands(), dtype)
+        if is_traced() or is_transformed():
             return op.transformed(input, self.operands(), dtype)
         packed = self._current_pack()
         if packed is not None and not needs_grad:

@@ -9,7 +9,7 @@ import torch
 from torch.autograd import forward_ad
 
 from ....backends import selection
-from ..gradients import autocast_type, check_tensor, is_transformed
+from ..gradients import autocast_type, check_tensor, is_traced, is_transformed
 from ..prepared import Prepared, count_writes
 from ..sequence import LinearSequence, check_widths
 from . import autograd as op
@@ -190,7 +190,7 @@ class Int8MLP(LinearSequence):
             if torch.compiler.is_compiling():
                 if runs_compiled(last.weight):
                     return run_compiled(layers, input, autocast_type(input, last.dtype))
-            elif runs_packed(last.weight) and not is_transformed():
+            elif runs_packed(last.weight) and not (is_transformed() or is_traced()):
                 return op.chain(input, self._current_pack(layers), last.out_features, last.dtype)
         for layer in layers[:-1]:
             input = layer.run(input, torch.float32)

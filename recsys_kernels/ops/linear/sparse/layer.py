@@ -18,7 +18,7 @@ from ..activation import (
     input_qparams,
     scheme_number,
 )
-from ..gradients import autocast_type, check_tensor, is_transformed
+from ..gradients import autocast_type, check_tensor, is_traced, is_transformed
 from ..layer import (
     MODULES,
     FixedTypes,
@@ -67,6 +67,9 @@ class SparseLinear(FixedTypes):
     at the first call and again when one of these was replaced or written to, but not where torch does not count it (see
     :meth:`refresh`). In training, values are put into their places at every call. A layer that was trained is compared
     with what was packed at every call: ``requires_grad_(False)`` ends that.
+
+    ``torch.jit.trace`` of a layer in training mode gives a graph with gradients, in torch's own operators; of a layer
+    in evaluation mode a graph that calls one operator and has none.
 
     Gradients go to the input, float values (at kept places only, no dense gradient exists) and bias. ``.half()`` and
     the like convert float layers; of int8 layers they choose the type of the output.
@@ -382,15 +385,14 @@ class SparseLinear(FixedTypes):
             (parameters if self.activation is None else buffers)["values"],  # type: ignore[arg-type]
             parameters["bias"],
             buffers["weight_scale"],
+            buffers["input_qparams"],
             buffers["crow_indices"],
             buffers["col_indices"],
-            buffers["input_qparams"],
         ) and (not self._trains or prepared.has_values(trained(self)))
 
     def _prepare(self, value: T) -> Prepared[T]:
         """What was made of the layer, with what tells whether the layer has changed since."""
-        structure = self.crow_indices, self.col_indices, self.input_qparams
-        tensors = (self.values, self.bias, self.weight_scale, *structure)
+        tensors = self.values, self.bias, self.weight_scale, self.input_qparams, self.crow_indices, self.col_indices
         return Prepared(value, tensors, trained(self) if self._trains else None)
 
     def operands(self) -> SparseLayer:
@@ -433,7 +435,7 @@ class SparseLinear(FixedTypes):
         """Forgets the packed copy, so that the next call makes a new one.
 
         Needed after writes to single weights through a tensor's ``data`` or through numpy, which leave no trace: a call
-        compares the first KiB of the values only.
+        compares the first KiB of values, bias, scales and range only.
         """
         self._forget()
 
@@ -491,9 +493,11 @@ class SparseLinear(FixedTypes):
             if not needs_grad and self.values.device.type == "cpu" and not torch.compiler.is_exporting():
                 return selection.implementation("sparse_layer", input)(input, *layer, dtype)
             return op.run_layer(input, layer, dtype)
-        self._check_range()
-        if is_transformed():
+        if is_traced() and not (self.training and self.is_trained()):
+            return selection.implementation("sparse_layer", input)(input, *layer, dtype)
+        if is_traced() or is_transformed():
             return op.transformed(input, layer, dtype)
+        self._check_range()
         prepared: Callable[[torch.Tensor], torch.Tensor] | None = None
         structure = self._current_structure() if needs_grad else None
         trains = needs_grad and self.values.requires_grad

@@ -9,7 +9,7 @@ import torch
 from torch.autograd import forward_ad
 
 from ....backends import selection
-from ..gradients import check_tensor, is_transformed
+from ..gradients import check_tensor, is_traced, is_transformed
 from ..prepared import Prepared
 from ..sequence import LinearSequence, check_widths
 from .crossover import FEW_ROWS
@@ -79,7 +79,7 @@ class SparseMLP(LinearSequence):
             for run, pack, width, dtype in steps:
                 input = run(input, pack, width, dtype)
             return input
-        if is_transformed() or torch.is_autocast_enabled("cpu"):
+        if is_transformed() or is_traced() or torch.is_autocast_enabled("cpu"):
             return super().forward(input)  # what runs then is no example for other calls
         if input.dim() == 2 and self._runs_packed() and not (torch.is_grad_enabled() and self._has_grad(input)):
             return self._run_and_note(input)
