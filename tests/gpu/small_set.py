@@ -47,7 +47,7 @@ KINDS = (
 def right_input(device: torch.device, lookups_only: bool) -> int:
     """Calls with right input; returns how many groups of them gave the right results."""
     done = 0
-    test_kernels.kernels = OnDevice(device)  # type: ignore[assignment]
+    test_kernels.TRITON = OnDevice(device)  # type: ignore[assignment]
     for dtype in FLOAT_DTYPES:
         for sample in test_kernels.SAMPLES[dtype]:
             if not sample.name.startswith(KINDS):
@@ -67,7 +67,7 @@ def right_input(device: torch.device, lookups_only: bool) -> int:
             test_kernels.test_collection(collection)
             done += 1
     test_kernels.test_collection_of_every_type()
-    test_int8_kernels.kernels = OnDevice(device)  # type: ignore[assignment]
+    test_int8_kernels.TRITON = OnDevice(device)  # type: ignore[assignment]
     for one in test_int8_kernels.SAMPLES[::3]:
         if one.input.is_contiguous() and one.weight.is_contiguous():  # others are copied by torch's kernels
             test_int8_kernels.test_forward(one)
@@ -79,7 +79,7 @@ def right_input(device: torch.device, lookups_only: bool) -> int:
 
 def sparse_layers(device: torch.device) -> int:
     """Every pattern with few and many rows of input; returns how many calls gave the right results."""
-    test_sparse_kernels.kernels = OnDevice(device)  # type: ignore[assignment]
+    test_sparse_kernels.TRITON = OnDevice(device)  # type: ignore[assignment]
     for pattern in SPARSE_PATTERNS:
         for rows in (3, 20):
             for scheme in (None, DYNAMIC, WEIGHT_ONLY):

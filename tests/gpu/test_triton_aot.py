@@ -36,8 +36,6 @@ from recsys_kernels.ops.linear.activation import (  # noqa: E402
     RELU,
     WEIGHT_ONLY,
 )
-from recsys_kernels.ops.linear.int8 import triton as int8  # noqa: E402
-from recsys_kernels.ops.linear.sparse import triton as sparse  # noqa: E402
 
 _GPU_TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -140,7 +138,9 @@ def _int8(
     scale = torch.ones(columns, -(-width // group) if group else 1)
     weight = torch.ones(columns, width, dtype=torch.int8)
     bias = torch.ones(columns)
-    int8.int8_linear(torch.ones(rows, width, dtype=dtype), weight, scale, group, bias, None, scheme, activation, dtype)
+    TRITON.int8_linear(
+        torch.ones(rows, width, dtype=dtype), weight, scale, group, bias, None, scheme, activation, dtype
+    )
 
 
 def _structure(columns: int, width: int, block: tuple[int, int], kept: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -161,12 +161,12 @@ def _sparse(
     integers = scheme != WEIGHT_ONLY
     values = torch.ones(shape, dtype=torch.int8 if integers else dtype)
     layer = (values, crow, col, size, size, torch.ones(size) if integers else None, torch.ones(size), None)
-    sparse.sparse_linear(torch.ones(rows, size, dtype=dtype), *layer, scheme, activation, dtype)
+    TRITON.sparse_linear(torch.ones(rows, size, dtype=dtype), *layer, scheme, activation, dtype)
 
 
 def _sparse_gradient(block: tuple[int, int], dtype: torch.dtype = F32) -> None:
     grad, x = torch.ones(512, 1024), torch.ones(512, 1024, dtype=dtype)
-    sparse.sparse_weight_gradient(grad, x, *_structure(1024, 1024, block, 64), *block, dtype)
+    TRITON.sparse_weight_gradient(grad, x, *_structure(1024, 1024, block, 64), *block, dtype)
 
 
 def _unraised(mode: str, case: Callable[[], None]) -> None:

@@ -8,10 +8,10 @@ from dataclasses import replace
 import pytest
 import torch
 from int8_gpu_cases import NOT_VALID, SPOILED_ROWS, WRONG, layer, longest_rows, odd_rows
+from support import REFERENCE, TRITON
 from test_bad_input import guarded
 
 import recsys_kernels as rk
-from recsys_kernels.backends.registry import operators
 from recsys_kernels.ops.linear.activation import DYNAMIC, RELU, STATIC, WEIGHT_ONLY
 from recsys_kernels.ops.linear.int8 import triton as kernels
 from recsys_kernels.testing import FLOAT_DTYPES, Int8Sample, assert_matches, expected_int8_linear, int8_linear_samples
@@ -26,14 +26,14 @@ SAMPLES = [
 
 
 def assert_same_bits(sample: Int8Sample) -> None:
-    ours, theirs = operators["int8_linear"].triton(*sample.args), operators["int8_linear"].reference(*sample.args)
+    ours, theirs = TRITON.int8_linear(*sample.args), REFERENCE.int8_linear(*sample.args)
     assert ours.isnan().equal(theirs.isnan())
     assert ours.nan_to_num(0.5).equal(theirs.nan_to_num(0.5))
 
 
 @pytest.mark.parametrize("sample", SAMPLES, ids=lambda s: f"{s}-{str(s.input.dtype)[6:]}")
 def test_forward(sample: Int8Sample) -> None:
-    out = operators["int8_linear"].triton(*sample.args)
+    out = TRITON.int8_linear(*sample.args)
     assert out.dtype == sample.dtype
     assert_matches(out, expected_int8_linear(sample))
 
@@ -50,7 +50,7 @@ def test_odd_rows(scheme: int) -> None:
     """Constant, tiny and huge rows; NaN and infinity spoil their own row only."""
     sample = odd_rows(scheme)
     assert_same_bits(sample)
-    out = operators["int8_linear"].triton(*replace(sample, activation=RELU).args)
+    out = TRITON.int8_linear(*replace(sample, activation=RELU).args)
     assert out.isnan().all(1).tolist() == [row in SPOILED_ROWS for row in range(12)]
     assert not out[[0, 5, 9]].isnan().any()
 
@@ -64,14 +64,14 @@ def test_static_numbers_that_are_not_valid(scale: float, zero: float) -> None:
     """The reference raises; a GPU's kernel, for which nobody waits, gives NaN."""
     sample = replace(layer(3, 20, 5, STATIC), input_qparams=torch.tensor([scale, zero]))
     with pytest.raises(RuntimeError, match="input_qparams"):
-        operators["int8_linear"].reference(*sample.args)
-    assert operators["int8_linear"].triton(*sample.args).isnan().all()
+        REFERENCE.int8_linear(*sample.args)
+    assert TRITON.int8_linear(*sample.args).isnan().all()
 
 
 @pytest.mark.parametrize(("change", "words"), [case[1:] for case in WRONG], ids=[case[0] for case in WRONG])
 def test_wrong_arguments(change: Callable[[Int8Sample], Int8Sample], words: str) -> None:
     with pytest.raises(RuntimeError, match=words):
-        operators["int8_linear"].triton(*change(layer(3, 8, 5)).args)
+        TRITON.int8_linear(*change(layer(3, 8, 5)).args)
 
 
 @pytest.mark.parametrize("before", [False, True])
@@ -80,7 +80,7 @@ def test_reads_nothing_outside(before: bool) -> None:
         for width, group in ((33, 0), (70, 64)):
             s = layer(3, width, 5, scheme, group)
             arguments = [guarded(t, before) if isinstance(t, torch.Tensor) else t for t in s.args]
-            assert_matches(operators["int8_linear"].triton(*arguments), expected_int8_linear(s))
+            assert_matches(TRITON.int8_linear(*arguments), expected_int8_linear(s))
 
 
 def test_default_tiles() -> None:

@@ -23,17 +23,16 @@ from sparse_gpu_cases import (
     raw,
     spoiled,
 )
+from support import REFERENCE, TRITON
 from test_bad_input import guarded
 
 import recsys_kernels as rk
-from recsys_kernels.backends.registry import operators
 from recsys_kernels.ops.linear.activation import (
     DYNAMIC,
     RELU,
     STATIC,
     WEIGHT_ONLY,
 )
-from recsys_kernels.ops.linear.sparse import reference
 from recsys_kernels.ops.linear.sparse import triton as kernels
 from recsys_kernels.testing import (
     FLOAT_DTYPES,
@@ -63,14 +62,14 @@ GRADIENTS = [
 
 
 def assert_same_bits(sample: SparseSample) -> None:
-    ours, theirs = operators["sparse_linear"].triton(*sample.args), operators["sparse_linear"].reference(*sample.args)
+    ours, theirs = TRITON.sparse_linear(*sample.args), REFERENCE.sparse_linear(*sample.args)
     assert ours.isnan().equal(theirs.isnan())
     assert ours.nan_to_num(0.5).equal(theirs.nan_to_num(0.5))
 
 
 @pytest.mark.parametrize("sample", SAMPLES, ids=lambda s: f"{s}-{str(s.input.dtype)[6:]}")
 def test_forward(sample: SparseSample) -> None:
-    out = operators["sparse_linear"].triton(*sample.args)
+    out = TRITON.sparse_linear(*sample.args)
     assert out.dtype == sample.dtype
     assert_matches(out, expected_sparse_linear(sample))
 
@@ -86,7 +85,7 @@ def test_every_pattern(rows: int, pattern: str) -> None:
             sample = layer(rows, 41, 21, pattern, scheme)
             weight = sample.weight if scheme is not None else sample.weight.to(dtype)
             sample = replace(sample, input=sample.input.to(dtype), weight=weight)
-            assert_matches(operators["sparse_linear"].triton(*sample.args), expected_sparse_linear(sample))
+            assert_matches(TRITON.sparse_linear(*sample.args), expected_sparse_linear(sample))
 
 
 @pytest.mark.parametrize("pattern", ["unstructured", "block16x1"])
@@ -94,7 +93,7 @@ def test_types_that_differ(pattern: str) -> None:
     """As gradients of layers in half precision are: nothing is rounded to the narrower type."""
     for rows in (2, 17):
         sample = layer(rows, 20, 16, pattern, weight=layer(rows, 20, 16, pattern).weight.to(F16))
-        assert_matches(operators["sparse_linear"].triton(*sample.args), expected_sparse_linear(sample))
+        assert_matches(TRITON.sparse_linear(*sample.args), expected_sparse_linear(sample))
 
 
 @pytest.mark.parametrize("scheme", [DYNAMIC, STATIC])
@@ -103,9 +102,9 @@ def test_odd_rows(pattern: str, scheme: int) -> None:
     """Constant, tiny and huge rows; NaN and infinity spoil their own row only."""
     assert_same_bits(odd_rows(scheme, pattern))
     sample = replace(odd_rows(scheme, pattern), activation=RELU)
-    few = operators["sparse_linear"].triton(*replace(sample, input=sample.input[4:9]).args)
+    few = TRITON.sparse_linear(*replace(sample, input=sample.input[4:9]).args)
     assert few.isnan().all(1).tolist() == [row in SPOILED_ROWS for row in range(4, 9)]
-    many = operators["sparse_linear"].triton(*sample.args)
+    many = TRITON.sparse_linear(*sample.args)
     assert many.isnan().all(1).tolist() == [row in SPOILED_ROWS for row in range(12)]
     assert not many[[0, 5, 9]].isnan().any()
 
@@ -117,7 +116,7 @@ def test_groups(pattern: str) -> None:
         for scheme in (DYNAMIC, STATIC, WEIGHT_ONLY):
             sample = layer(rows, width, columns, pattern, scheme, (32, 64, 128)[number], bias=torch.ones(columns))
             sample = replace(sample, input=sample.input.to((F32, F16, BF16)[number]))
-            assert_matches(operators["sparse_linear"].triton(*sample.args), expected_sparse_linear(sample))
+            assert_matches(TRITON.sparse_linear(*sample.args), expected_sparse_linear(sample))
 
 
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # numpy's, of the interpreter
@@ -127,10 +126,10 @@ def test_odd_rows_of_groups(pattern: str, scheme: int) -> None:
     sample = odd_rows(scheme, pattern, group=32)
     sparser = torch.arange(20).unsqueeze(1) % 16 < 9  # some rows of weights keep nothing
     sample = replace(sample, weight=sample.weight * sparser, kept=sample.kept & sparser)
-    assert_odd_rows(operators["sparse_linear"].triton(*sample.args), operators["sparse_linear"].reference(*sample.args))
+    assert_odd_rows(TRITON.sparse_linear(*sample.args), REFERENCE.sparse_linear(*sample.args))
     few = replace(sample, input=sample.input[4:9])
-    assert_odd_rows(operators["sparse_linear"].triton(*few.args), operators["sparse_linear"].reference(*few.args))
-    assert operators["sparse_linear"].triton(*replace(sample, input=sample.input[:0]).args).shape == (0, 20)
+    assert_odd_rows(TRITON.sparse_linear(*few.args), REFERENCE.sparse_linear(*few.args))
+    assert TRITON.sparse_linear(*replace(sample, input=sample.input[:0]).args).shape == (0, 20)
 
 
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # numpy's, of the interpreter
@@ -140,7 +139,7 @@ def test_nan_and_infinity_go_through_kept_weights_only(pattern: str, dtype: torc
     for rows in (7, 12):
         sample = spoiled(rows, pattern, dtype)
         expected = expected_spoiled(sample)
-        out = operators["sparse_linear"].triton(*sample.args).double()
+        out = TRITON.sparse_linear(*sample.args).double()
         finite = expected.isfinite()
         assert 0 < finite[1:].sum() < finite[1:].numel()
         assert torch.where(finite, 0.0, out).allclose(torch.where(finite, 0.0, expected), equal_nan=True)
@@ -157,7 +156,7 @@ def test_int8_values_past_the_last_column_are_no_weights(scheme: int, rows: int)
     dense = torch.tensor([[3, -5, 0, 0, 0, 7], [11, 2, 0, 0, 0, -9]], dtype=torch.int8)
     scale, x = torch.tensor([0.5, 0.25]), torch.randn(rows, 6)
     empty = torch.empty(0, dtype=torch.int32)
-    out = operators["sparse_linear"].triton(x, values, empty, col, 2, 6, scale, None, None, scheme, 0, F32)
+    out = TRITON.sparse_linear(x, values, empty, col, 2, 6, scale, None, None, scheme, 0, F32)
     expected = torch.ops.recsys_kernels.int8_linear(x, dense, scale[:, None], 0, None, None, scheme, 0, F32)
     assert_matches(out, expected)
 
@@ -171,12 +170,12 @@ def test_blocks_of_any_shape(block: tuple[int, int], dtype: torch.dtype) -> None
     """With int64 structures; what blocks hold past the last row and column is no weight."""
     for rows in (2, 9):
         args, expected = raw(rows, 13, 37, block, dtype)
-        assert_matches(operators["sparse_linear"].triton(*args), expected)
+        assert_matches(TRITON.sparse_linear(*args), expected)
 
 
 @pytest.mark.parametrize("case", GRADIENTS, ids=str)
 def test_weight_gradient(case: GradientCase) -> None:
-    out = operators["sparse_weight_gradient"].triton(*case.args)
+    out = TRITON.sparse_weight_gradient(*case.args)
     assert out.dtype == case.args[-1]
     assert_matches(out, case.expected)
 
@@ -185,12 +184,12 @@ def test_weight_gradient_past_the_end() -> None:
     """Is 0, whatever the input holds, and NaN stays where it is."""
     grad, x = torch.ones(2, 3), torch.ones(2, 5)
     x[1, 4] = float("nan")
-    out = operators["sparse_weight_gradient"].triton(grad, x, int32(0, 2), int32(0, 1), 4, 4, F32)
+    out = TRITON.sparse_weight_gradient(grad, x, int32(0, 2), int32(0, 1), 4, 4, F32)
     inside = torch.zeros(2, 4, 4)
     inside[0, :3], inside[1, :3, 0] = 2.0, float("nan")
     assert out.allclose(inside, rtol=0.0, atol=0.0, equal_nan=True)
     codes = torch.tensor([[0x44, 0x08], [0x44, 0x04], [0x44, 0x0E]], dtype=torch.uint8)
-    out = operators["sparse_weight_gradient"].triton(grad, torch.ones(2, 10), int32(), codes, 0, 0, F32)
+    out = TRITON.sparse_weight_gradient(grad, torch.ones(2, 10), int32(), codes, 0, 0, F32)
     assert out.tolist() == [[2.0] * 4 + [2.0, 0.0], [2.0] * 6, [2.0] * 4 + [0.0, 0.0]]
 
 
@@ -199,19 +198,19 @@ def test_static_numbers_that_are_not_valid(scale: float, zero: float) -> None:
     """The reference raises; a GPU's kernel, for which nobody waits, gives NaN."""
     sample = replace(layer(3, 20, 5, scheme=STATIC), input_qparams=torch.tensor([scale, zero]))
     with pytest.raises(RuntimeError, match="input_qparams"):
-        operators["sparse_linear"].reference(*sample.args)
-    assert operators["sparse_linear"].triton(*sample.args).isnan().all()
+        REFERENCE.sparse_linear(*sample.args)
+    assert TRITON.sparse_linear(*sample.args).isnan().all()
     sample = replace(layer(3, 40, 5, scheme=STATIC, group=32), input_qparams=torch.tensor([scale, zero]))
-    assert operators["sparse_linear"].triton(*sample.args).isnan().all()
+    assert TRITON.sparse_linear(*sample.args).isnan().all()
 
 
 @pytest.mark.parametrize(("change", "words"), [case[1:] for case in WRONG], ids=[case[0] for case in WRONG])
 def test_wrong_arguments(change: Callable[[tuple[Any, ...]], tuple[Any, ...]], words: str) -> None:
     args = change(layer(3, 8, 5, scheme=DYNAMIC).args)
     with pytest.raises(RuntimeError, match=words):
-        operators["sparse_linear"].triton(*args)
+        TRITON.sparse_linear(*args)
     with pytest.raises(RuntimeError, match=words):
-        operators["sparse_linear"].reference(*args)
+        REFERENCE.sparse_linear(*args)
 
 
 def test_wrong_arguments_of_gradients() -> None:
@@ -227,7 +226,7 @@ def test_wrong_arguments_of_gradients() -> None:
         ((grad, x, crow, col, 1, 1, torch.float64), "dtype must be float32"),
         ((grad, x, crow, col, 0, 0, F32), "crow_indices of a 2:4 layer must be empty"),
     ):
-        for module in (kernels, reference):
+        for module in (TRITON, REFERENCE):
             with pytest.raises(RuntimeError, match=words):
                 module.sparse_weight_gradient(*args)
 
@@ -240,15 +239,15 @@ def test_wrong_structures_read_nothing_outside(name: str) -> None:
         for before in (False, True):
             x, grad = guarded(torch.ones(rows, 8), before), guarded(torch.ones(rows, 3), before)
             arguments = (None, None, None, WEIGHT_ONLY, 0, F32)
-            out = operators["sparse_linear"].triton(x, values, crow, col, 3, 8, *arguments)
+            out = TRITON.sparse_linear(x, values, crow, col, 3, 8, *arguments)
             assert (out >= 0).all()
             assert (out <= 6).all()
             blocks = guarded(torch.ones(6, 4, 4))
-            out = operators["sparse_linear"].triton(x, blocks, crow, col, 12, 8, *arguments)
+            out = TRITON.sparse_linear(x, blocks, crow, col, 12, 8, *arguments)
             assert (out >= 0).all()
             assert (out <= 24).all()
-            operators["sparse_weight_gradient"].triton(grad, x, crow, col, 1, 1, F32)
-            operators["sparse_weight_gradient"].triton(guarded(torch.ones(rows, 12), before), x, crow, col, 4, 4, F32)
+            TRITON.sparse_weight_gradient(grad, x, crow, col, 1, 1, F32)
+            TRITON.sparse_weight_gradient(guarded(torch.ones(rows, 12), before), x, crow, col, 4, 4, F32)
 
 
 @pytest.mark.parametrize("before", [False, True])
@@ -257,10 +256,10 @@ def test_reads_nothing_outside(before: bool) -> None:
         for rows, scheme in ((3, None), (9, DYNAMIC), (9, WEIGHT_ONLY), (3, STATIC)):
             s = layer(rows, 35, 18, pattern, scheme, bias=torch.ones(18))
             arguments = [guarded(t, before) if isinstance(t, torch.Tensor) else t for t in s.args]
-            assert_matches(operators["sparse_linear"].triton(*arguments), expected_sparse_linear(s))
+            assert_matches(TRITON.sparse_linear(*arguments), expected_sparse_linear(s))
         case = gradient_case(3, 35, 18, pattern, F32)
         arguments = [guarded(t, before) if isinstance(t, torch.Tensor) else t for t in case.args]
-        assert_matches(operators["sparse_weight_gradient"].triton(*arguments), case.expected)
+        assert_matches(TRITON.sparse_weight_gradient(*arguments), case.expected)
 
 
 def test_default_tiles() -> None:

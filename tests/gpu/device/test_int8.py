@@ -26,7 +26,7 @@ OF_GPUS = (test_static_numbers_that_are_not_valid, test_wrong_arguments)
 def _kernels(backend: str, on_device: Any, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     if backend == "cpu" and request.function in OF_GPUS:
         pytest.skip("the CPU's kernels say it in other words")
-    monkeypatch.setattr(test_int8_kernels, "kernels", on_device)
+    monkeypatch.setattr(test_int8_kernels, "TRITON", on_device)
 
 
 @pytest.mark.parametrize("activation", ["dynamic", "static", "weight_only"])

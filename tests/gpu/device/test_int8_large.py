@@ -17,7 +17,7 @@ from recsys_kernels.testing import assert_matches
 @pytest.mark.parametrize("scheme", [DYNAMIC, STATIC])
 def test_real_sizes(gpu: torch.device, on_device: Any, monkeypatch: pytest.MonkeyPatch, scheme: int) -> None:
     """Every kernel with many programs: the integers of all of them are exact."""
-    monkeypatch.setattr(test_int8_kernels, "kernels", on_device)
+    monkeypatch.setattr(test_int8_kernels, "TRITON", on_device)
     for rows, width, columns, group in ((1, 4096, 4096, 0), (16, 1024, 4096, 0), (7, 415, 333, 0), (513, 1024, 1000, 0),
                                         (40, 1024, 512, 32), (600, 1025, 300, 128)):  # fmt: skip
         test_int8_kernels.assert_same_bits(layer(rows, width, columns, scheme, group))

@@ -39,7 +39,7 @@ OF_GPUS = (
 def _kernels(backend: str, on_device: Any, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     if backend == "cpu" and request.function in OF_GPUS:
         pytest.skip("the CPU's kernels look into structures, and say what is wrong in other words")
-    monkeypatch.setattr(test_sparse_kernels, "kernels", on_device)
+    monkeypatch.setattr(test_sparse_kernels, "TRITON", on_device)
 
 
 @pytest.mark.parametrize("name", WRONG_STRUCTURES)

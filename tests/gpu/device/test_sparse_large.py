@@ -24,7 +24,7 @@ PATTERNS = ("unstructured", "block4x1", "block16x4", "2:4")
 @pytest.mark.parametrize("pattern", PATTERNS)
 def test_real_sizes(gpu: torch.device, on_device: Any, monkeypatch: pytest.MonkeyPatch, pattern: str) -> None:
     """Every kernel with many programs: the integers of all of them are exact."""
-    monkeypatch.setattr(test_sparse_kernels, "kernels", on_device)
+    monkeypatch.setattr(test_sparse_kernels, "TRITON", on_device)
     for rows, width, columns in ((1, 2048, 1024), (8, 415, 333), (513, 1024, 500), (130, 1025, 300)):
         for scheme in (DYNAMIC, STATIC):
             test_sparse_kernels.assert_same_bits(layer(rows, width, columns, pattern, scheme))
