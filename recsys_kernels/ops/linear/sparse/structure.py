@@ -83,7 +83,9 @@ class Structure:
     def __init__(self, layer: SparseLayer) -> None:
         values, crow, col, self._out_features, self._in_features, *_, self._scheme, self._activation = layer
         # Copies: a backward reads them, whatever was written to the layer's own tensors since its forward.
-        self.crow_indices, self.col_indices = crow.detach().clone(), col.detach().clone()
+        # A backward saves them, which torch refuses of tensors that are made in inference mode.
+        with torch.inference_mode(False):
+            self.crow_indices, self.col_indices = crow.detach().clone(), col.detach().clone()
         self.shape, self._block = values.shape, block_shape(values)
         self._transposed: Transposed | None = None
         self._places: dict[tuple[bool, int], torch.Tensor] = {}

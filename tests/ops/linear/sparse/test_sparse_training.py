@@ -154,3 +154,14 @@ def test_new_values_in_a_packed_layer(implementation: str, kind: int) -> None:
         half = pack(values.half(), crow, col, n, k, None, None, None, 2, 1, kind)
         with pytest.raises(RuntimeError, match="places must be packed from float32"):
             repack(half, values, None)
+
+
+def test_gradients_where_inference_mode_is_left_for_them() -> None:
+    torch.manual_seed(0)
+    layer = rk.SparseLinear.from_dense(torch.nn.Linear(12, 8), 0.5)
+    x, grad = torch.randn(3, 12), torch.randn(3, 8)
+    (wanted,) = torch.autograd.grad(layer(x), layer.values, grad)
+    again = rk.SparseLinear.from_dense(layer.to_dense(), 0.5)
+    with torch.inference_mode(), torch.enable_grad():
+        (found,) = torch.autograd.grad(again(x), again.values, grad)
+    assert torch.equal(found, wanted)
