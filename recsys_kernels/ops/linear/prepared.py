@@ -85,8 +85,8 @@ class Prepared(Generic[T]):
 
     Attributes:
         value: what was made.
-        trained: the bits of the layer's trained parameters, as views of their memory and as copies; None while nothing is
-            trained.
+        trained: the bits of the layer's trained parameters, as views of their memory and as copies; None while nothing
+            is trained.
 
     Args:
         value: what was made.
