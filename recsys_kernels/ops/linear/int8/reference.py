@@ -57,6 +57,7 @@ class CheckedLayer(NamedTuple):
 
 
 def check_input(input: torch.Tensor, weight: torch.Tensor) -> None:
+    """Raises RuntimeError unless input [..., K] fits weight [N, K] and is on its device."""
     check(input.dim() >= 1, "input must have at least 1 dimension, but has 0")
     check(input.device == weight.device, f"input is on {input.device}, but weight on {weight.device}")
     check_width(input, weight.shape[1], weight.shape[0])
