@@ -1,5 +1,6 @@
 """What several test files use."""
 
+import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -23,6 +24,11 @@ def named(sample: object) -> Iterator[None]:
         yield
     except Exception as error:
         raise AssertionError(f"{sample}: {type(error).__name__}: {error}") from error
+
+
+def hear_interrupts() -> None:
+    """To run in a child process before its program: a shell lets what it starts in the background ignore SIGINT."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 class Calls(TorchDispatchMode):

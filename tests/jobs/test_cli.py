@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 import torch
 from small_data import World, criteo_lines, write_criteo
+from support import hear_interrupts
 
 import recsys_kernels as rk
 from recsys_kernels import cli
@@ -313,7 +314,13 @@ def test_an_interrupt_while_torch_is_imported_is_one_line(tmp_path: Path) -> Non
     command = [sys.executable, "-m", "recsys_kernels", "compress"]
     environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
     with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT, env=environment
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+        env=environment,
+        preexec_fn=hear_interrupts,
     ) as child:
         assert child.stdout is not None
         assert child.stderr is not None
@@ -385,7 +392,12 @@ def test_signals_stop_cleanly(number: signal.Signals, code: int, folder: Path, t
     )
     arguments = ["compress", "--data", str(folder), "--epochs", "1", "--out", str(tmp_path / "out")]
     with subprocess.Popen(
-        [sys.executable, "-c", program, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT
+        [sys.executable, "-c", program, *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+        preexec_fn=hear_interrupts,
     ) as child:
         assert child.stdout is not None
         assert child.stderr is not None

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 import shutil
-import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from support import hear_interrupts
 
 import recsys_kernels
 
@@ -33,8 +33,7 @@ def run(code: str, *path: Path, cwd: Path) -> subprocess.CompletedProcess[str]:
         cwd=cwd,
         env=environment,
         timeout=120,
-        # A shell lets programs in the background ignore interruptions, and tests may run there.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        preexec_fn=hear_interrupts,
     )
 
 
