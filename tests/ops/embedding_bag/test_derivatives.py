@@ -191,6 +191,23 @@ def _collection(dtype: torch.dtype = torch.float64) -> tuple[rk.EmbeddingBagColl
     return rk.EmbeddingBagCollection(tables, weight_dtype=dtype), (ids, offsets, torch.rand(11, dtype=dtype))
 
 
+def plain_collection(
+    tables: dict[str, torch.Tensor], ids: torch.Tensor, offsets: torch.Tensor, factors: torch.Tensor
+) -> torch.Tensor:
+    """The bags of that collection, one after the other, with torch's indexing."""
+    out = []
+    for number, (table, mode) in enumerate((("user", "sum"), ("user", "sum"), ("item", "mean"), ("word", "max"))):
+        weight = tables[table]
+        for bag in range(2):
+            at = slice(int(offsets[2 * number + bag]), int(offsets[2 * number + bag + 1]))
+            rows = weight[ids[at]] if mode == "max" else weight[ids[at]] * factors[at].unsqueeze(1)
+            if rows.shape[0] == 0:
+                out.append(weight.sum(0) * 0)
+            else:
+                out.append({"sum": rows.sum(0), "mean": rows.mean(0), "max": rows.amax(0)}[mode])
+    return torch.cat(out)
+
+
 def test_collections_have_all_derivatives(implementation: str) -> None:
     collection, (ids, offsets, factors) = _collection()
     weights = {name: value.detach() for name, value in collection.named_parameters()}
@@ -199,17 +216,8 @@ def test_collections_have_all_derivatives(implementation: str) -> None:
         return torch.func.functional_call(collection, values, (ids, offsets, f)).pow(3).sum()
 
     def wanted(values: dict[str, torch.Tensor], f: torch.Tensor) -> torch.Tensor:
-        out = []
-        for number, (table, mode) in enumerate((("user", "sum"), ("user", "sum"), ("item", "mean"), ("word", "max"))):
-            weight = values[f"embedding_bags.{table}.weight"]
-            for bag in range(2):
-                at = slice(int(offsets[2 * number + bag]), int(offsets[2 * number + bag + 1]))
-                rows = weight[ids[at]] if mode == "max" else weight[ids[at]] * f[at].unsqueeze(1)
-                if rows.shape[0] == 0:
-                    out.append(weight.sum(0) * 0)
-                else:
-                    out.append({"sum": rows.sum(0), "mean": rows.mean(0), "max": rows.amax(0)}[mode])
-        return torch.cat(out).pow(3).sum()
+        tables = {name: values[f"embedding_bags.{name}.weight"] for name in ("user", "item", "word")}
+        return plain_collection(tables, ids, offsets, f).pow(3).sum()
 
     def flat(result: Any) -> list[torch.Tensor]:
         return [t for t in torch.utils._pytree.tree_leaves(result) if t.abs().max() > 0]
@@ -234,10 +242,18 @@ def test_collections_have_all_derivatives(implementation: str) -> None:
 def test_collections_of_integer_rows_have_tangents(implementation: str) -> None:
     collection, (ids, offsets, factors) = _collection(torch.float32)
     quantized = collection.quantize()
-    same(
-        jvp(lambda f: quantized(ids, offsets, f), (factors,), (torch.ones_like(factors),))[1],
-        jacrev(lambda f: quantized(ids, offsets, f))(factors).sum(-1),
-    )
+    tables = {name: quantized.embedding_bags[name].dequantize().double() for name in ("user", "item", "word")}
+    change = torch.randn(factors.shape)
+
+    def got(f: torch.Tensor) -> torch.Tensor:
+        return quantized(ids, offsets, f).pow(3).sum()
+
+    def wanted(f: torch.Tensor) -> torch.Tensor:
+        return plain_collection(tables, ids, offsets, f).pow(3).sum()
+
+    exact = jvp(wanted, (factors.double(),), (change.double(),))[1]
+    same(jvp(got, (factors,), (change,))[1], exact)
+    same(jacrev(got)(factors), jacrev(wanted)(factors.double()))
 
 
 # ---- compiled ------------------------------------------------------------------------------------------------------
